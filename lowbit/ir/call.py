@@ -1,0 +1,51 @@
+"""Opaque steps: what the algebra cannot say (a rounding-corrected rebuild, an entropy code) still has every reading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from lowbit.ir.typing import Type
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """The readings of one opaque step.
+
+    Attributes:
+      type: operand types to the result type; raises DimError for operands it does not take.
+      oracle: operand arrays (dims in the operand's order) to the result array, in numpy.
+      operations: operand types to a count of multiply-add sized operations.
+      xla: the same function in jnp; a term that holds a step without one cannot be lowered.
+    """
+
+    type: Callable[..., Type]
+    oracle: Callable[..., Array]
+    operations: Callable[..., int]
+    xla: Callable[..., Any] | None = None
+
+
+_SPECS: dict[str, CallSpec] = {}
+
+
+def register_call(name: str, spec: CallSpec) -> None:
+    """Make `Call(name, ...)` mean `spec`. A name is given once: interned terms outlive a change of mind."""
+    from lowbit.ir.dims import check_name
+
+    check_name("call", name)
+    if name in _SPECS:
+        raise ValueError(f"call {name!r} is already registered")
+    _SPECS[name] = spec
+
+
+def call_spec(name: str) -> CallSpec:
+    if name not in _SPECS:
+        known = ", ".join(sorted(_SPECS)) or "none"
+        raise KeyError(f"call {name!r} is not registered (known: {known}): import the module that registers it")
+    return _SPECS[name]

@@ -1,0 +1,94 @@
+"""Reading 4: what a term costs, counting each shared node once.
+
+`Contract` is counted along the cheapest order of pairwise products, which is also the order the lowering runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import assert_never
+
+from lowbit.ir.call import call_spec
+from lowbit.ir.dims import union
+from lowbit.ir.dtypes import DType, bits
+from lowbit.ir.expr import (
+    Add,
+    Bitcast,
+    Bucket,
+    Call,
+    Cast,
+    Concat,
+    Const,
+    Contract,
+    Expr,
+    Gather,
+    Merge,
+    Pad,
+    Param,
+    Slice,
+    Split,
+    Unpack,
+)
+from lowbit.ir.order import contraction_order
+from lowbit.ir.walk import topo
+
+@dataclass(frozen=True)
+class Cost:
+    """Counts of one evaluation.
+
+    Attributes:
+      read: bytes of the leaves, by element type.
+      fma: multiply-adds, additions included.
+      lookups: elements gathered or bucketed.
+      fields: elements made by Unpack, Bitcast and Cast.
+      table: bytes of the largest gathered table that is computed, not stored.
+      largest: bytes of the largest intermediate array, were it written out.
+    """
+
+    read: dict[DType, int] = field(default_factory=dict)
+    fma: int = 0
+    lookups: int = 0
+    fields: int = 0
+    table: int = 0
+    largest: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.read.values())
+
+
+def cost(root: Expr) -> Cost:
+    read: dict[DType, int] = {}
+    fma = lookups = fields = table = largest = 0
+    for e in topo(root):
+        n = prod(e.dims.values())
+        match e:
+            case Param():
+                read[e.dtype] = read.get(e.dtype, 0) + nbytes(e)
+            case Const() | Split() | Merge() | Slice() | Pad() | Concat():
+                pass
+            case Unpack() | Bitcast() | Cast():
+                fields += n
+            case Gather():
+                lookups += n
+                stored = isinstance(e.table, Param | Const)
+                table = max(table, 0 if stored else nbytes(e.table))
+            case Bucket():
+                lookups += prod(union("bucket", e.x.dims, e.index.dims).values())
+            case Add():
+                fma += n
+            case Contract():
+                fma += sum(step.fma for step in contraction_order(e))
+            case Call(name, operands):
+                fma += call_spec(name).operations(*(o.type for o in operands))
+            case _:
+                assert_never(e)
+        if not isinstance(e, Param | Const):
+            largest = max(largest, nbytes(e))
+    return Cost(read, fma, lookups, fields, table, largest)
+
+
+def nbytes(e: Expr) -> int:
+    """Bytes of the array, were it written out."""
+    return prod(e.dims.values()) * bits(e.dtype) // 8

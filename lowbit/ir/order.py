@@ -1,0 +1,105 @@
+"""The order in which a product of several factors is summed: an exhaustive search, for factors are few."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from lowbit.ir.dims import Dims, drop, union
+from lowbit.ir.expr import Contract
+
+EXHAUSTIVE = 7
+"""Factors up to which every order is tried; beyond, they are taken from left to right."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One product: slots of its operands (one or two), its dims before and after summing.
+
+    Slots 0..n-1 are the factors; each step appends its result as the next slot.
+    """
+
+    slots: tuple[int, ...]
+    full: Dims
+    out: Dims
+
+    @property
+    def fma(self) -> int:
+        return prod(self.full.values())
+
+
+@lru_cache(maxsize=4096)
+def contraction_order(e: Contract) -> tuple[Step, ...]:
+    """The cheapest sequence of pairwise products, each summing a dim as soon as nothing else needs it."""
+    plan = _Plan(e)
+    everything = (1 << len(e.factors)) - 1
+    tree = plan.best(everything)[1] if len(e.factors) <= EXHAUSTIVE else plan.left_to_right()
+    steps: list[Step] = []
+    plan.emit(tree, steps)
+    return tuple(steps)
+
+
+Tree = int | tuple["Tree", "Tree"]
+
+
+class _Plan:
+    def __init__(self, e: Contract) -> None:
+        self.factors = [f.dims for f in e.factors]
+        self.result = e.dims
+        self.memo: dict[int, tuple[int, Tree]] = {}
+
+    def out(self, members: int) -> Dims:
+        """What remains of the product of a subset: the dims that the result or another factor needs."""
+        rest = [d for i, d in enumerate(self.factors) if not members >> i & 1]
+        needed = {*self.result, *(k for d in rest for k in d)}
+        full = union("sum", *(d for i, d in enumerate(self.factors) if members >> i & 1))
+        return drop(full, full.keys() - needed)
+
+    def alone(self, i: int) -> Step | None:
+        full, out = self.factors[i], self.out(1 << i)
+        return Step((i,), full, out) if out.keys() != full.keys() else None
+
+    def best(self, members: int) -> tuple[int, Tree]:
+        """The cheapest tree over a subset of the factors, and its multiply-adds."""
+        if members not in self.memo:
+            if members & (members - 1) == 0:
+                i = members.bit_length() - 1
+                step = self.alone(i)
+                self.memo[members] = (step.fma if step else 0, i)
+            else:
+                self.memo[members] = min((self.pair(a, members ^ a) for a in _halves(members)), key=lambda t: t[0])
+        return self.memo[members]
+
+    def pair(self, a: int, b: int) -> tuple[int, Tree]:
+        (cost_a, tree_a), (cost_b, tree_b) = self.best(a), self.best(b)
+        return cost_a + cost_b + prod(union("sum", self.out(a), self.out(b)).values()), (tree_a, tree_b)
+
+    def left_to_right(self) -> Tree:
+        tree: Tree = 0
+        for i in range(1, len(self.factors)):
+            tree = (tree, i)
+        return tree
+
+    def emit(self, tree: Tree, steps: list[Step]) -> tuple[int, int]:
+        """Append the steps of a tree; returns the subset it covers and the slot of its result."""
+        if isinstance(tree, int):
+            step = self.alone(tree)
+            if step is None:
+                return 1 << tree, tree
+            steps.append(step)
+            return 1 << tree, len(self.factors) + len(steps) - 1
+        (a, slot_a), (b, slot_b) = self.emit(tree[0], steps), self.emit(tree[1], steps)
+        steps.append(Step((slot_a, slot_b), union("sum", self.out(a), self.out(b)), self.out(a | b)))
+        return a | b, len(self.factors) + len(steps) - 1
+
+
+def _halves(members: int) -> list[int]:
+    """Every way to part a set in two, each once: the subsets that hold its lowest member, less the whole."""
+    low = members & -members
+    rest, out = members ^ low, []
+    sub = rest
+    while sub:
+        sub = (sub - 1) & rest
+        out.append(sub | low)
+    return out

@@ -1,0 +1,89 @@
+"""Going over a term: each shared node once, and rebuilt only where something changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from lowbit.ir.dims import fresh_all
+from lowbit.ir.expr import Add, Cast, Const, Contract, Expr, Gather, Param, Split, Unpack
+
+Rule = Callable[[Expr], Expr | None]
+
+
+def topo(*roots: Expr) -> list[Expr]:
+    """Every node below the roots, operands first, each once. Iterative: a parsed term may be deep."""
+    seen: dict[Expr, None] = {}
+    stack = [(root, False) for root in reversed(roots)]
+    while stack:
+        e, ready = stack.pop()
+        if e in seen:
+            continue
+        if ready:
+            seen[e] = None
+        else:
+            stack.append((e, True))
+            stack += [(a, False) for a in reversed(e.args) if a not in seen]
+    return list(seen)
+
+
+def params(*roots: Expr) -> dict[str, Param]:
+    """The leaves by name. Two leaves of one name must be one leaf."""
+    out: dict[str, Param] = {}
+    for e in topo(*roots):
+        if isinstance(e, Param) and out.setdefault(e.name, e) is not e:
+            raise ValueError(f"param {e.name!r} occurs as {out[e.name].type} and as {e.type}")
+    return out
+
+
+def substitute(root: Expr, new: Mapping[Expr, Expr]) -> Expr:
+    """`root` with nodes replaced; replacements are not searched again."""
+    done: dict[Expr, Expr] = dict(new)
+    for e in topo(root):
+        if e not in done:
+            done[e] = e.map(done.__getitem__)
+    return done[root]
+
+
+def rewrite(root: Expr, rule: Rule, *, top_down: bool = False) -> Expr:
+    """Apply one rule wherever it matches, until it stops matching. The same object when it never did."""
+    done: dict[Expr, Expr] = {}
+
+    def go(e: Expr) -> Expr:
+        if e not in done:
+            here = e if top_down else e.map(go)
+            new = rule(here)
+            changed = new is not None and new is not here
+            done[e] = go(new) if changed and new is not None else here.map(go) if top_down else here
+        return done[e]
+
+    return go(root)
+
+
+def rename(e: Expr, to: Mapping[str, str]) -> Expr:
+    """The same array under other, unused dim names, pushed towards the leaves so that patterns still see the nodes.
+
+    Bound dims that a new name would capture are renamed out of the way first.
+    """
+    to = {a: b for a, b in to.items() if a in e.dims}
+    if not to:
+        return e
+    if clash := e.dims.keys() & set(to.values()):
+        raise ValueError(f"rename {to}: {e.type} already has {sorted(clash)}")
+    match e:
+        case Const(shape, element, data):
+            return Const(tuple((to.get(k, k), n) for k, n in shape), element, data)
+        case Unpack(x, width, dim, count):
+            return Unpack(rename(x, to), width, to.get(dim, dim), count)
+        case Gather(table, index, dim):
+            bound = fresh_all([dim], {*to.values(), *e.dims})
+            return Gather(rename(table, {**to, **bound}), rename(index, to), bound.get(dim, dim))
+        case Contract(factors, over, ring, acc):
+            bound = fresh_all(sorted(over), {*to.values(), *e.dims})
+            new = tuple(rename(f, {**to, **bound}) for f in factors)
+            return Contract(new, frozenset(bound.get(d, d) for d in over), ring, acc)
+        case Add() | Cast():
+            return e.map(lambda a: rename(a, to))
+        case _:
+            for a, b in to.items():
+                e = Split(e, a, ((b, e.dims[a]),))
+            return e

@@ -1,0 +1,56 @@
+"""forms of one term -> the cheapest: the only place that compares costs and picks between equal terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+
+from lowbit.ir.cost import Cost, cost
+from lowbit.ir.expr import Expr
+from lowbit.passes.pipeline import PIPELINES, Pipeline, run
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one unit of each cost takes on a kind of device, in nanoseconds, and what does not fit.
+
+    A coarse model: it has to rank forms whose costs differ several-fold, not to predict times.
+    """
+
+    name: str
+    byte: float
+    fma: float
+    lookup: float
+    field: float
+    largest: float = inf
+
+    def nanoseconds(self, c: Cost) -> float:
+        """Predicted time; infinite when an intermediate array is larger than the machine allows."""
+        if c.largest > self.largest:
+            return inf
+        return c.bytes * self.byte + c.fma * self.fma + c.lookups * self.lookup + c.fields * self.field
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to compute a term."""
+
+    name: str
+    term: Expr
+    cost: Cost
+    nanoseconds: float
+
+
+def forms(e: Expr, machine: Machine, pipelines: Mapping[str, Pipeline] = PIPELINES) -> tuple[Form, ...]:
+    """Every distinct form of `e`, cheapest first; ties keep the order of the pipelines."""
+    terms: dict[Expr, str] = {}
+    for name, pipeline in pipelines.items():
+        terms.setdefault(run(e, pipeline), name)
+    out = [Form(name, t, c, machine.nanoseconds(c)) for t, name in terms.items() for c in (cost(t),)]
+    return tuple(sorted(out, key=lambda f: f.nanoseconds))
+
+
+def choose(e: Expr, machine: Machine, pipelines: Mapping[str, Pipeline] = PIPELINES) -> Expr:
+    """The form of `e` that the machine is predicted to run fastest."""
+    return forms(e, machine, pipelines)[0].term

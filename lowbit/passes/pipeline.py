@@ -1,0 +1,63 @@
+"""The pipelines: ordered tuples of named passes, each giving one form of the same term."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lowbit.ir.expr import Expr
+from lowbit.ir.text import text
+from lowbit.ir.walk import Rule, rewrite
+from lowbit.passes.bucket import bucket
+from lowbit.passes.commute_gather import commute_gather
+from lowbit.passes.distribute import distribute
+from lowbit.passes.fold import fold
+from lowbit.passes.hoist_merge import hoist_merge
+from lowbit.passes.hoist_slice import hoist_slice
+from lowbit.passes.join_planes import join_planes
+from lowbit.passes.tabulate import tabulate
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One or two identities applied wherever they match, until none does."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    top_down: bool = False
+
+    def __call__(self, e: Expr) -> Expr:
+        def first(n: Expr) -> Expr | None:
+            return next((new for rule in self.rules if (new := rule(n)) is not None), None)
+
+        return rewrite(e, first, top_down=self.top_down)
+
+
+HOIST = Pass("hoist_merge", (hoist_merge, hoist_slice))
+TABULATE = Pass("tabulate", (tabulate,), top_down=True)
+JOIN = Pass("join_planes", (join_planes,))
+DISTRIBUTE = Pass("distribute", (distribute,))
+COMMUTE = Pass("commute_gather", (commute_gather,))
+BUCKET = Pass("bucket", (bucket,))
+FOLD = Pass("fold", (fold,))
+
+Pipeline = tuple[Pass, ...]
+
+PIPELINES: Mapping[str, Pipeline] = {
+    "decode": (),
+    "table": (HOIST, TABULATE, DISTRIBUTE, COMMUTE, FOLD),
+    "join": (HOIST, JOIN, DISTRIBUTE, FOLD),
+    "bucket": (HOIST, JOIN, DISTRIBUTE, FOLD, BUCKET),
+}
+"""The forms that `choose` compares: decode first, or look partial sums up, or make one index of the planes (and add
+up the activations that share it)."""
+
+
+def run(e: Expr, pipeline: Pipeline, dump: Callable[[str], None] | None = None) -> Expr:
+    """Apply the passes in order. `dump=print` shows the text after each pass that changed something."""
+    for step in pipeline:
+        new = step(e)
+        if dump is not None:
+            dump(f"-- {step.name}" + (f"\n{text(new, short=True)}" if new is not e else ": no change"))
+        e = new
+    return e

@@ -1,0 +1,74 @@
+"""f(fields of one word)  =  table_f[word]
+
+Whatever a decode does to the fields of one word (signs, affine maps, xor networks), there are only 2**width words:
+the oracle evaluates f on all of them at compile time. The largest such f is taken, over the smallest leaf-side word.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from lowbit.ir.build import const
+from lowbit.ir.dims import fresh
+from lowbit.ir.expr import CONST_LIMIT, Const, Expr, Gather, Param, Unpack
+from lowbit.ir.walk import substitute, topo
+from lowbit.passes.fold import constant
+
+
+def tabulate(e: Expr) -> Expr | None:
+    """Apply top-down, so that the largest function is found first."""
+    nodes = topo(e)
+    if isinstance(e, Const | Param) or not any(isinstance(n, Unpack) for n in nodes):
+        return None
+    for word in nodes[:-1]:
+        if word.bounds is None or isinstance(word, Const) or not is_function_of(e, word):
+            continue
+        between = between_nodes(e, word)
+        if any(isinstance(n, Unpack) for n in between) and (table := table_of(e, word)):
+            return Gather(*table)
+    return None
+
+
+def is_function_of(e: Expr, word: Expr) -> bool:
+    """Whether e[i, ...] depends on word[i] alone, for i the dims of `word`: no other leaf, no step along i."""
+    dependent = between_nodes(e, word)
+    if not dependent or any(isinstance(n, Param) for n in _cut(e, word)):
+        return False
+    return all(word.dims.items() <= n.dims.items() for n in dependent)
+
+
+def table_of(e: Expr, word: Expr) -> tuple[Const, Expr, str] | None:
+    """(table, word, dim) with e = Gather(table, word, dim); None if the table is too large to be a Const."""
+    if word.bounds is None or word.bounds[0] < 0:
+        return None
+    size = word.bounds[1] + 1
+    extra = {k: n for k, n in e.dims.items() if k not in word.dims}
+    if size * prod(extra.values()) > CONST_LIMIT:
+        return None
+    dim = fresh("c", {k for n in topo(e) for k in n.dims})
+    every_word = const(range(size), word.dtype, dim)
+    table = constant(substitute(e, {word: every_word}))
+    return None if table is None else (table, word, dim)
+
+
+def between_nodes(e: Expr, word: Expr) -> list[Expr]:
+    """The nodes of `e` that depend on `word`, without `word`."""
+    live = {word}
+    for n in _cut(e, word):
+        if live.intersection(n.args):
+            live.add(n)
+    return [n for n in live if n is not word]
+
+
+def _cut(e: Expr, word: Expr) -> list[Expr]:
+    """The nodes of `e` that are reached without going below `word`."""
+    seen: set[Expr] = {word}
+    stack, out = [e], []
+    while stack:
+        n = stack.pop()
+        if n not in seen:
+            seen.add(n)
+            out.append(n)
+            stack += n.args
+    order = {n: i for i, n in enumerate(topo(e))}
+    return sorted(out, key=order.__getitem__)
