@@ -1,0 +1,63 @@
+"""lowbit: quantized tensors as stored arrays plus one expression that says how they decode.
+
+Everything public is here, loaded on first use, so that `import lowbit.ir` costs numpy only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowbit import nn as nn
+    from lowbit import tune as tune
+    from lowbit.array import QuantArray as QuantArray
+    from lowbit.array import QuantType as QuantType
+    from lowbit.array import dequantize as dequantize
+    from lowbit.formats import Format as Format
+    from lowbit.formats import bcq as bcq
+    from lowbit.formats import register_format as register_format
+    from lowbit.formats import uniform as uniform
+    from lowbit.io import load as load
+    from lowbit.io import save as save
+    from lowbit.ops import matmul as matmul
+    from lowbit.ops import plan as plan
+    from lowbit.nn import Code as Code
+    from lowbit.nn import Codebook as Codebook
+    from lowbit.nn import Rule as Rule
+    from lowbit.nn import Scale as Scale
+    from lowbit.nn import explain as explain
+    from lowbit.nn import quantize as quantize
+    from lowbit.nn import report as report
+    from lowbit.quantizers import alternating as alternating
+    from lowbit.quantizers import greedy as greedy
+    from lowbit.quantizers import quantize_array as quantize_array
+    from lowbit.quantizers import round_to_nearest as round_to_nearest
+    from lowbit.quantizers import to_bcq as to_bcq
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "QuantArray": "array", "QuantType": "array", "dequantize": "array",
+    "Format": "formats", "bcq": "formats", "register_format": "formats", "uniform": "formats",
+    "load": "io", "save": "io",
+    "matmul": "ops", "plan": "ops",
+    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "explain": "nn", "quantize": "nn", "report": "nn",
+    "alternating": "quantizers", "greedy": "quantizers", "quantize_array": "quantizers",
+    "round_to_nearest": "quantizers", "to_bcq": "quantizers",
+}  # fmt: skip
+__all__ = [*_HOME, "nn", "tune"]  # noqa: PLE0604  names are loaded lazily
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("nn", "tune"):
+        return importlib.import_module(f"lowbit.{name}")
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"lowbit.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,232 @@
+"""The quantized array: stored arrays plus one expression that says how they decode."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from lowbit.formats.format import Format, definition
+from lowbit.ir.build import cast, param
+from lowbit.ir.dims import Shape
+from lowbit.ir.dtypes import DType, bits, is_float, numpy_dtype, short
+from lowbit.ir.expr import Concat, Contract, Expr, Gather, Param
+from lowbit.ir.walk import params, substitute, topo
+from lowbit.passes.lower_xla import align, emit
+
+Split = tuple[str, str, int]
+"""(field, dim, at): the field is stored as two, its first `at` entries along the dim in float32, to be trained."""
+
+
+@dataclass(frozen=True)
+class QuantType:
+    """What is static about a quantized array: hashable, comparable, and all that a jitted function depends on.
+
+    Attributes:
+      dims: the logical array's dims in its order: (("k", 512), ("n", 256)) for a Flax kernel, n first for an embedding.
+      dtype: the logical element type, that of the array that was quantized.
+      format: the format with its options.
+      splits: fields stored in two parts so that one can be trained and the other not.
+    """
+
+    dims: Shape
+    dtype: DType
+    format: Format
+    splits: tuple[Split, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(n for _, n in self.dims)
+
+    @property
+    def decode(self) -> Expr:
+        """The decode term, with the dims n and k."""
+        return _decode(self)
+
+    @property
+    def fields(self) -> Mapping[str, Param]:
+        """The stored arrays by name, as leaves of the decode term."""
+        return _fields(self)
+
+    @property
+    def bits(self) -> int:
+        """Bits of everything stored, padding included."""
+        return sum(prod(f.dims.values()) * bits(f.dtype) for f in self.fields.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bits / prod(self.shape)
+
+    def role(self, field: str) -> str:
+        """"code" for integers, "codebook" for a table that codes select from, "scale" for other floats."""
+        leaf = self.fields[field]
+        if not is_float(leaf.dtype):
+            return "code"
+        tables = (e.table for e in topo(self.decode) if isinstance(e, Gather))
+        return "codebook" if any(_is_rows_of(t, leaf) for t in tables) else "scale"
+
+    def resized(self, **sizes: int) -> QuantType:
+        """The same format at another size: `type.resized(n=4)` is the type of four rows."""
+        return replace(self, dims=tuple((k, sizes.get(k, n)) for k, n in self.dims))
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{' '.join(f'{k}={n}' for k, n in self.dims)}] as {self.format}"
+
+
+def _is_rows_of(table: Expr, leaf: Param) -> bool:
+    """Whether a gathered table is the leaf itself, seen through steps that only move or convert entries."""
+    while table is not leaf and len(table.args) == 1 and not isinstance(table, Contract):
+        table = table.args[0]
+    return table is leaf
+
+
+@lru_cache(maxsize=4096)
+def _decode(t: QuantType) -> Expr:
+    sizes = dict(t.dims)
+    if sizes.keys() != {"k", "n"}:
+        raise ValueError(f"a quantized array has the dims k and n, not {tuple(sizes)}")
+    e = t.format.decode(sizes["n"], sizes["k"])
+    if dict(e.dims) != sizes:
+        raise ValueError(f"format {t.format} decodes to {e.type}, which is not [n={sizes['n']} k={sizes['k']}]")
+    for field, dim, at in t.splits:
+        e = _split_field(e, params(e)[field], dim, at)
+    return e
+
+
+def _split_field(e: Expr, leaf: Param, dim: str, at: int) -> Expr:
+    first = param(f"{leaf.name}_first", "f32", None, **{**leaf.dims, dim: at})
+    rest = leaf.dims[dim] - at
+    if rest == 0:
+        return substitute(e, {leaf: first})
+    tail = param(f"{leaf.name}_rest", leaf.dtype, None, **{**leaf.dims, dim: rest})
+    whole = Concat((first, cast(tail, "f32")), dim)
+    return substitute(e, {leaf: whole})
+
+
+@lru_cache(maxsize=4096)
+def _fields(t: QuantType) -> dict[str, Param]:
+    return dict(sorted(params(_decode(t)).items()))
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True, eq=False)
+class QuantArray:
+    """A quantized matrix.
+
+    Invariants, checked by `QuantArray.of` and not when a pytree is rebuilt (so that tree_map and stacking work):
+
+    - `fields` has exactly the names of `type.fields`, each with the shape and dtype of that leaf;
+    - codes lie within the range their leaf states;
+    - the logical array is `type.decode` of the fields, in `type.dtype`, dims in the order of `type.dims`.
+    """
+
+    fields: dict[str, jax.Array]
+    type: QuantType
+
+    @staticmethod
+    def of(fields: Mapping[str, Any], type: QuantType) -> QuantArray:
+        """A checked QuantArray. Raises ValueError naming the field, and both shapes and dtypes."""
+        if fields.keys() != type.fields.keys():
+            raise ValueError(f"{type.format} stores {sorted(type.fields)}, but the fields are {sorted(fields)}")
+        arrays = {name: jnp.asarray(fields[name]) for name in type.fields}
+        for name, leaf in type.fields.items():
+            a = arrays[name]
+            if a.shape != tuple(leaf.dims.values()) or a.dtype != numpy_dtype(leaf.dtype):
+                raise ValueError(f"{type.format} stores {name!r} as {leaf.type}, but the array is {a.dtype}{list(a.shape)}")
+            if leaf.within is not None and not isinstance(a, jax.core.Tracer) and a.size:
+                low, high = int(a.min()), int(a.max())
+                if low < leaf.within[0] or high > leaf.within[1]:
+                    raise ValueError(f"{name!r} holds {low}..{high}, outside its range {leaf.within[0]}..{leaf.within[1]}")
+        return QuantArray(arrays, type)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.type.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.type.dims)
+
+    @property
+    def dtype(self) -> Any:
+        return numpy_dtype(self.type.dtype)
+
+    def __repr__(self) -> str:
+        return f"QuantArray({self.type}, {self.type.bits_per_weight:.3g} bits/weight)"
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, jax.Array]], tuple[tuple[str, ...], QuantType]]:
+        names = tuple(self.fields)
+        return [(jax.tree_util.DictKey(n), self.fields[n]) for n in names], (names, self.type)
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple[tuple[str, ...], QuantType], leaves: Any) -> QuantArray:
+        names, type_ = aux
+        return cls(dict(zip(names, leaves, strict=True)), type_)
+
+
+def dequantize(w: QuantArray) -> jax.Array:
+    """The dense array that `w` stands for, in its logical shape and dtype. Differentiable in scales and codebooks.
+
+    >>> import jax.numpy as jnp, lowbit as lb
+    >>> w = lb.quantize_array(jnp.ones((8, 4)), lb.uniform(4))
+    >>> lb.dequantize(w).shape
+    (8, 4)
+    """
+    return _dequantize(w.type, w.fields)
+
+
+def _dequantize(t: QuantType, fields: Mapping[str, jax.Array]) -> jax.Array:
+    return _dequantize_jit(t, dict(fields))
+
+
+@partial(jax.jit, static_argnums=0)
+def _dequantize_jit(t: QuantType, fields: dict[str, jax.Array]) -> jax.Array:
+    value = align(emit(t.decode, fields), t.decode.dims, dict(t.dims))
+    return value.astype(numpy_dtype(t.dtype))
+
+
+def type_to_json(t: QuantType) -> dict[str, Any]:
+    """A type as plain data; `type_from_json` is its inverse."""
+    return {
+        "dims": [list(d) for d in t.dims],
+        "dtype": t.dtype,
+        "format": t.format.name,
+        "version": t.format.version,
+        "options": dict(t.format.options),
+        "splits": [list(s) for s in t.splits],
+    }
+
+
+def type_from_json(data: Mapping[str, Any]) -> QuantType:
+    """Raises UnknownFormatError for a format nobody registered, ValueError for another version of it."""
+    known = definition(data["format"]).version
+    if data["version"] != known:
+        raise ValueError(f"format {data['format']!r} has version {data['version']}, this library reads version {known}")
+    fmt = Format(data["format"], tuple(sorted(data["options"].items())))
+    dims = tuple((str(k), int(n)) for k, n in data["dims"])
+    splits = tuple((str(f), str(d), int(at)) for f, d, at in data["splits"])
+    return QuantType(dims, short(data["dtype"]), fmt, splits)
+
+
+def _aux_to_bytes(aux: tuple[tuple[str, ...], QuantType]) -> bytes:
+    return json.dumps([list(aux[0]), type_to_json(aux[1])]).encode()
+
+
+def _aux_from_bytes(data: bytes) -> tuple[tuple[str, ...], QuantType]:
+    names, type_ = json.loads(data)
+    return tuple(names), type_from_json(type_)
+
+
+export.register_pytree_node_serialization(
+    QuantArray,
+    serialized_name="lowbit.QuantArray",
+    serialize_auxdata=_aux_to_bytes,
+    deserialize_auxdata=_aux_from_bytes,
+)

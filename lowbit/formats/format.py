@@ -1,0 +1,115 @@
+"""What a format is: a name, a version, its options, and the expression that decodes it.
+
+A format is defined by one function from sizes and options to a decode term. Its stored arrays are the leaves of that
+term; its gradients, lowerings, costs and files follow from the term.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowbit.ir.expr import Expr
+
+Decode = Callable[..., Expr]
+TRIAL = (4096, 4096)
+"""The size at which new options are tried: a multiple of every usual word, vector and group."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format with its options filled in: hashable, comparable, printable. Make one with `lb.bcq(...)` and the like.
+
+    Attributes:
+      name: the registered name.
+      options: sorted (option, value) pairs; values are ints, bools, strings or None.
+    """
+
+    name: str
+    options: tuple[tuple[str, Hashable], ...] = ()
+
+    def __getitem__(self, option: str) -> Any:
+        return dict(self.options)[option]
+
+    @property
+    def version(self) -> int:
+        return definition(self.name).version
+
+    def decode(self, n: int, k: int) -> Expr:
+        """The decode term of an [n, k] weight, k being the summed (input) dim. Its dims are n and k."""
+        return definition(self.name).decode(n, k, **dict(self.options))
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options if v is not None)})"
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A registered format.
+
+    Attributes:
+      decode: `decode(n, k, **options)` gives the term; it raises ValueError for options or sizes it cannot store.
+      version: goes up whenever stored arrays of an older version would decode differently.
+    """
+
+    decode: Decode
+    version: int
+
+
+_DEFINITIONS: dict[str, Definition] = {}
+
+
+def register_format(name: str, *, version: int = 1) -> Callable[[Decode], Callable[..., Format]]:
+    """Define a format by its decode function; the decorated name becomes the constructor of `Format`s.
+
+    The function takes the sizes `n` (outputs) and `k` (inputs), then keyword options, and returns a term with the
+    dims n and k. Integer leaves are codes and never trained; float leaves are scales, or codebooks where a code
+    selects from them.
+
+    >>> import lowbit as lb
+    >>> from lowbit.ir import const, param
+    >>> @lb.register_format("int8_rows")
+    ... def int8_rows(n, k):
+    ...     return param("scale", "f32", n=n) * param("codes", "i8", n=n, k=k)
+    >>> str(int8_rows())
+    'int8_rows()'
+    """
+
+    def wrap(decode: Decode) -> Callable[..., Format]:
+        if name in _DEFINITIONS:
+            raise ValueError(f"format {name!r} is already registered")
+        signature = inspect.signature(decode)
+        options = inspect.Signature([p for p in signature.parameters.values() if p.name not in ("n", "k")])
+
+        def make(*args: Any, **kwargs: Any) -> Format:
+            bound = options.bind(*args, **kwargs)
+            bound.apply_defaults()
+            decode(*TRIAL, **bound.arguments)  # wrong options are an error here, not layers later
+            return Format(name, tuple(sorted(bound.arguments.items())))
+
+        make.__name__, make.__doc__ = name, decode.__doc__
+        make.__signature__ = options  # type: ignore[attr-defined]
+        _DEFINITIONS[name] = Definition(decode, version)
+        return make
+
+    return wrap
+
+
+def definition(name: str) -> Definition:
+    if name not in _DEFINITIONS:
+        known = ", ".join(sorted(_DEFINITIONS)) or "none"
+        raise UnknownFormatError(f"format {name!r} is not registered (known: {known}): import the module that defines it")
+    return _DEFINITIONS[name]
+
+
+def registered() -> Mapping[str, Definition]:
+    return dict(_DEFINITIONS)
+
+
+class UnknownFormatError(KeyError):
+    """A format name that nothing has registered."""
+
+    def __str__(self) -> str:  # KeyError would show the message quoted
+        return str(self.args[0])

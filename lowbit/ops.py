@@ -1,0 +1,168 @@
+"""x @ w for a quantized w: one term, its cheapest form, and the gradients of that same term."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowbit.array import QuantArray, QuantType
+from lowbit.ir.build import contract, param
+from lowbit.ir.dtypes import numpy_dtype, short
+from lowbit.ir.expr import Expr, Param
+from lowbit.ir.transpose import transpose
+from lowbit.ir.walk import params
+from lowbit.passes.choose import Form, Machine, forms
+from lowbit.passes.lower_xla import align, emit
+
+MACHINES = {
+    "cpu": Machine("cpu", byte=0.05, fma=0.03, lookup=0.6, field=0.4),
+    "gpu": Machine("gpu", byte=0.0004, fma=0.00005, lookup=0.002, field=0.0005),
+    "tpu": Machine("tpu", byte=0.0006, fma=0.00005, lookup=0.05, field=0.001),
+}
+"""Coarse costs by platform; on a CPU fitted to `benchmarks/` on 2 cores, elsewhere from data sheets."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every way to compute one product, cheapest first; the first is the one that runs."""
+
+    what: str
+    machine: str
+    forms: tuple[Form, ...]
+
+    @property
+    def term(self) -> Expr:
+        return self.forms[0].term
+
+    def __str__(self) -> str:
+        head = f"{self.what} on {self.machine}\n{'form':8} {'predicted':>12} {'bytes read':>12} {'fma':>14} {'look-ups':>12}"
+        rows = [
+            f"{f.name:8} {f.nanoseconds / 1e3:>9.1f} us {f.cost.bytes:>12,} {f.cost.fma:>14,} {f.cost.lookups:>12,}"
+            for f in self.forms
+        ]
+        return "\n".join([head, *rows])
+
+
+def matmul(x: jax.Array, w: QuantArray) -> jax.Array:
+    """`x @ w` for x [..., k] and a quantized w with dims k and n: [..., n], accumulated in float32.
+
+    The result has x's dtype. Gradients reach x and every float field of `w`; codes have none.
+
+    Raises TypeError for an x that is not floating, ValueError when its last dim is not w's k (both sizes are named).
+
+    >>> import jax.numpy as jnp, lowbit as lb
+    >>> w = lb.quantize_array(jnp.eye(8, 4), lb.bcq(2, group=8))
+    >>> lb.matmul(jnp.ones((3, 8)), w).shape
+    (3, 4)
+    """
+    x = jnp.asarray(x)
+    sizes = dict(w.type.dims)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x is {x.dtype}[{', '.join(map(str, x.shape))}]; matmul takes floating activations: cast it")
+    if x.ndim == 0 or x.shape[-1] != sizes["k"]:
+        raise ValueError(f"x has shape {x.shape}, but w is {w.type}: x's last dim must be k = {sizes['k']}")
+    batch = x.shape[:-1]
+    if prod(batch) == 0:
+        return jnp.zeros((*batch, sizes["n"]), x.dtype)
+    y = _matmul(w.type, x.reshape(-1, sizes["k"]), w.fields)
+    return y.reshape(*batch, sizes["n"])
+
+
+def take(w: QuantArray, ids: jax.Array) -> jax.Array:
+    """Rows of a quantized table with dims n and k: ids [...] to [..., k] in w's dtype. Only those rows are decoded.
+
+    Raises TypeError for ids that are not integers. As in `jnp.take`, negative ids
+    count from the end and an id out of range gives NaN.
+    """
+    ids = jnp.asarray(ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"ids are {ids.dtype}[{', '.join(map(str, ids.shape))}]; rows are taken by integer ids")
+    sizes = dict(w.type.dims)
+    if ids.size == 0:
+        return jnp.zeros((*ids.shape, sizes["k"]), w.dtype)
+    few = w.type.resized(n=ids.size)
+    flat = ids.reshape(-1)
+    flat = jnp.where(flat < 0, flat + sizes["n"], flat)
+    fields = {
+        name: w.fields[name] if "n" not in leaf.dims
+        else jnp.take(w.fields[name], flat, axis=list(leaf.dims).index("n"), mode="clip")
+        for name, leaf in w.type.fields.items()
+    }  # fmt: skip
+    rows = align(emit(few.decode, fields), few.decode.dims, {"n": flat.size, "k": sizes["k"]}).astype(w.dtype)
+    inside = (flat >= 0) & (flat < sizes["n"])
+    return jnp.where(inside[:, None], rows, jnp.nan).reshape(*ids.shape, sizes["k"])
+
+
+def plan(x_shape: Sequence[int], t: QuantType, platform: str | None = None, dtype: Any = "float32") -> Plan:
+    """The candidate forms of x @ w for an x of that shape and dtype, on a platform (the default backend's if None)."""
+    return _plan(prod(x_shape[:-1]), t, short(dtype), platform or jax.default_backend())
+
+
+@lru_cache(maxsize=4096)
+def _plan(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
+    machine = MACHINES.get(platform, MACHINES["gpu"])
+    return Plan(f"x[{m}, k] @ {t}", machine.name, forms(_product(m, t, dtype), machine))
+
+
+def _product(m: int, t: QuantType, dtype: Any) -> Expr:
+    x = param("x", dtype, None, m=m, k=dict(t.dims)["k"])
+    return contract((x, t.decode), ("k",))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    return _forward(t, x, fields)
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    term = _plan(x.shape[0], t, short(x.dtype), jax.default_backend()).term
+    return _emit_in_order(term, {**fields, "x": x}, ("m", "n"), x.dtype)
+
+
+def _emit_in_order(term: Expr, env: dict[str, jax.Array], order: Sequence[str], dtype: Any) -> jax.Array:
+    return align(emit(term, env), term.dims, {d: term.dims[d] for d in order}).astype(dtype)
+
+
+Residuals = tuple[jax.Array, dict[str, jax.Array]]
+
+
+def _matmul_fwd(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> tuple[jax.Array, Residuals]:
+    return _forward(t, x, fields), (x, fields)
+
+
+def _matmul_bwd(t: QuantType, saved: Residuals, dy: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    x, fields = saved
+    dx = _cotangent(t, "x", x, fields, dy)
+    out: dict[str, Any] = {}
+    for name, value in fields.items():
+        floating = jnp.issubdtype(value.dtype, jnp.floating)
+        out[name] = _cotangent(t, name, x, fields, dy) if floating else np.zeros(value.shape, jax.dtypes.float0)
+    return dx, out
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _cotangent(t: QuantType, name: str, x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array) -> jax.Array:
+    term, leaf = _cotangent_term(x.shape[0], t, short(x.dtype), short(dy.dtype), name, jax.default_backend())
+    env = {**fields, "x": x, "dy": dy}
+    return _emit_in_order(term, env, tuple(leaf.dims), numpy_dtype(leaf.dtype))
+
+
+@lru_cache(maxsize=4096)
+def _cotangent_term(m: int, t: QuantType, dtype: Any, dy_dtype: Any, name: str, platform: str) -> tuple[Expr, Param]:
+    product = _product(m, t, dtype)
+    leaf = params(product)[name]
+    dy = param("dy", dy_dtype, None, m=m, n=dict(t.dims)["n"])
+    term = transpose(product, leaf, dy)
+    return forms(term, MACHINES.get(platform, MACHINES["gpu"]))[0].term, leaf
+

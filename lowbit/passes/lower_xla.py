@@ -1,0 +1,195 @@
+"""Reading 6: a term as a jnp program, for any platform XLA compiles to.
+
+Float sums accumulate in the term's accumulator; integer steps are exact. Arrays are laid out in the order of each
+node's dims, so a layout change appears as an XLA transpose only where the term asks for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import assert_never
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowbit.ir.call import call_spec
+from lowbit.ir.dims import Dims, drop, union
+from lowbit.ir.dtypes import DType, is_float, numpy_dtype
+from lowbit.ir.expr import (
+    Add,
+    Bitcast,
+    Bucket,
+    Call,
+    Cast,
+    Concat,
+    Const,
+    Contract,
+    Expr,
+    Gather,
+    Merge,
+    Pad,
+    Param,
+    Slice,
+    Split,
+    Unpack,
+)
+from lowbit.ir.order import Step, contraction_order
+from lowbit.ir.walk import topo
+
+COMPARE = 16
+"""Bucket counts up to which sums are made by comparing, in a fixed order; beyond, by scatter-add."""
+
+
+def emit(root: Expr, env: Mapping[str, jax.Array]) -> jax.Array:
+    """The value of a term; call it under `jax.jit`. Dims in the order of `root.dims`, dtype that of `root`.
+
+    Raises KeyError for a leaf that `env` lacks, ValueError for one of another shape or dtype, and NotImplementedError
+    for an opaque step without a jnp reading or for float64 without `jax_enable_x64`.
+    """
+    val: dict[Expr, jax.Array] = {}
+    for e in topo(root):
+        if e.dtype == "f64" and not jax.config.jax_enable_x64:
+            raise NotImplementedError(f"{e.type}: float64 terms need jax_enable_x64")
+        val[e] = _value(e, env, val)
+    return val[root]
+
+
+def align(a: jax.Array, have: Dims, want: Dims) -> jax.Array:
+    """`a` with its dims in the order of `want`, size 1 where it has none."""
+    names = list(have)
+    a = a.transpose([names.index(k) for k in want if k in have])
+    return a.reshape([want[k] if k in have else 1 for k in want])
+
+
+def _value(e: Expr, env: Mapping[str, jax.Array], val: dict[Expr, jax.Array]) -> jax.Array:
+    match e:
+        case Param():
+            return _leaf(e, env)
+        case Const():
+            return jnp.asarray(e.values)
+        case Unpack(x, width, _, count):
+            word = val[x]
+            shift = jnp.arange(count, dtype=word.dtype) * jnp.asarray(width, word.dtype)
+            field = (word[..., None] >> shift.reshape([1] * word.ndim + [count])) & jnp.asarray((1 << width) - 1, word.dtype)
+            return field.astype(numpy_dtype(e.dtype))
+        case Bitcast():
+            return _bitcast(e, val[e.x])
+        case Gather(table, index, dim):
+            return _gather(e, val[table], val[index], dim)
+        case Bucket():
+            return _bucket(e, val[e.x], val[e.index])
+        case Add(a, b):
+            return align(val[a], a.dims, e.dims) + align(val[b], b.dims, e.dims)
+        case Contract():
+            return _contract(e, [val[f] for f in e.factors])
+        case Split():
+            return val[e.x].reshape(list(e.dims.values()))
+        case Merge(x, parts, _):
+            order = {k: x.dims[k] for k in (*(k for k in x.dims if k not in parts), *parts)}
+            return align(val[x], x.dims, order).reshape(list(e.dims.values()))
+        case Cast():
+            return val[e.x].astype(numpy_dtype(e.to))
+        case Slice(x, dim, start, stop):
+            return jax.lax.slice_in_dim(val[x], start, stop, axis=list(x.dims).index(dim))
+        case Pad(x, dim, before, after):
+            return jnp.pad(val[x], [(before, after) if k == dim else (0, 0) for k in x.dims])
+        case Concat(parts, dim):
+            first = parts[0].dims
+            arrays = [align(val[p], p.dims, {**first, dim: p.dims[dim]}) for p in parts]
+            return jnp.concatenate(arrays, axis=list(first).index(dim))
+        case Call(name, operands):
+            xla = call_spec(name).xla
+            if xla is None:
+                raise NotImplementedError(f"call {name!r} has no jnp reading: register it with `xla=`")
+            return jnp.asarray(xla(*(val[o] for o in operands)))
+        case _:
+            assert_never(e)
+
+
+def _leaf(e: Param, env: Mapping[str, jax.Array]) -> jax.Array:
+    if e.name not in env:
+        raise KeyError(f"no array for param {e.name!r}: {e.type}")
+    v = env[e.name]
+    if v.shape != tuple(e.dims.values()) or v.dtype != numpy_dtype(e.dtype):
+        raise ValueError(f"param {e.name!r} is {e.type}, but the array is {v.dtype}{list(v.shape)}")
+    return v
+
+
+def _bitcast(e: Bitcast, v: jax.Array) -> jax.Array:
+    if e.dim in e.x.dims:  # elements join along the last axis, index 0 least significant
+        v = jnp.moveaxis(v, list(e.x.dims).index(str(e.dim)), -1)
+    return jax.lax.bitcast_convert_type(v, numpy_dtype(e.to))
+
+
+def _gather(e: Gather, table: jax.Array, index: jax.Array, dim: str) -> jax.Array:
+    """One row gather: shared dims and the looked-up dim number the rows, the table's own dims are the columns."""
+    t, i = e.table.dims, e.index.dims
+    batch = {k: n for k, n in t.items() if k in i}
+    columns = {k: n for k, n in t.items() if k not in i and k != dim}
+    rows = align(table, t, {**batch, dim: t[dim], **columns}).reshape(-1, prod(columns.values()))
+    number = index.astype(jnp.int32)
+    if batch:
+        first = np.arange(prod(batch.values()), dtype=np.int32) * t[dim]
+        number = number + align(jnp.asarray(first.reshape(list(batch.values()))), batch, i)
+    out = rows.at[number.reshape(-1)].get(mode="promise_in_bounds")  # proven by the index's range at birth
+    have = {**i, **columns}
+    return align(out.reshape(list(have.values())), have, e.dims)
+
+
+def _bucket(e: Bucket, x: jax.Array, index: jax.Array) -> jax.Array:
+    full = union("bucket", e.x.dims, e.index.dims)
+    acc = numpy_dtype(e.dtype)
+    if e.size <= COMPARE:
+        hit = align(index, e.index.dims, full)[..., None] == jnp.arange(e.size).reshape([1] * len(full) + [e.size])
+        picked = jnp.where(hit, align(x, e.x.dims, full).astype(acc)[..., None], jnp.zeros((), acc))
+        return picked.sum(axis=tuple(a for a, k in enumerate(full) if k in e.over), dtype=acc)
+    kept = drop(full, e.over)
+    order = {**kept, **{k: full[k] for k in full if k in e.over}}
+    summed = prod(full[k] for k in e.over)
+    values = jnp.broadcast_to(align(x, e.x.dims, order), list(order.values())).reshape(-1, summed).astype(acc)
+    number = jnp.broadcast_to(align(index, e.index.dims, order), list(order.values())).reshape(-1, summed)
+    row = jnp.arange(values.shape[0])[:, None]
+    sums = jnp.zeros((values.shape[0], e.size), acc).at[row, number].add(values)
+    return sums.reshape([*kept.values(), e.size])
+
+
+def _contract(e: Contract, factors: list[jax.Array]) -> jax.Array:
+    acc: DType = "i32" if e.ring == "gf2" else e.acc
+    slots = list(zip(factors, (f.dims for f in e.factors), strict=True))
+    for step in contraction_order(e):
+        slots.append((_product(step, [slots[s] for s in step.slots], acc), step.out))
+    value, dims = slots[-1]
+    value = align(value.astype(numpy_dtype(acc)), dims, e.dims)
+    return (value & 1).astype(numpy_dtype(e.dtype)) if e.ring == "gf2" else value
+
+
+def _product(step: Step, operands: list[tuple[jax.Array, Dims]], acc: DType) -> jax.Array:
+    """One or two operands multiplied and summed: a dot when each has dims of its own, else one fused loop."""
+    dtype = numpy_dtype(acc)
+    gone = step.full.keys() - step.out.keys()
+    if len(operands) == 2 and gone and _is_dot(step, operands[0][1], operands[1][1]):
+        return _dot(step, operands, acc)
+    factors = [align(a.astype(dtype), d, step.full) for a, d in operands]
+    value = factors[0] if len(factors) == 1 else factors[0] * factors[1]
+    return value.sum(axis=tuple(i for i, k in enumerate(step.full) if k in gone), dtype=dtype) if gone else value
+
+
+def _is_dot(step: Step, a: Dims, b: Dims) -> bool:
+    return bool(a.keys() - b.keys()) and bool(b.keys() - a.keys())
+
+
+def _dot(step: Step, operands: list[tuple[jax.Array, Dims]], acc: DType) -> jax.Array:
+    (a, a_dims), (b, b_dims) = operands
+    letter = {k: chr(97 + i) for i, k in enumerate(step.full)}
+    spec = ",".join("".join(letter[k] for k in d) for d in (a_dims, b_dims))
+    same = a.dtype == b.dtype and is_float(acc)
+    left, right = (a, b) if same else (a.astype(numpy_dtype(acc)), b.astype(numpy_dtype(acc)))
+    return jnp.einsum(
+        f"{spec}->{''.join(letter[k] for k in step.out)}",
+        left,
+        right,
+        preferred_element_type=numpy_dtype(acc),
+        precision=jax.lax.Precision.HIGHEST if left.dtype == np.float32 else None,  # a GPU would round to TF32
+    )

@@ -1,0 +1,53 @@
+"""Cut a weight matrix into the groups that share scale factors, and check what the solvers are given."""
+
+import jax
+import jax.numpy as jnp
+
+
+def to_groups(w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    """Cuts each row of `w` into groups of `group` consecutive inputs.
+
+    Args:
+      w: `[N, K]`, one row an output; groups run along K, the input dim.
+      group: weights in a group, at least 1. The last group is padded with zeros if `group` does not divide K.
+
+    Returns:
+      `values [N, G, group]` in the dtype of `w`, with `G = ceil(K / group)`, and `mask [G, group]`, true where
+      `values` holds a weight and false where it holds padding. The mask is the same for every row.
+
+    Raises:
+      ValueError: `w` is not a matrix, has no inputs, or `group` is below 1.
+
+    >>> values, mask = to_groups(jnp.ones((4, 10)), 8)
+    >>> values.shape, mask.shape, int(mask.sum())
+    ((4, 2, 8), (2, 8), 10)
+    """
+    if w.ndim != 2:
+        raise ValueError(f"to_groups needs a matrix [N, K], got shape {w.shape}; reshape it first")
+    if group < 1:
+        raise ValueError(f"group must be at least 1, got {group}")
+    rows, inputs = w.shape
+    if inputs == 0:
+        raise ValueError(f"to_groups needs at least one input, got w of shape {w.shape}")
+    count = -(-inputs // group)
+    padded = jnp.pad(w, ((0, 0), (0, count * group - inputs)))
+    mask = jnp.arange(count * group) < inputs
+    return padded.reshape(rows, count, group), mask.reshape(count, group)
+
+
+def check_rows(values: jax.Array, bits: int, weights: jax.Array | None) -> None:
+    """Raises unless `values [R, g]` is floating, `bits` is 1 to 8 and `weights` is None or `[P, g]`, P dividing R."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be from 1 to 8, got {bits}")
+    if values.ndim != 2 or values.shape[1] == 0:
+        raise ValueError(f"values must be [R, g] with g of at least 1, got shape {values.shape}; reshape to one group a row")
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise TypeError(f"values must be floating point, got {values.dtype}; cast them to float32 first")
+    if weights is None:
+        return
+    rows, size = values.shape
+    if weights.ndim != 2 or weights.shape[1] != size or weights.shape[0] == 0 or rows % weights.shape[0]:
+        raise ValueError(
+            f"a mask or importance must be [P, {size}] with P dividing {rows}, the shape of values being "
+            f"{values.shape}; got {weights.shape}"
+        )

@@ -1,0 +1,181 @@
+"""Quantizers: from a dense weight and a format to the format's stored arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowbit.array import QuantArray, QuantType
+from lowbit.formats.bcq import bcq
+from lowbit.formats.format import Format
+from lowbit.formats.planes import group_size, pack_planes
+from lowbit.ir.dtypes import numpy_dtype, short
+from lowbit.quantizers.binary import BinaryCode, solve
+from lowbit.quantizers.groups import to_groups
+from lowbit.quantizers.uniform import rtn, to_binary
+
+Fields = dict[str, jax.Array]
+Quantizer = Callable[[jax.Array, Format], Fields]
+"""Takes a float weight [n, k] and a format; returns the format's stored arrays. It must trace under `jax.jit`."""
+
+
+@dataclass(frozen=True)
+class BinarySolver:
+    """Least-squares signs and scales for binary-coding planes.
+
+    `rounds=0` is greedy (sign of the residual, mean of its magnitude); more rounds alternate between least-squares
+    scales and nearest-level signs, and never end worse (Xu et al., ICLR 2018; the solver of LUT-GEMM uses 15).
+    """
+
+    rounds: int = 15
+
+    def __call__(self, w: jax.Array, fmt: Format) -> Fields:
+        _expect(fmt, "bcq", self)
+        values, mask = _groups(w, fmt)
+        ragged = w.shape[1] % values.shape[2] != 0
+        code = solve(
+            values.reshape(-1, values.shape[2]),
+            fmt["bits"],
+            rounds=self.rounds,
+            offset=fmt["offset"],
+            importance=mask if ragged else None,
+        )
+        return _binary_fields(code, fmt, values.shape)
+
+
+@dataclass(frozen=True)
+class RoundToNearest:
+    """Evenly spaced levels from the smallest to the largest weight of a group: the baseline of every comparison.
+
+    For `bcq` formats the codes are converted exactly, which needs `offset=True`.
+    """
+
+    def __call__(self, w: jax.Array, fmt: Format) -> Fields:
+        _expect(fmt, ("uniform", "bcq"), self)
+        values, mask = _groups(w, fmt)
+        code = rtn(values.reshape(-1, values.shape[2]), fmt["bits"], mask)
+        binary = to_binary(code, fmt["bits"])
+        if fmt.name == "bcq":
+            if not fmt["offset"]:
+                raise ValueError(f"{self} gives levels that are not symmetric about zero: use bcq(..., offset=True)")
+            return _binary_fields(binary, fmt, values.shape)
+        n, g, _ = values.shape
+        scale = _to_scale_dtype(code.scale, fmt)
+        return {"planes": _pack(binary.bits, values.shape), "scale": scale.reshape(n, g), "zero": code.zero.reshape(n, g)}
+
+
+def greedy() -> BinarySolver:
+    """The greedy solver: what AlphaTuning uses."""
+    return BinarySolver(rounds=0)
+
+
+def alternating(rounds: int = 15) -> BinarySolver:
+    """The alternating solver: the default for `bcq`."""
+    return BinarySolver(rounds)
+
+
+def round_to_nearest() -> RoundToNearest:
+    """Round to nearest: the default for `uniform`."""
+    return RoundToNearest()
+
+
+_DEFAULTS: dict[str, Quantizer] = {"bcq": BinarySolver(), "uniform": RoundToNearest()}
+
+
+def set_default_quantizer(format_name: str, quantizer: Quantizer) -> None:
+    """Use `quantizer` for a format when a rule names none: how a format of your own joins `lb.quantize`."""
+    _DEFAULTS[format_name] = quantizer
+
+
+def quantize_array(
+    w: Any, fmt: Format, quantizer: Quantizer | None = None, *, dims: tuple[str, str] = ("k", "n"), name: str = "the weight"
+) -> QuantArray:
+    """Quantize one matrix.
+
+    Args:
+      w: a float matrix, [k, n] as in a Flax kernel; with `dims=("n", "k")`, [n, k] as in an embedding.
+      fmt: the format, such as `lb.bcq(3, group=128)`.
+      quantizer: how to find codes and scales; the format's default if None.
+      dims: the order of w's dims: n outputs (or rows), k summed inputs.
+      name: what errors call the weight.
+
+    Raises TypeError for a weight that is not floating, ValueError for NaN or inf, or one that is not a matrix.
+
+    >>> import jax.numpy as jnp, lowbit as lb
+    >>> lb.quantize_array(jnp.ones((256, 4)), lb.bcq(3, group=128))
+    QuantArray(f32[k=256 n=4] as bcq(bits=3, group=128, offset=False, scale_dtype=float16), 3.38 bits/weight)
+    """
+    w = jnp.asarray(w)
+    _check_weight(w, name)
+    type_ = QuantType(tuple(zip(dims, w.shape, strict=True)), short(w.dtype), fmt)
+    solver = quantizer or _default(fmt)
+    rows = w if dims[0] == "n" else w.T
+    array = QuantArray.of(solver(rows, fmt), type_)
+    for field, value in array.fields.items():
+        floating = jnp.issubdtype(value.dtype, jnp.floating)
+        if floating and not isinstance(value, jax.core.Tracer) and not bool(jnp.isfinite(value).all()):
+            raise ValueError(f"{name}: {field!r} overflows {value.dtype}; use scale_dtype='float32' or 'bfloat16'")
+    return array
+
+
+def to_bcq(w: QuantArray) -> QuantArray:
+    """A uniform array as binary-coding planes with an offset, exactly: the same planes under other scales.
+
+    From q = sum_p 2^p b_p: alpha_p = scale 2^p / 2 and beta = scale ((2^bits - 1) / 2 - zero), stored in float32.
+    """
+    fmt = w.type.format
+    _expect(fmt, "uniform", "to_bcq")
+    new = bcq(fmt["bits"], fmt["group"], offset=True, scale_dtype="float32")
+    scale, zero = w.fields["scale"].astype(jnp.float32), w.fields["zero"].astype(jnp.float32)
+    half = jnp.array([2.0 ** (p - 1) for p in range(fmt["bits"])], jnp.float32)[:, None, None]
+    beta = scale * ((2 ** fmt["bits"] - 1) / 2 - zero)
+    fields = {"planes": w.fields["planes"], "alpha": half * scale[None], "beta": beta}
+    return QuantArray.of(fields, replace(w.type, format=new))
+
+
+def _default(fmt: Format) -> Quantizer:
+    if fmt.name not in _DEFAULTS:
+        raise ValueError(f"format {fmt.name!r} has no default quantizer: name one in the rule, or set_default_quantizer")
+    return _DEFAULTS[fmt.name]
+
+
+def _expect(fmt: Format, names: str | tuple[str, ...], who: Any) -> None:
+    if fmt.name not in (names if isinstance(names, tuple) else (names,)):
+        raise TypeError(f"{who} makes {names}, not {fmt}")
+
+
+def _check_weight(w: jax.Array, name: str) -> None:
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"{name} is {w.dtype}{list(w.shape)}: only floating weights can be quantized")
+    if w.ndim != 2 or w.size == 0:
+        raise ValueError(f"{name} has shape {w.shape}: a matrix with at least one entry is needed")
+    if not isinstance(w, jax.core.Tracer):
+        bad = w.size - int(jnp.isfinite(w).sum())
+        if bad:
+            raise ValueError(f"{name} has {bad} NaN or inf among its {w.size} entries: it cannot be quantized")
+
+
+def _groups(w: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
+    return to_groups(w, group_size(w.shape[1], fmt["group"]))
+
+
+def _pack(bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Solver bits [n g, p, t] to stored planes [p, n, g, j]."""
+    n, g, t = shape
+    return pack_planes(bits.reshape(n, g, -1, t).transpose(2, 0, 1, 3))
+
+
+def _to_scale_dtype(a: jax.Array, fmt: Format) -> jax.Array:
+    return a.astype(numpy_dtype(short(fmt["scale_dtype"])))
+
+
+def _binary_fields(code: BinaryCode, fmt: Format, shape: tuple[int, ...]) -> Fields:
+    n, g, _ = shape
+    out = {"planes": _pack(code.bits, shape), "alpha": _to_scale_dtype(code.alpha, fmt).reshape(n, g, -1).transpose(2, 0, 1)}
+    if code.beta is not None:
+        out["beta"] = _to_scale_dtype(code.beta, fmt).reshape(n, g)
+    return out
