@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from lowbit.formats import bcq as bcq
     from lowbit.formats import register_format as register_format
     from lowbit.formats import uniform as uniform
-    from lowbit.io import load as load
-    from lowbit.io import save as save
+    from lowbit.nn import load as load
+    from lowbit.nn import save as save
     from lowbit.ops import matmul as matmul
     from lowbit.ops import plan as plan
     from lowbit.nn import Code as Code
@@ -40,9 +40,9 @@ __version__ = "0.1.0"
 _HOME = {
     "QuantArray": "array", "QuantType": "array", "dequantize": "array",
     "Format": "formats", "bcq": "formats", "register_format": "formats", "uniform": "formats",
-    "load": "io", "save": "io",
     "matmul": "ops", "plan": "ops",
-    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "explain": "nn", "quantize": "nn", "report": "nn",
+    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "explain": "nn", "quantize": "nn", "load": "nn", "report": "nn",
+    "save": "nn",
     "alternating": "quantizers", "greedy": "quantizers", "quantize_array": "quantizers",
     "round_to_nearest": "quantizers", "to_bcq": "quantizers",
 }  # fmt: skip

@@ -65,10 +65,12 @@ class QuantType:
         return self.bits / prod(self.shape)
 
     def role(self, field: str) -> str:
-        """"code" for integers, "codebook" for a table that codes select from, "scale" for other floats."""
+        """One of "code" (integers), "codebook" (a table that codes select from), "scale", "frozen" (the untrained part)."""
         leaf = self.fields[field]
         if not is_float(leaf.dtype):
             return "code"
+        if any(field == f"{split}_rest" for split, _, _ in self.splits):
+            return "frozen"
         tables = (e.table for e in topo(self.decode) if isinstance(e, Gather))
         return "codebook" if any(_is_rows_of(t, leaf) for t in tables) else "scale"
 

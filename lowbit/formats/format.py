@@ -42,7 +42,8 @@ class Format:
         return definition(self.name).decode(n, k, **dict(self.options))
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options if v is not None)})"
+        usual = {p.name: p.default for p in inspect.signature(definition(self.name).decode).parameters.values()}
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options if v != usual.get(k))})"
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ from lowbit.ir.expr import Expr
 
 
 @register_format("uniform")
-def uniform(n: int, k: int, bits: int, group: int | None = None, scale_dtype: str = "float16") -> Expr:
+def uniform(n: int, k: int, bits: int, group: int | None = None, scale_dtype: str = "float32") -> Expr:
     """Asymmetric integers: `uniform(4, group=128)` stores 4-bit codes, and a scale and zero point per 128 inputs.
 
     Stored: `planes` u8 [bits, n, groups, ceil(group / 8)] (plane 0 least significant), `scale` [n, groups], `zero` u8
-    [n, groups]. Bits per weight: bits + (16 + 8) / group for 16-bit scales.
+    [n, groups]. Bits per weight: bits + (s + 8) / group for scales of s bits.
 
     Args:
       bits: 1 to 8.
       group: inputs that share a scale, any positive size; None for one group a row.
-      scale_dtype: "float16", "bfloat16" or "float32".
+      scale_dtype: "float32", "float16" or "bfloat16"; see `bcq`.
 
     >>> import lowbit as lb
     >>> lb.uniform(4, group=128)["bits"]

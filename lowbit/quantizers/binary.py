@@ -1,4 +1,4 @@
-"""Binary coding: `w ~ sum_p alpha_p b_p (+ beta)` with `b_p` in {-1, +1}, one set of alphas for each group of g weights.
+"""Binary coding: `w ~ sum_p alpha_p b_p (+ beta)` with `b_p` in {-1, +1}, one set of alphas to a group of g weights.
 
 The `2^q` levels of a group are the sums `+-alpha_1 ... +-alpha_q + beta`. A solver alternates two steps that each lower
 the squared error: least squares for the alphas given the signs, and the nearest level for each weight given the alphas.
@@ -7,8 +7,8 @@ Neither step looks at single weights here. Levels are monotone in the weight, so
 constant on `2^q` intervals, and least squares needs only the number and the sum of the weights in each: differences of
 prefix sums. A group is sorted once; after that a round costs `2^q log g` steps, not `g 2^q`.
 
-The greedy start is LUT-GEMM's (Park et al., ICLR 2024), the alternation that of Xu et al. (ICLR 2018), the learned offset
-AnyBCQ's.
+The greedy start and the rounds are LUT-GEMM's (Park et al., ICLR 2024), the alternation goes back to Xu et al. (ICLR
+2018), and the learned offset is AnyBCQ's.
 """
 
 from functools import partial
@@ -22,8 +22,9 @@ from lowbit.quantizers.groups import check_rows
 
 # Relative to the diagonal of the normal equations. Large against float32 rounding, so that equal planes stay solvable.
 _RIDGE = 1e-6
-# Group elements (or levels, if more) solved at a time: bounds the scratch memory whatever the size of the weight.
+# Weights (or levels, if more) solved at a time, which bounds the scratch memory, and the fewest groups.
 _BLOCK = 1 << 18
+_FEWEST = 64
 
 
 class BinaryCode(NamedTuple):
@@ -41,15 +42,16 @@ class BinaryCode(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """One sorted group: `values [g]` and the prefix sums `mass`, `first [g + 1]` of f and f w, f summing to 1."""
+    """One sorted group: `values`, `f [g]` (or a scalar), and the prefix sums `mass`, `first [g + 1]` of f and f w."""
 
     values: jax.Array
+    f: jax.Array
     mass: jax.Array
     first: jax.Array
 
 
 class _Fit(NamedTuple):
-    """`theta` (the alphas, then the offset if learned), and mass and sum of each interval with its sign pattern."""
+    """`theta` (the alphas, then the offset if learned), and mass, weighted sum and sign pattern of its intervals."""
 
     theta: jax.Array
     mass: jax.Array
@@ -57,7 +59,6 @@ class _Fit(NamedTuple):
     pattern: jax.Array
 
 
-@partial(jax.jit, static_argnames=("bits", "rounds", "offset"))
 def solve(
     values: jax.Array, bits: int, *, rounds: int = 15, offset: bool = False, importance: jax.Array | None = None
 ) -> BinaryCode:
@@ -78,20 +79,28 @@ def solve(
       TypeError: `values` is not floating point.
 
     >>> code = solve(jnp.array([[-3.0, -1.0, 1.0, 3.0]]), 2)
-    >>> code.alpha.round(3).tolist(), decode(code).round(3).tolist()
-    ([[2.0, 1.0]], [[-3.0, -1.0, 1.0, 3.0]])
+    >>> [round(float(alpha), 3) for alpha in code.alpha[0]], code.bits[0].tolist()
+    ([2.0, 1.0], [[0, 0, 1, 1], [0, 1, 0, 1]])
     """
     check_rows(values, bits, importance)
     if rounds < 0:
         raise ValueError(f"rounds must be 0 (greedy) or more, got {rounds}")
     rows, size = values.shape
 
-    def one(row: tuple[jax.Array, jax.Array]) -> BinaryCode:
-        weights = None if importance is None else importance[row[1] % importance.shape[0]].astype(jnp.float32)
-        return _solve_row(row[0].astype(jnp.float32), weights, bits, rounds, offset)
+    # Groups are solved in blocks of a few fixed sizes: one compilation serves weights of every shape.
+    block = min(max(_FEWEST, 1 << (rows - 1).bit_length()), max(1, _BLOCK // max(size, 2**bits)))
+    count = -(-rows // block)
+    blocks = jnp.pad(values, ((0, count * block - rows), (0, 0))).reshape(count, block, size)
 
-    block = max(1, min(rows, _BLOCK // max(size, 2**bits)))
-    return lax.map(one, (values, jnp.arange(rows)), batch_size=block)
+    def solve_block(i: int | jax.Array) -> BinaryCode:
+        f = None if importance is None else importance[(i * block + jnp.arange(block)) % importance.shape[0]]
+        return _solve_block(lax.dynamic_index_in_dim(blocks, i, keepdims=False), f, bits, rounds, offset)
+
+    if isinstance(blocks, jax.core.Tracer):
+        codes = lax.map(solve_block, jnp.arange(count))
+    else:
+        codes = jax.tree.map(lambda *parts: jnp.stack(parts), *[solve_block(i) for i in range(count)])
+    return jax.tree.map(lambda x: x.reshape(count * block, *x.shape[2:])[:rows], codes)
 
 
 def decode(code: BinaryCode) -> jax.Array:
@@ -103,86 +112,93 @@ def decode(code: BinaryCode) -> jax.Array:
     return decoded if code.beta is None else decoded + code.beta[:, None]
 
 
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _solve_block(w: jax.Array, f: jax.Array | None, bits: int, rounds: int, offset: bool) -> BinaryCode:
+    w, f = w.astype(jnp.float32), None if f is None else f.astype(jnp.float32)
+    return jax.vmap(lambda w, f: _solve_row(w, f, bits, rounds, offset))(w, f)
+
+
 def _solve_row(w: jax.Array, f: jax.Array | None, bits: int, rounds: int, offset: bool) -> BinaryCode:
-    w, f, center, scale = _normalize(w, f, offset)
-    group = _sort(w, f)
-    start = _greedy(group, bits, offset)
-    if rounds == 0 or (bits == 1 and not offset):
-        theta, planes = start.theta, _greedy_planes(w, start.theta[:bits])
+    w, weights, center, scale = _normalize(w, f, offset)
+    if rounds == 0 or (bits == 1 and not offset):  # one plane alone: greedy is the exact minimum
+        alphas, pattern = _greedy(w, weights, bits)
+        theta = jnp.concatenate([alphas, jnp.zeros(int(offset), jnp.float32)])
     else:
-        theta = _alternate(group, start, bits, rounds)
-        planes = _nearest_planes(w, theta, bits)
+        theta = _alternate(_sort(w, weights), bits, rounds, offset)
+        levels, patterns = _levels(theta, bits)
+        # A weight half way between two levels goes right, as in `_assign`.
+        pattern = patterns[jnp.searchsorted((levels[1:] + levels[:-1]) / 2, w, side="right")]
     order = jnp.argsort(-theta[:bits])
     beta = center + theta[bits] * scale if offset else None
-    return BinaryCode(theta[order] * scale, beta, planes[order])
+    return BinaryCode(theta[order] * scale, beta, _planes(pattern, bits)[order].astype(jnp.uint8))
 
 
-def _normalize(
-    w: jax.Array, f: jax.Array | None, offset: bool
-) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
+def _normalize(w: jax.Array, f: jax.Array | None, offset: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Moves the mean to 0 if there is an offset, the largest magnitude into [1, 2) and the total importance to 1.
 
     Squares and products of tiny or huge weights then stay in range, and the ridge means the same to every group.
     """
-    total = jnp.float32(w.size) if f is None else f.sum()
-    f = None if f is None else f / jnp.where(total > 0, total, 1.0)
-    live = w if f is None else jnp.where(f > 0, w, 0.0)
-    center = jnp.float32(0)
+    if f is None:
+        weights, counts = jnp.full((), 1 / w.size, jnp.float32), jnp.ones_like(w, bool)
+    else:
+        total, counts = f.sum(), f > 0
+        weights = f / jnp.where(total > 0, total, 1.0)
+    w = jnp.where(counts, w, 0.0)
+    center = jnp.zeros((), jnp.float32)
     if offset:
-        lo, hi = (w, w) if f is None else (jnp.where(f > 0, w, jnp.inf), jnp.where(f > 0, w, -jnp.inf))
-        mean = live.mean() if f is None else (live * f).sum()
         # Rounding may push the mean of equal weights past them; the clip brings it back exactly.
-        center = jnp.where(total > 0, jnp.clip(mean, lo.min(), hi.max()), 0.0)
-        live = live - center if f is None else jnp.where(f > 0, live - center, 0.0)
+        center = jnp.clip(
+            (w * weights).sum(), w.min(where=counts, initial=jnp.inf), w.max(where=counts, initial=-jnp.inf)
+        )
+        center = jnp.where(counts.any(), center, 0.0)
+        w = jnp.where(counts, w - center, 0.0)
     # A power of two divides without rounding: keep the exponent bits of the largest magnitude.
-    exponent = lax.bitcast_convert_type(jnp.abs(live).max(), jnp.int32) & jnp.int32(0x7F800000)
+    exponent = lax.bitcast_convert_type(jnp.abs(w).max(), jnp.int32) & jnp.int32(0x7F800000)
     scale = lax.bitcast_convert_type(exponent, jnp.float32)
     scale = jnp.where(scale > 0, scale, 1.0)
-    return live / scale, f, center, scale
+    return w / scale, weights, center, scale
 
 
-def _sort(w: jax.Array, f: jax.Array | None) -> _Group:
+def _sort(w: jax.Array, f: jax.Array) -> _Group:
     def prefix(x: jax.Array) -> jax.Array:
         return jnp.concatenate([jnp.zeros(1, jnp.float32), jnp.cumsum(x)])
 
-    if f is not None:
+    if f.ndim:
         w, f = lax.sort((w, f), num_keys=1)
-        return _Group(w, prefix(f), prefix(f * w))
+        return _Group(w, f, prefix(f), prefix(f * w))
     # XLA sorts integers several times faster than floats on a CPU. Flipping the low bits of negative floats makes the
     # integer order theirs, and flipping again undoes it.
     key = lax.bitcast_convert_type(w, jnp.int32)
     key = jnp.sort(key ^ ((key >> 31) & jnp.int32(0x7FFFFFFF)))
     w = lax.bitcast_convert_type(key ^ ((key >> 31) & jnp.int32(0x7FFFFFFF)), jnp.float32)
-    return _Group(w, jnp.arange(w.size + 1, dtype=jnp.float32) / w.size, prefix(w) / w.size)
+    return _Group(w, f, jnp.arange(w.size + 1, dtype=jnp.float32) * f, prefix(w) * f)
 
 
-def _between(group: _Group, edges: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mass and weighted sum of the sorted weights from each edge to the next."""
+def _between(group: _Group, cuts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mass and weighted sum of the sorted weights before, between and after the cuts."""
+    ends = jnp.array([0, group.values.size], cuts.dtype)
+    edges = jnp.concatenate([ends[:1], cuts, ends[1:]])
     return jnp.diff(group.mass[edges]), jnp.diff(group.first[edges])
 
 
-def _signs(pattern: jax.Array, bits: int) -> jax.Array:
-    """`[bits, ...]` of 0 and 1; the first plane is the top bit, so greedy intervals come out in the order of patterns."""
+def _planes(pattern: jax.Array, bits: int) -> jax.Array:
+    """`[bits, ...]` of 0 and 1. The first plane is the top bit, so greedy patterns ascend with the weight."""
     return jnp.stack([(pattern >> (bits - 1 - p)) & 1 for p in range(bits)])
 
 
-def _greedy(group: _Group, bits: int, offset: bool) -> _Fit:
-    """Each plane takes the sign of what is left and the mean of its magnitude: every interval is cut at its level."""
-    size = group.values.size
-    levels, edges = jnp.zeros(1, jnp.float32), jnp.array([0, size], jnp.int32)
-    alphas = []
-    for plane in range(bits):
-        # Strictly smaller goes left, so the sign of 0 is +1.
-        cuts = jnp.searchsorted(group.values, levels).astype(jnp.int32)
-        cuts = jnp.clip(cuts, edges[:-1], edges[1:])
-        edges = jnp.concatenate([edges[:1], jnp.stack([cuts, edges[1:]], axis=1).ravel()])
-        mass, first = _between(group, edges)
-        sides = jnp.array([-1.0, 1.0] * 2**plane, jnp.float32)
-        levels = jnp.repeat(levels, 2)
-        alphas.append(jnp.maximum((sides * (first - levels * mass)).sum(), 0.0))
-        levels = levels + alphas[-1] * sides
-    theta = jnp.stack(alphas + [jnp.zeros((), jnp.float32)] * offset)
-    return _Fit(theta, mass, first, jnp.arange(2**bits, dtype=jnp.int32))
+def _signs(pattern: jax.Array, bits: int) -> jax.Array:
+    return (2 * _planes(pattern, bits) - 1).astype(jnp.float32)
+
+
+def _greedy(w: jax.Array, f: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """Each plane takes the sign of what is left and the mean of its magnitude: alphas, and every weight's pattern."""
+    alphas, pattern = [], jnp.zeros(w.shape, jnp.int32)
+    for _ in range(bits):
+        up = w >= 0  # not `sign`: 0 is +1
+        alphas.append((jnp.abs(w) * f).sum())
+        pattern = 2 * pattern + up.astype(jnp.int32)
+        w = w - jnp.where(up, alphas[-1], -alphas[-1])
+    return jnp.stack(alphas), pattern
 
 
 def _least_squares(fit: _Fit, bits: int) -> jax.Array:
@@ -190,7 +206,7 @@ def _least_squares(fit: _Fit, bits: int) -> jax.Array:
 
     The ridge penalises the *change* of theta, so it biases nothing and the error cannot rise even if planes are equal.
     """
-    signs = (2 * _signs(fit.pattern, bits) - 1).astype(jnp.float32)
+    signs = _signs(fit.pattern, bits)
     if fit.theta.size > bits:
         signs = jnp.concatenate([signs, jnp.ones((1, fit.mass.size), jnp.float32)])
     normal = jnp.matmul(signs * fit.mass[None], signs.T, precision=lax.Precision.HIGHEST)
@@ -208,8 +224,8 @@ def _least_squares(fit: _Fit, bits: int) -> jax.Array:
 def _levels(theta: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     """The `2^bits` levels of `theta` in ascending order, and the sign pattern of each."""
     pattern = jnp.arange(2**bits, dtype=jnp.int32)
-    signs = (2 * _signs(pattern, bits) - 1).astype(jnp.float32)
-    levels, pattern = lax.sort(((signs * theta[:bits, None]).sum(axis=0), pattern), num_keys=1)
+    levels = (_signs(pattern, bits) * theta[:bits, None]).sum(axis=0)
+    levels, pattern = lax.sort((levels, pattern), num_keys=1)
     return (levels + theta[bits] if theta.size > bits else levels), pattern
 
 
@@ -217,33 +233,22 @@ def _assign(group: _Group, theta: jax.Array, bits: int) -> tuple[_Fit, jax.Array
     """Sends every weight to its nearest level; also the squared error, less the constant `sum f w^2`."""
     theta = jnp.concatenate([-jnp.sort(-jnp.abs(theta[:bits])), theta[bits:]])
     levels, pattern = _levels(theta, bits)
-    cuts = jnp.searchsorted(group.values, (levels[1:] + levels[:-1]) / 2).astype(jnp.int32)
-    ends = jnp.array([0, group.values.size], jnp.int32)
-    mass, first = _between(group, jnp.concatenate([ends[:1], cuts, ends[1:]]))
+    mass, first = _between(group, jnp.searchsorted(group.values, (levels[1:] + levels[:-1]) / 2))
     return _Fit(theta, mass, first, pattern), (levels * (levels * mass - 2 * first)).sum()
 
 
-def _alternate(group: _Group, start: _Fit, bits: int, rounds: int) -> jax.Array:
-    fit, error = _assign(group, start.theta, bits)
+def _alternate(group: _Group, bits: int, rounds: int, offset: bool) -> jax.Array:
+    alphas, ascending = _greedy(group.values, group.f, bits)
+    theta = jnp.concatenate([alphas, jnp.zeros(int(offset), jnp.float32)])
+    every = jnp.arange(2**bits, dtype=jnp.int32)
+    # The first least squares takes the signs of the greedy start, which need not be those of the nearest levels.
+    start = _Fit(theta, *_between(group, jnp.searchsorted(ascending, every[1:])), every)
+    fit, error = _assign(group, theta, bits)
 
     def step(_: jax.Array, state: tuple[_Fit, jax.Array, jax.Array]) -> tuple[_Fit, jax.Array, jax.Array]:
         fit, best, lowest = state
         fit, error = _assign(group, _least_squares(fit, bits), bits)
         return fit, jnp.where(error < lowest, fit.theta, best), jnp.minimum(error, lowest)
 
-    # The first least squares takes the signs of the greedy start, which need not be those of the nearest levels.
-    return lax.fori_loop(0, rounds, step, (start, fit.theta, error))[1]
-
-
-def _greedy_planes(w: jax.Array, alphas: jax.Array) -> jax.Array:
-    planes = []
-    for alpha in alphas:
-        planes.append(w >= 0)
-        w = w - jnp.where(planes[-1], alpha, -alpha)
-    return jnp.stack(planes).astype(jnp.uint8)
-
-
-def _nearest_planes(w: jax.Array, theta: jax.Array, bits: int) -> jax.Array:
-    levels, pattern = _levels(theta, bits)
-    index = jnp.searchsorted((levels[1:] + levels[:-1]) / 2, w, side="right")
-    return _signs(pattern[index], bits).astype(jnp.uint8)
+    best: jax.Array = lax.fori_loop(0, rounds, step, (start, fit.theta, error))[1]
+    return best

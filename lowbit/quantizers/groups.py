@@ -39,8 +39,8 @@ def check_rows(values: jax.Array, bits: int, weights: jax.Array | None) -> None:
     """Raises unless `values [R, g]` is floating, `bits` is 1 to 8 and `weights` is None or `[P, g]`, P dividing R."""
     if not 1 <= bits <= 8:
         raise ValueError(f"bits must be from 1 to 8, got {bits}")
-    if values.ndim != 2 or values.shape[1] == 0:
-        raise ValueError(f"values must be [R, g] with g of at least 1, got shape {values.shape}; reshape to one group a row")
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"values must be [R, g], one group a row and at least one weight, got shape {values.shape}")
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise TypeError(f"values must be floating point, got {values.dtype}; cast them to float32 first")
     if weights is None:

@@ -107,7 +107,7 @@ def quantize_array(
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> lb.quantize_array(jnp.ones((256, 4)), lb.bcq(3, group=128))
-    QuantArray(f32[k=256 n=4] as bcq(bits=3, group=128, offset=False, scale_dtype=float16), 3.38 bits/weight)
+    QuantArray(f32[k=256 n=4] as bcq(bits=3, group=128), 3.75 bits/weight)
     """
     w = jnp.asarray(w)
     _check_weight(w, name)

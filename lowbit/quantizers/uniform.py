@@ -4,7 +4,7 @@ With `lo = min(w, 0)` and `hi = max(w, 0)` over a group,
 
     s = (hi - lo) / (2^q - 1),   z = round(-lo / s),   Q = clip(round(w / s) + z, 0, 2^q - 1).
 
-Writing `Q = sum_p 2^p bit_p` and `bit_p = (b_p + 1) / 2` gives `alpha_p = s 2^p / 2` and `beta = s ((2^q - 1) / 2 - z)`.
+With `Q = sum_p 2^p bit_p` and `bit_p = (b_p + 1) / 2` this is `alpha_p = s 2^p / 2` and `beta = s ((2^q - 1) / 2 - z)`.
 """
 
 from functools import partial
@@ -75,8 +75,9 @@ def to_binary(code: UniformCode, bits: int) -> BinaryCode:
     """Rewrites `code`, made with the same `bits`, as binary coding with an offset.
 
     Plane p is bit p of the codes, so `alpha` *ascends*, unlike a solved code's. The identity is exact over the reals.
-    In float32 `alpha` is exact too, `beta` is rounded once, and the decoded weights agree to a few units in the last place of the
-    largest level; they agree bit for bit if `scale` has at most 15 significant bits, as every float16 or bfloat16 has.
+    In float32 `alpha` is exact too, `beta` is rounded once, and the decoded weights agree to a few units in the last
+    place of the largest level; they agree bit for bit if `scale` has at most 15 significant bits, as every float16 or
+    bfloat16 has.
 
     >>> from lowbit.quantizers import binary
     >>> code = rtn(jnp.array([[-1.0, 0.0, 0.5, 2.0]]), 2)

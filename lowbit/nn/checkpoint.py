@@ -1,0 +1,114 @@
+"""`lb.save` and `lb.load`: a model as one checked safetensors file."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any, TypeVar, overload
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lowbit.array import QuantArray
+from lowbit.io import CheckpointError, read, write
+from lowbit.nn.kernel import kernels
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def save(model: nnx.Module, path: str | PathLike[str]) -> None:
+    """Write every Variable of a model to one safetensors file, quantized weights with the text of their decode.
+
+    The file appears whole or not at all: it is written aside, synced and renamed, so a killed save leaves the old one.
+
+    Raises ValueError for a model without Variables or with abstract ones, OSError when the path cannot be written.
+    """
+    quantized = kernels(model)
+    entries: dict[str, Any] = {name: k.array for name, k in quantized.items()}
+    fields = {f"{name}/{field}" for name, k in quantized.items() for field in k.type.fields}
+    for name, variable in _variables(nnx.state(model)).items():
+        if name not in fields:
+            entries[name] = _plain(name, variable.get_value())
+    if not entries:
+        raise ValueError(f"{type(model).__name__} holds no Variables: there is nothing to save")
+    write(path, entries)
+
+
+@overload
+def load(path: str | PathLike[str], into: M) -> M: ...
+@overload
+def load(path: str | PathLike[str], into: None = None) -> dict[str, Any]: ...
+def load(path: str | PathLike[str], into: nnx.Module | None = None) -> Any:
+    """Read what `lb.save` wrote.
+
+    Args:
+      path: the file.
+      into: a model of the same structure, usually abstract, so that nothing is allocated twice:
+        `nnx.eval_shape(lambda: lb.quantize(Model(rngs=nnx.Rngs(0)), rules))`. It is left as it is.
+
+    Returns a model like `into` with the stored arrays, or without `into` a dict from names to arrays and QuantArrays.
+
+    Raises CheckpointError for a file that is damaged, of a newer version, or that does not fit `into`: the message
+    names the file, the layer, and what both sides hold.
+    """
+    entries = read(path)
+    if into is None:
+        return entries
+    graph, state = nnx.split(into)
+    values = _match(path, entries, into, _variables(state))
+    filled = {name: _restore(variable, values[name]) for name, variable in _variables(state).items()}
+    flat = [(p, filled["/".join(map(str, p))]) for p, _ in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _variables(state: Any) -> dict[str, Any]:
+    return {"/".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise ValueError(f"{name!r} is abstract ({value.dtype}{list(value.shape)}): only a model with arrays can be saved")
+    is_key = isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(value) if is_key else value
+
+
+def _match(path: Any, entries: dict[str, Any], into: nnx.Module, variables: dict[str, Any]) -> dict[str, Any]:
+    """Array by Variable name, after checking that file and model hold the same things."""
+    values: dict[str, Any] = {}
+    for name, kernel in kernels(into).items():
+        stored = entries.get(name)
+        if isinstance(stored, QuantArray):
+            if stored.type != kernel.type:
+                raise CheckpointError(f"{path}: {name!r} is {stored.type}, but the model has {kernel.type}")
+            values |= {f"{name}/{field}": value for field, value in stored.fields.items()}
+        elif stored is not None:
+            raise CheckpointError(f"{path}: {name!r} is stored dense, but the model has it as {kernel.type}")
+    for name, stored in entries.items():
+        if isinstance(stored, QuantArray):
+            if f"{name}/{next(iter(stored.fields))}" not in values:
+                raise CheckpointError(f"{path}: {name!r} is stored as {stored.type}, but the model has no such quantized weight")
+        else:
+            values[name] = stored
+    missing, extra = variables.keys() - values.keys(), values.keys() - variables.keys()
+    if missing or extra:
+        raise CheckpointError(
+            f"{path} does not fit {type(into).__name__}: the file lacks {_some(missing)}; the model lacks {_some(extra)}"
+        )
+    return values
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(map(repr, shown[:3])) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "") if shown else "nothing"
+
+
+def _restore(variable: Any, value: Any) -> Any:
+    want = variable.get_value()
+    if jax.dtypes.issubdtype(want.dtype, jax.dtypes.prng_key):
+        value = jax.random.wrap_key_data(np.asarray(value), impl=jax.random.key_impl(want))
+    if value.shape != want.shape or value.dtype != want.dtype:
+        raise CheckpointError(
+            f"a stored array is {value.dtype}{list(value.shape)}, but the model's {type(variable).__name__} is "
+            f"{want.dtype}{list(want.shape)}"
+        )
+    return variable.replace(jax.numpy.asarray(value))

@@ -1,0 +1,88 @@
+"""The quantized weight of a layer: a small module whose Variables are the stored arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lowbit.array import QuantArray, QuantType, dequantize
+
+
+class Code(nnx.Variable[jax.Array]):
+    """Integer codes: never differentiated, never trained."""
+
+
+class Scale(nnx.Param[jax.Array]):
+    """Scale factors and offsets: `nnx.Optimizer(model, tx, wrt=lb.Scale)` trains these and nothing else."""
+
+
+class Codebook(nnx.Param[jax.Array]):
+    """Tables that codes select from."""
+
+
+class Frozen(nnx.Variable[jax.Array]):
+    """Floats of a quantized weight that are not being trained."""
+
+
+class Stats(nnx.Variable[jax.Array]):
+    """float32 [2]: the squared error of quantization and the squared norm of the weight, summed when it was made."""
+
+
+VARIABLES: Mapping[str, type[nnx.Variable[Any]]] = {
+    "code": Code,
+    "scale": Scale,
+    "codebook": Codebook,
+    "frozen": Frozen,
+}
+"""The Variable class of each role a stored array can have."""
+
+
+class Kernel(nnx.Module):
+    """A quantized weight in place of an `nnx.Param`.
+
+    Each field of the array is an attribute of its own, in a Variable of its role's class, so that `nnx.grad` and
+    filters tell scales from codes. `type` is static. `.array` is the QuantArray, `.shape` and `.dtype` are those of
+    the dense weight it stands for.
+    """
+
+    def __init__(self, array: QuantArray, stats: jax.Array, frozen: frozenset[str] = frozenset()) -> None:
+        self.type = array.type
+        for name, value in array.fields.items():
+            role = "frozen" if name in frozen else array.type.role(name)
+            setattr(self, name, VARIABLES[role](value))
+        self.stats = Stats(stats)
+
+    @property
+    def array(self) -> QuantArray:
+        return QuantArray({name: getattr(self, name).get_value() for name in self.type.fields}, self.type)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.type.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    @property
+    def value(self) -> NoReturn:
+        raise AttributeError(
+            f"this kernel is quantized ({self.type.format}) and holds no dense array: use lb.dequantize(kernel.array) for "
+            f"the {self.type.dtype}{list(self.shape)} weight, or kernel.{next(iter(self.type.fields))}[...] for a field"
+        )
+
+
+def error_stats(w: jax.Array, array: QuantArray) -> jax.Array:
+    """(sum (w - decoded)^2, sum w^2) in float32."""
+    dense = w.astype(jnp.float32)
+    difference = dense - dequantize(array).astype(jnp.float32)
+    return jnp.stack([jnp.sum(difference**2), jnp.sum(dense**2)])
+
+
+def kernels(model: Any) -> dict[str, Kernel]:
+    """The quantized weights of a model by path, each once."""
+    return {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, Kernel)}

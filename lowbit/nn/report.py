@@ -1,0 +1,138 @@
+"""`lb.report`: what a model stores, layer by layer, and `lb.explain`: how a layer's product runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import inf, log10, prod
+from typing import Any
+
+import jax
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from lowbit.array import QuantArray
+from lowbit.nn.kernel import Kernel, Stats, kernels
+from lowbit.nn.layers import Embed, Linear
+from lowbit.nn.quantize import WEIGHT, layers
+from lowbit.ops import plan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight matrix.
+
+    Attributes:
+      layer: path of the layer.
+      format: the format, or "dense float32".
+      weights: entries of the dense matrix.
+      bits_per_weight: everything stored for it (codes, scales, padding) over `weights`.
+      bytes: of everything stored for it.
+      relative_error: Frobenius norm of the error over that of the weight, when it was quantized; None if dense.
+      sqnr_db: the same as a signal-to-noise ratio in dB.
+    """
+
+    layer: str
+    format: str
+    weights: int
+    bits_per_weight: float
+    bytes: int
+    relative_error: float | None = None
+    sqnr_db: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows for the weight matrices; `other_bytes` counts every other parameter (biases, norms). `str()` is a table."""
+
+    rows: tuple[Row, ...]
+    other_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(r.bytes for r in self.rows) + self.other_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the weight matrices, quantized or not."""
+        return 8 * sum(r.bytes for r in self.rows) / max(1, sum(r.weights for r in self.rows))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "layers": [asdict(r) for r in self.rows],
+            "other_bytes": self.other_bytes,
+            "bytes": self.bytes,
+            "bits_per_weight": self.bits_per_weight,
+        }
+
+    def __str__(self) -> str:
+        table = Table("layer", "format", "weights", "bits/weight", "bytes", "rel. error", "SQNR dB")
+        for column in table.columns[2:]:
+            column.justify = "right"
+        for r in self.rows:
+            error = "" if r.relative_error is None else f"{r.relative_error:.4f}"
+            sqnr = "" if r.sqnr_db is None else f"{r.sqnr_db:.1f}"
+            table.add_row(r.layer, r.format, f"{r.weights:,}", f"{r.bits_per_weight:.3f}", f"{r.bytes:,}", error, sqnr)
+        table.add_section()
+        total = sum(r.weights for r in self.rows)
+        table.add_row("all of these", "", f"{total:,}", f"{self.bits_per_weight:.3f}", f"{self.bytes - self.other_bytes:,}")
+        table.add_row("other parameters", "", "", "", f"{self.other_bytes:,}")
+        console = Console(width=140, color_system=None)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get()
+
+
+def report(model: nnx.Module) -> Report:
+    """What a model stores: a row for each quantized weight, and for each dense one that could have been.
+
+    Bits are counted from the stored types, so sub-byte codes, scales and padding are all in. Errors are those measured
+    when `lb.quantize` ran; training the scales afterwards does not change them.
+
+    >>> from flax import nnx
+    >>> import lowbit as lb
+    >>> small = lb.quantize(nnx.Linear(256, 64, rngs=nnx.Rngs(0)), lb.bcq(3, group=128, scale_dtype="float16"))
+    >>> lb.report(small).rows[0].bits_per_weight
+    3.375
+    """
+    rows = [_quantized_row(path.rpartition("/")[0], k) for path, k in kernels(model).items()]
+    rows += [_dense_row(path, layer) for path, layer in layers(model).items()]
+    everything = sum(_nbytes(v) for v in jax.tree.leaves(nnx.state(model, nnx.Not(Stats))))
+    return Report(tuple(rows), everything - sum(r.bytes for r in rows))
+
+
+def _quantized_row(layer: str, kernel: Kernel) -> Row:
+    t = kernel.type
+    stats = kernel.stats.get_value()
+    relative = sqnr = None
+    if not isinstance(stats, jax.ShapeDtypeStruct | jax.core.Tracer):
+        error, norm = (float(v) for v in stats)
+        ratio = error / norm if norm else 0.0
+        relative, sqnr = ratio**0.5, (-10 * log10(ratio) if ratio else inf)
+    return Row(layer, str(t.format), prod(t.shape), t.bits_per_weight, t.bits // 8, relative, sqnr)
+
+
+def _dense_row(layer: str, module: Any) -> Row:
+    weight = getattr(module, WEIGHT[type(module)][0]).get_value()
+    bits = weight.dtype.itemsize * 8
+    return Row(layer, f"dense {weight.dtype}", prod(weight.shape), float(bits), _nbytes(weight))
+
+
+def _nbytes(a: Any) -> int:
+    return prod(a.shape) * a.dtype.itemsize if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else 0
+
+
+def explain(layer: Any, batch: int = 1, platform: str | None = None) -> str:
+    """Every way to run a quantized layer's product at a batch size, cheapest first: a table of predicted costs.
+
+    Args:
+      layer: an `lb.nn.Linear`, `lb.nn.Embed` (its `attend`), their kernel, or a QuantArray.
+      batch: rows of activations.
+      platform: "cpu", "gpu" or "tpu"; the default backend's if None.
+    """
+    weight = {Linear: "kernel", Embed: "embedding"}.get(type(layer))
+    held = getattr(layer, weight) if weight else layer
+    array = held.array if isinstance(held, Kernel) else held
+    if not isinstance(array, QuantArray):
+        raise TypeError(f"{type(layer).__name__} is not a quantized layer or array: nothing to explain")
+    return str(plan((batch, dict(array.type.dims)["k"]), array.type, platform))

@@ -1,0 +1,78 @@
+"""Which layer gets which format: ordered rules over layer paths, the first match wins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+
+from lowbit.formats import Format
+from lowbit.quantizers import Quantizer
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Layers whose path matches get `format`, or stay dense when it is None.
+
+    Attributes:
+      path: a pattern over paths such as "layers/0/mlp/up": `*` and `?` match within a part, `**` any number of parts.
+      format: such as `lb.bcq(3, group=128)`; None leaves the layer dense.
+      quantizer: how codes and scales are found; the format's default when None.
+    """
+
+    path: str
+    format: Format | None
+    quantizer: Quantizer | None = None
+
+    def matches(self, path: str) -> bool:
+        return _pattern(self.path).fullmatch(path) is not None
+
+
+Rules = Format | Mapping[str, Format | None] | Iterable[Rule]
+
+
+@lru_cache(maxsize=1024)
+def _pattern(glob: str) -> re.Pattern[str]:
+    out = re.escape(glob)
+    for token, regex in ((r"\*\*/", "(?:.*/)?"), (r"/\*\*", "(?:/.*)?"), (r"\*\*", ".*"), (r"\*", "[^/]*"), (r"\?", "[^/]")):
+        out = out.replace(token, regex.replace("*", "\0"))
+    return re.compile(out.replace("\0", "*"))
+
+
+def as_rules(rules: Rules) -> tuple[Rule, ...]:
+    """Rules from a format for every layer, a dict of path to format, or Rules. Raises TypeError for anything else."""
+    if isinstance(rules, Format):
+        return (Rule("**", rules),)
+    given = [Rule(path, fmt) for path, fmt in rules.items()] if isinstance(rules, Mapping) else list(rules)
+    for rule in given:
+        if not isinstance(rule, Rule) or not isinstance(rule.format, Format | None):
+            raise TypeError(f"{rule!r} is not a rule: give lb.Rule(path, format), or a dict of path to format or None")
+    if not given:
+        raise ValueError("no rules were given: nothing would be quantized")
+    return tuple(given)
+
+
+def assign(rules: tuple[Rule, ...], paths: list[str]) -> dict[str, Rule]:
+    """The rule of each path that one matches.
+
+    Raises ValueError for a rule that is never used: it matches no path, or an earlier rule takes every one it matches.
+    """
+    out: dict[str, Rule] = {}
+    for path in paths:
+        first = next((r for r in rules if r.matches(path)), None)
+        if first is not None:
+            out[path] = first
+    for rule in rules:
+        if rule not in out.values():
+            raise ValueError(_unused(rule, out, paths))
+    return out
+
+
+def _unused(rule: Rule, taken: dict[str, Rule], paths: list[str]) -> str:
+    matched = [p for p in paths if rule.matches(p)]
+    if matched:
+        return f"rule {rule.path!r} is never used: {taken[matched[0]].path!r} comes first and takes {', '.join(matched[:3])}"
+    close = get_close_matches(rule.path, paths, n=3, cutoff=0.3) or paths[:3]
+    return f"rule {rule.path!r} matches none of the {len(paths)} layers that can be quantized, such as {', '.join(close)}"

@@ -1,0 +1,137 @@
+"""Fine-tuning what is continuous in a quantized model. Codes are frozen; a handful of scale factors adapts it to a task.
+
+AlphaTuning (Kwon et al., EMNLP Findings 2022): quantize once with binary-coding planes, then train only the scales of
+the first plane, with gradients divided by the group size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Generic, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from lowbit.array import QuantArray, QuantType
+from lowbit.formats.planes import group_size
+from lowbit.ir.dtypes import numpy_dtype
+from lowbit.nn.kernel import Kernel, Scale, kernels
+
+M = TypeVar("M", bound=nnx.Module)
+ALPHA, BETA = "alpha", "beta"
+
+
+@dataclass(frozen=True)
+class AlphaTuning(Generic[M]):
+    """A model prepared for tuning, and what trains in it.
+
+    Attributes:
+      model: a copy whose trained scales are `lb.Scale` Variables in float32, and nothing else is.
+      trainable: how many numbers train.
+      scaling: the gradient transformation of the method, which divides each gradient by its layer's group size.
+    """
+
+    model: M
+    trainable: int
+    scaling: optax.GradientTransformation
+
+    def optimizer(self, tx: optax.GradientTransformation) -> nnx.Optimizer[M]:
+        """An optimizer over the trained scales only: its state holds nothing for any other parameter."""
+        return nnx.Optimizer(self.model, optax.chain(self.scaling, tx), wrt=Scale)
+
+
+def alpha_tuning(model: M, which: Literal["first", "all"] = "first", offsets: bool = False) -> AlphaTuning[M]:
+    """Prepare a model whose layers hold binary-coding planes for fine-tuning through its scale factors.
+
+    Args:
+      model: left as it is.
+      which: train the scales of the first plane, the largest, as in the paper; or those of all planes.
+      offsets: train the offsets (beta) too, where the format has them.
+
+    Scales that do not train, and every other parameter, are frozen: take gradients with `wrt=lb.Scale`.
+
+    Raises ValueError for a model without binary-coding planes, or for another `which`.
+
+    >>> from flax import nnx
+    >>> import lowbit as lb, optax
+    >>> small = lb.quantize(nnx.Linear(256, 64, rngs=nnx.Rngs(0)), lb.bcq(3))
+    >>> tuning = lb.tune.alpha_tuning(small)
+    >>> tuning.trainable  # one scale an output, row-wise
+    64
+    >>> optimizer = tuning.optimizer(optax.adamw(1e-3))
+    """
+    if which not in ("first", "all"):
+        raise ValueError(f"which must be 'first' or 'all', not {which!r}")
+    trained: set[str] = set()
+
+    def prepare(path: tuple[Any, ...], node: Any) -> Any:
+        if not isinstance(node, Kernel):
+            return node
+        new, names = _prepare(node, which, offsets)
+        trained.update("/".join(map(str, (*path, name))) for name in names)
+        return new
+
+    tuned: M = nnx.recursive_map(prepare, nnx.merge(*nnx.split(model)))
+    if not trained:
+        raise ValueError(f"{type(model).__name__} has no layer with a field {ALPHA!r}: quantize it with lb.bcq(...) first")
+    count = sum(prod(v.shape) for v in jax.tree.leaves(nnx.state(tuned, Scale)))
+    return AlphaTuning(tuned, count, _divide_by_group(tuned))
+
+
+def fold(model: M) -> M:
+    """The tuned model in its canonical form: split scales joined again, in the scale dtype of their format."""
+
+    def join(_: tuple[Any, ...], node: Any) -> Any:
+        if not isinstance(node, Kernel) or not node.type.splits:
+            return node
+        fields = dict(node.array.fields)
+        canonical = replace(node.type, splits=())
+        for field, dim, _at in node.type.splits:
+            leaf = canonical.fields[field]
+            parts = [fields.pop(n).astype(jnp.float32) for n in (f"{field}_first", f"{field}_rest") if n in fields]
+            fields[field] = jnp.concatenate(parts, list(leaf.dims).index(dim)).astype(numpy_dtype(leaf.dtype))
+        return Kernel(QuantArray.of(fields, canonical), node.stats.get_value())
+
+    out: M = nnx.recursive_map(join, nnx.merge(*nnx.split(model)))
+    return out
+
+
+def _prepare(kernel: Kernel, which: str, offsets: bool) -> tuple[Kernel, list[str]]:
+    """The kernel with what trains split off in float32, and the names of the fields that train."""
+    t, fields = kernel.type, dict(kernel.array.fields)
+    splits = []
+    if ALPHA in fields:
+        dims = t.fields[ALPHA].dims
+        splits.append((ALPHA, "p", 1 if which == "first" else dims["p"]))
+    if offsets and BETA in fields:
+        splits.append((BETA, "n", t.fields[BETA].dims["n"]))
+    new = replace(t, splits=tuple(splits))
+    for field, dim, at in splits:
+        axis, whole = list(t.fields[field].dims).index(dim), fields.pop(field)
+        first, rest = jnp.split(whole, [at], axis)
+        fields[f"{field}_first"] = first.astype(jnp.float32)
+        if rest.size:
+            fields[f"{field}_rest"] = rest
+    names = [f"{field}_first" for field, _, _ in splits]
+    frozen = frozenset(n for n in fields if new.role(n) in ("scale", "codebook") and n not in names)
+    return Kernel(QuantArray.of(fields, new), kernel.stats.get_value(), frozen), names
+
+
+def _divide_by_group(model: nnx.Module) -> optax.GradientTransformation:
+    """dL/dalpha over the group size, the paper's stabiliser; nearly cancelled by Adam, not by SGD."""
+    groups = {path: _group(k.type) for path, k in kernels(model).items() if k.type.splits}
+
+    def one(path: tuple[Any, ...], gradient: jax.Array) -> jax.Array:
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        field = next(i for i, name in enumerate(names) if name.endswith("_first"))
+        return gradient / groups["/".join(names[:field])]
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(one, updates))
+
+
+def _group(t: QuantType) -> int:
+    """Inputs that share one scale."""
+    return group_size(dict(t.dims)["k"], t.format["group"])
