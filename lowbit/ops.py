@@ -22,9 +22,9 @@ from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.lower_xla import align, emit
 
 MACHINES = {
-    "cpu": Machine("cpu", byte=0.05, fma=0.03, lookup=0.6, field=0.4),
-    "gpu": Machine("gpu", byte=0.0004, fma=0.00005, lookup=0.002, field=0.0005),
-    "tpu": Machine("tpu", byte=0.0006, fma=0.00005, lookup=0.05, field=0.001),
+    "cpu": Machine("cpu", 0.05, dot=0.011, pointwise=0.2, field=0.2, lookup=1.0, far_lookup=10, scatter=20, cache=1 << 20),
+    "gpu": Machine("gpu", 4e-4, dot=3e-6, pointwise=5e-5, field=5e-5, lookup=2e-3, far_lookup=2e-2, scatter=0.05, cache=1 << 15),
+    "tpu": Machine("tpu", 6e-4, dot=5e-6, pointwise=2e-4, field=2e-4, lookup=0.5, far_lookup=5, scatter=5, cache=1 << 15),
 }
 """Coarse costs by platform; on a CPU fitted to `benchmarks/` on 2 cores, elsewhere from data sheets."""
 

@@ -30,7 +30,7 @@ from lowbit.ir.expr import (
     Split,
     Unpack,
 )
-from lowbit.ir.order import contraction_order
+from lowbit.ir.order import contraction_order, slot_dims
 from lowbit.ir.walk import topo
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Cost:
     Attributes:
       read: bytes of the leaves, by element type.
       fma: multiply-adds, additions included.
-      lookups: elements gathered or bucketed.
+      dot: those of them inside matrix products, which hardware runs far faster than the rest.
+      lookups: elements gathered.
+      scattered: elements added into buckets.
       fields: elements made by Unpack, Bitcast and Cast.
       table: bytes of the largest gathered table that is computed, not stored.
       largest: bytes of the largest intermediate array, were it written out.
@@ -48,7 +50,9 @@ class Cost:
 
     read: dict[DType, int] = field(default_factory=dict)
     fma: int = 0
+    dot: int = 0
     lookups: int = 0
+    scattered: int = 0
     fields: int = 0
     table: int = 0
     largest: int = 0
@@ -60,7 +64,7 @@ class Cost:
 
 def cost(root: Expr) -> Cost:
     read: dict[DType, int] = {}
-    fma = lookups = fields = table = largest = 0
+    fma = dot = lookups = scattered = fields = table = largest = 0
     for e in topo(root):
         n = prod(e.dims.values())
         match e:
@@ -75,20 +79,28 @@ def cost(root: Expr) -> Cost:
                 stored = isinstance(e.table, Param | Const)
                 table = max(table, 0 if stored else nbytes(e.table))
             case Bucket():
-                lookups += prod(union("bucket", e.x.dims, e.index.dims).values())
+                scattered += prod(union("bucket", e.x.dims, e.index.dims).values())
             case Add():
                 fma += n
             case Contract():
-                fma += sum(step.fma for step in contraction_order(e))
+                every, products = contraction_fma(e)
+                fma, dot = fma + every, dot + products
             case Call(name, operands):
                 fma += call_spec(name).operations(*(o.type for o in operands))
             case _:
                 assert_never(e)
         if not isinstance(e, Param | Const):
             largest = max(largest, nbytes(e))
-    return Cost(read, fma, lookups, fields, table, largest)
+    return Cost(read, fma, dot, lookups, scattered, fields, table, largest)
 
 
 def nbytes(e: Expr) -> int:
     """Bytes of the array, were it written out."""
     return prod(e.dims.values()) * bits(e.dtype) // 8
+
+
+def contraction_fma(e: Contract) -> tuple[int, int]:
+    """Multiply-adds of a contraction, and those of them that are inside matrix products."""
+    dims, steps = slot_dims(e), contraction_order(e)
+    dots = (step.fma for step in steps if step.is_dot([dims[s] for s in step.slots]))
+    return sum(step.fma for step in steps), sum(dots)

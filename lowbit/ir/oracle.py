@@ -43,14 +43,14 @@ def evaluate(root: Expr, env: Mapping[str, Any]) -> Array:
     """
     val: dict[Expr, Array] = {}
     for e in topo(root):
-        v = _wide(_value(e, env, val))
+        v = _wide(_value(e, env, val), e.dtype)
         assert v.shape == tuple(e.dims.values()), (e, v.shape)
         val[e] = v
     return val[root]
 
 
-def _wide(v: Array) -> Array:
-    return v.astype(np.int64 if v.dtype.kind in "iub" else np.float64)
+def _wide(v: Array, d: DType) -> Array:
+    return v.astype(np.float64 if is_float(d) else np.int64)
 
 
 def align(a: Array, have: Dims, want: Dims) -> Array:
@@ -117,10 +117,10 @@ def _bitcast(e: Bitcast, v: Array) -> Array:
     v, to = _narrow(v, e.x.dtype), numpy_dtype(e.to)
     if bits(e.x.dtype) < bits(e.to):  # the element of index 0 along the dim is the least significant
         v = np.moveaxis(v, list(e.x.dims).index(str(e.dim)), -1)
-        return np.ascontiguousarray(v).view(to)[..., 0]
+        return v.copy().view(to)[..., 0]
     if bits(e.x.dtype) > bits(e.to):
-        return np.ascontiguousarray(v)[..., None].view(to)
-    return np.ascontiguousarray(v).view(to)
+        return v[..., None].copy().view(to)
+    return v.copy().view(to)
 
 
 def _gather(e: Gather, table: Array, index: Array, dim: str) -> Array:
@@ -143,5 +143,5 @@ def _contract(e: Contract, values: list[Array]) -> Array:
     full = union("contract", *(f.dims for f in e.factors))
     letter = {k: chr(97 + i) for i, k in enumerate(full)}
     terms = ",".join("".join(letter[k] for k in f.dims) for f in e.factors)
-    out = np.einsum(f"{terms}->{''.join(letter[k] for k in e.dims)}", *map(_wide, values), optimize=True)
+    out = np.einsum(f"{terms}->{''.join(letter[k] for k in e.dims)}", *(_wide(v, e.dtype) for v in values), optimize=True)
     return out & 1 if e.ring == "gf2" else out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -27,6 +28,18 @@ class Step:
     @property
     def fma(self) -> int:
         return prod(self.full.values())
+
+    def is_dot(self, operands: Sequence[Dims]) -> bool:
+        """Whether this is a matrix product: something is summed, and each operand has dims of its own."""
+        if len(operands) != 2 or self.full.keys() == self.out.keys():
+            return False
+        a, b = operands[0].keys(), operands[1].keys()
+        return bool(a - b) and bool(b - a)
+
+
+def slot_dims(e: Contract) -> list[Dims]:
+    """The dims of every slot: the factors, then the results of the steps."""
+    return [*(f.dims for f in e.factors), *(step.out for step in contraction_order(e))]
 
 
 @lru_cache(maxsize=4096)
@@ -90,7 +103,8 @@ class _Plan:
             steps.append(step)
             return 1 << tree, len(self.factors) + len(steps) - 1
         (a, slot_a), (b, slot_b) = self.emit(tree[0], steps), self.emit(tree[1], steps)
-        steps.append(Step((slot_a, slot_b), union("sum", self.out(a), self.out(b)), self.out(a | b)))
+        full, kept = union("sum", self.out(a), self.out(b)), self.out(a | b)
+        steps.append(Step((slot_a, slot_b), full, drop(full, full.keys() - kept.keys())))
         return a | b, len(self.factors) + len(steps) - 1
 
 

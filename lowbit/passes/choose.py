@@ -16,20 +16,37 @@ class Machine:
     """What one unit of each cost takes on a kind of device, in nanoseconds, and what does not fit.
 
     A coarse model: it has to rank forms whose costs differ several-fold, not to predict times.
+
+    Attributes:
+      byte: reading one stored byte.
+      dot: a multiply-add in a matrix product.
+      pointwise: a multiply-add anywhere else.
+      field: an element unpacked or converted.
+      lookup: an element gathered from a computed table of at most `cache` bytes, or from a stored one.
+      far_lookup: the same from a larger table.
+      scatter: an element added into a bucket.
+      cache: bytes.
+      largest: bytes an intermediate array may have at all.
     """
 
     name: str
     byte: float
-    fma: float
-    lookup: float
+    dot: float
+    pointwise: float
     field: float
+    lookup: float
+    far_lookup: float
+    scatter: float
+    cache: int
     largest: float = inf
 
     def nanoseconds(self, c: Cost) -> float:
         """Predicted time; infinite when an intermediate array is larger than the machine allows."""
         if c.largest > self.largest:
             return inf
-        return c.bytes * self.byte + c.fma * self.fma + c.lookups * self.lookup + c.fields * self.field
+        lookup = self.lookup if c.table <= self.cache else self.far_lookup
+        arithmetic = c.dot * self.dot + (c.fma - c.dot) * self.pointwise + c.fields * self.field
+        return c.bytes * self.byte + arithmetic + c.lookups * lookup + c.scattered * self.scatter
 
 
 @dataclass(frozen=True)

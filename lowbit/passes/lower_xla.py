@@ -7,6 +7,7 @@ node's dims, so a layout change appears as an XLA transpose only where the term 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from math import prod
 from typing import assert_never
 
@@ -38,6 +39,8 @@ from lowbit.ir.expr import (
 from lowbit.ir.order import Step, contraction_order
 from lowbit.ir.walk import topo
 
+UNROLL = 8
+"""Terms up to which a sum over one dim is written as additions: planes are few."""
 COMPARE = 16
 """Bucket counts up to which sums are made by comparing, in a fixed order; beyond, by scatter-add."""
 
@@ -168,16 +171,24 @@ def _contract(e: Contract, factors: list[jax.Array]) -> jax.Array:
 def _product(step: Step, operands: list[tuple[jax.Array, Dims]], acc: DType) -> jax.Array:
     """One or two operands multiplied and summed: a dot when each has dims of its own, else one fused loop."""
     dtype = numpy_dtype(acc)
-    gone = step.full.keys() - step.out.keys()
-    if len(operands) == 2 and gone and _is_dot(step, operands[0][1], operands[1][1]):
+    if step.is_dot([d for _, d in operands]):
         return _dot(step, operands, acc)
     factors = [align(a.astype(dtype), d, step.full) for a, d in operands]
-    value = factors[0] if len(factors) == 1 else factors[0] * factors[1]
-    return value.sum(axis=tuple(i for i, k in enumerate(step.full) if k in gone), dtype=dtype) if gone else value
+    gone = tuple(i for i, k in enumerate(step.full) if k not in step.out)
+    if len(gone) == 1 and list(step.full.values())[gone[0]] <= UNROLL:
+        return _unrolled(factors, gone[0], list(step.full.values())[gone[0]])
+    value = reduce(jnp.multiply, factors)
+    return value.sum(axis=gone, dtype=dtype) if gone else value
 
 
-def _is_dot(step: Step, a: Dims, b: Dims) -> bool:
-    return bool(a.keys() - b.keys()) and bool(b.keys() - a.keys())
+def _unrolled(factors: list[jax.Array], axis: int, size: int) -> jax.Array:
+    """A short sum as additions: XLA fuses them with what makes the terms, where a reduction would write them out."""
+
+    def term(i: int) -> jax.Array:
+        at = [jax.lax.index_in_dim(f, min(i, f.shape[axis] - 1), axis, keepdims=False) for f in factors]
+        return reduce(jnp.multiply, at)
+
+    return reduce(jnp.add, map(term, range(size)))
 
 
 def _dot(step: Step, operands: list[tuple[jax.Array, Dims]], acc: DType) -> jax.Array:
