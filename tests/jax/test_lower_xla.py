@@ -1,0 +1,211 @@
+"""`emit` under jit against the numpy oracle, on random terms and on every form of random products."""
+
+from collections import Counter
+from typing import get_args
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from lowbit.ir import (
+    Bitcast,
+    Bucket,
+    Call,
+    CallSpec,
+    Cast,
+    Contract,
+    Expr,
+    Gather,
+    Param,
+    Type,
+    const,
+    contract,
+    param,
+    register_call,
+    topo,
+)
+from lowbit.ir.dtypes import DTYPES, is_float, short
+from lowbit.passes import PIPELINES, run
+from lowbit.passes.lower_xla import COMPARE, UNROLL, emit
+from tests.terms import environment, matmuls, terms
+from tests.tolerance import assert_within, exact_and_bound
+
+Env = dict[str, np.ndarray]
+
+
+def lowered(e: Expr, env: Env) -> jax.Array:
+    return jax.jit(lambda env: emit(e, env))(env)
+
+
+def check(e: Expr, env: Env, source: Expr | None = None) -> bool:
+    """`emit(e)` is the exact value of `source` (`e` if None), up to the rounding of `e`, in its dtype; integers equal.
+
+    False, and nothing is checked, if the term overflows: a lowering may do so earlier or later than the oracle.
+    """
+    exact, bound = exact_and_bound(e, env)
+    if source is not None:
+        value, _ = exact_and_bound(source, env)
+        exact = value.transpose([list(source.dims).index(d) for d in e.dims])
+    if not (np.isfinite(exact).all() and np.isfinite(bound).all()):
+        return False
+    got = lowered(e, env)
+    assert short(got.dtype) == e.dtype
+    assert is_float(e.dtype) or not bound.any()
+    assert_within(got, exact, bound, e)
+    return True
+
+
+def values(e: Expr, seed: int = 0) -> Env:
+    """Random values of full precision, so that every sum rounds."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.standard_normal(a.shape).astype(a.dtype) if is_float(short(a.dtype)) else a
+        for name, a in environment(e, seed).items()
+    }
+
+
+# ---------------------------------------------------------------- random terms
+
+
+def test_random_terms():
+    seen: Counter[type] = Counter()
+
+    @given(terms(wide=False), st.integers(0, 9), st.booleans())
+    def property_(e: Expr, seed: int, exact: bool) -> None:
+        assume(check(e, environment(e, seed) if exact else values(e, seed)))
+        seen.update({type(n) for n in topo(e)})
+
+    property_()
+    assert set(seen) == set(get_args(Expr)), "some node was never lowered"
+
+
+def test_random_products_in_every_form():
+    """A pass keeps the value, and what it makes can be lowered: each pipeline, with full-precision values."""
+    changed: Counter[str] = Counter()
+
+    @given(matmuls(), st.sampled_from([*PIPELINES]), st.integers(0, 9))
+    def property_(e: Expr, name: str, seed: int) -> None:
+        form = run(e, PIPELINES[name])
+        changed[name] += form is not e
+        assume(check(form, values(e, seed), e))
+
+    property_()
+    assert changed["decode"] == 0 and all(changed[name] for name in PIPELINES if name != "decode")
+
+
+def test_float64_needs_x64():
+    e = (param("a", "f64", k=3) * param("b", "f64", k=3)).sum("k")
+    with pytest.raises(NotImplementedError, match=r"^f64\[k=3\]: float64 terms need jax_enable_x64"):
+        lowered(e, values(e))
+    with jax.enable_x64(True):
+        assert check(e, values(e))
+
+
+# ---------------------------------------------------------------- what random terms meet too rarely
+
+
+@pytest.mark.parametrize("size", [2, COMPARE, COMPARE + 1, 300])
+def test_buckets_by_comparing_and_by_scatter(size: int):
+    x = param("x", "f32", None, m=3, k=50)
+    index = param("i", "u16", (0, size - 1), k=50, n=4)
+    for over in (frozenset({"k"}), frozenset({"k", "m"}), frozenset()):
+        e = Bucket(x, index, "c", size, over)
+        assert check(e, values(e))
+
+
+@pytest.mark.parametrize("size", [1, UNROLL, UNROLL + 1, 2000])
+def test_sums_short_and_long(size: int):
+    a, b = param("a", "f32", None, m=2, k=size, p=2), param("b", "f16", None, k=size, p=2)
+    for e in (a.sum("k"), (a * b).sum("k"), (a * b).sum("k", "p"), (a * param("c", "bf16", None, n=3, k=size)).sum("k")):
+        assert check(e, values(e))
+
+
+def test_pointwise_product_in_a_cheaper_order_keeps_its_dims_apart():
+    """The scalar and b meet first, so the last product finds the dims as m, n: the result is still n, m."""
+    a, b, c = param("a", "f32", None, n=3, m=2), param("b", "f32", None, m=2), param("c", "f32")
+    for e in (contract((c, a, b), ()), contract((a, b, c), ()), contract((c, a, b, b), ()), contract((c, a, b, b), ("n",))):
+        assert check(e, values(e))
+
+
+def test_many_factors_are_taken_from_left_to_right():
+    factors = [param(f"a{i}", "f32", None, **{f"d{i}": 2, f"d{i + 1}": 2}) for i in range(9)]
+    e = contract(factors, [f"d{i}" for i in range(1, 9)])
+    assert check(e, values(e))
+
+
+def test_gather_with_batch_dims_and_columns():
+    table = param("t", "f32", None, v=3, n=2, c=5, g=4)
+    index = param("i", "u8", (0, 4), g=4, k=6, n=2)
+    e = Gather(table, index, "c")
+    assert check(e, values(e))
+
+
+def test_bitcasts_follow_byte_order():
+    """Index 0 is the least significant part, whatever the host's byte order."""
+    parts = param("b", "u8", None, j=2, n=3)
+    for e in (Bitcast(parts, "u16", "j"), Bitcast(Bitcast(parts, "u16", "j"), "u8", "i"), Bitcast(param("w", "u8"), "i8")):
+        assert check(e, environment(e, 1))
+    joined = lowered(Bitcast(parts, "u16", "j"), {"b": np.array([[1, 0, 255], [0, 1, 255]], np.uint8)})
+    assert joined.tolist() == [1, 256, 65535]
+
+
+@pytest.mark.parametrize("acc", ["f32", "i32"])
+def test_integer_factors(acc):
+    """Integers are exact in an integer accumulator, also where float32 would round: 2**24 + 1."""
+    a = param("a", "i32", (0, 2**25 if acc == "i32" else 2**24), k=3)
+    e = contract((a,), ("k",), acc=acc)
+    assert check(e, {"a": np.array([2**24, 1, 0], np.int32)})
+    if acc == "i32":
+        assert int(lowered(e, {"a": np.array([2**24, 1, 0], np.int32)})) == 2**24 + 1
+
+
+@pytest.mark.parametrize("to", [d for d in DTYPES if is_float(d) and d != "f64"])
+def test_casts_round_to_nearest_even(to):
+    """Against the oracle's rounding bit for bit: neither is computed from anything rounded."""
+    x = param("x", "f32", None, k=1000)
+    e = Cast(x, to, rounds=True) if to != "f32" else x
+    env = values(e)
+    exact, _ = exact_and_bound(e, env)
+    assert np.array_equal(np.asarray(lowered(e, env)).astype(np.float64), exact)
+
+
+# ---------------------------------------------------------------- errors
+
+X = param("x", "f32", None, m=2, k=3)
+
+
+def test_missing_leaf():
+    with pytest.raises(KeyError, match=r"no array for param 'x': f32\[m=2 k=3\]"):
+        emit(X * 2, {})
+
+
+@pytest.mark.parametrize(
+    ("array", "what"),
+    [
+        (np.zeros((3, 2), np.float32), r"float32\[3, 2\]"),
+        (np.zeros((2, 3), np.float16), r"float16\[2, 3\]"),
+        (np.zeros((2, 3), np.int32), r"int32\[2, 3\]"),
+        (np.zeros((), np.float32), r"float32\[\]"),
+    ],
+)
+def test_leaf_of_another_type(array, what):
+    with pytest.raises(ValueError, match=rf"^param 'x' is f32\[m=2 k=3\], but the array is {what}$"):
+        emit(X * 2, {"x": array})
+
+
+register_call(
+    "oracle_only", CallSpec(type=lambda t: Type(t.dims, t.dtype, t.bounds), oracle=lambda v: v, operations=lambda t: 0)
+)
+
+
+def test_opaque_step_without_a_jnp_reading():
+    with pytest.raises(NotImplementedError, match=r"^call 'oracle_only' has no jnp reading: register it with `xla=`"):
+        lowered(Call("oracle_only", (X,)), values(X))
+
+
+def test_constants_need_no_arrays():
+    e = contract((const([1.0, 2.0, 4.0], "f32", "k"), const([1, -1, 3], "i32", "k")), ("k",))
+    assert isinstance(e, Contract) and not any(isinstance(n, Param) for n in topo(e))
+    assert float(lowered(e, {})) == 1 - 2 + 12

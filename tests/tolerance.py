@@ -1,0 +1,147 @@
+"""How far a lowering may be from the exact value: bounds derived from the arithmetic, never fitted.
+
+u is the unit roundoff of a dtype, gamma(n) = n u / (1 - n u) bounds the relative error of n roundings in any order
+(Higham, Accuracy and Stability of Numerical Algorithms, 3.1). `exact_and_bound` carries an absolute bound through a
+term, node by node: the running error analysis of Higham 3.3, with every factor and summand at its worst.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lowbit.ir import (
+    Add,
+    Bitcast,
+    Bucket,
+    Call,
+    Cast,
+    Concat,
+    Const,
+    Contract,
+    DType,
+    Expr,
+    Gather,
+    Merge,
+    Pad,
+    Param,
+    Slice,
+    Split,
+    Unpack,
+    evaluate,
+    topo,
+)
+from lowbit.ir.call import call_spec
+from lowbit.ir.dtypes import is_float, numpy_dtype, short
+
+Array = np.ndarray[Any, Any]
+
+
+def unit(dtype: Any) -> float:
+    """The largest relative error of rounding to nearest."""
+    return float(ml_dtypes.finfo(numpy_dtype(short(dtype))).eps) / 2
+
+
+def tiny(dtype: Any) -> float:
+    """The largest absolute error of rounding where results underflow; a CPU may flush subnormals to zero."""
+    return float(ml_dtypes.finfo(numpy_dtype(short(dtype))).smallest_normal)
+
+
+def gamma(n: int, dtype: Any) -> float:
+    nu = n * unit(dtype)
+    assert nu < 1, f"{n} roundings to {dtype} leave nothing"
+    return nu / (1 - nu)
+
+
+def dot_tolerance(k: int, acc: Any, out: Any) -> float:
+    """Error of a dot product of k terms, summed in `acc` in any order and rounded once to `out`, over sum |x| |w|."""
+    return (1 + gamma(k, acc)) * (1 + unit(out)) - 1
+
+
+def exact_and_bound(root: Expr, env: Mapping[str, Any]) -> tuple[Array, Array]:
+    """The oracle's value of a term, and a bound on the error of any lowering that sums in the term's accumulators."""
+    exact: dict[Expr, Array] = {}
+    bound: dict[Expr, Array] = {}
+    for e in topo(root):
+        exact[e] = _replay(e, exact) if e.args else evaluate(e, env)
+        bound[e] = _bound(e, exact, bound)
+    return exact[root], bound[root]
+
+
+def assert_within(actual: Any, exact: Any, bound: Any, what: object = "") -> None:
+    """Every element of `actual` is within `bound` of `exact`; the worst one is shown if not."""
+    a, v, b = (np.asarray(x).astype(np.float64) for x in (actual, exact, bound))
+    assert a.shape == v.shape, f"{what}: shape {a.shape}, not {v.shape}"
+    wrong = ~(np.abs(a - v) <= b)
+    if wrong.any():
+        excess = np.where(wrong, np.abs(a - v) - b, -np.inf)
+        at = np.unravel_index(int(np.argmax(np.where(np.isnan(excess), np.inf, excess))), a.shape)
+        limit = np.broadcast_to(b, a.shape)[at]
+        raise AssertionError(
+            f"{what}: {wrong.sum()} of {a.size} differ; at {tuple(map(int, at))}: {a[at]!r}, not {v[at]!r} +- {limit:.3g}"
+        )
+
+
+def _replay(e: Expr, values: Mapping[Expr, Array]) -> Array:
+    """The node alone, over these values of its operands."""
+    operands = list(dict.fromkeys(e.args))
+    leaf = {a: Param(f"v{i}", tuple(a.dims.items()), a.dtype, a.bounds) for i, a in enumerate(operands)}
+    return evaluate(e.map(leaf.__getitem__), {leaf[a].name: values[a] for a in operands})
+
+
+def _bound(e: Expr, exact: Mapping[Expr, Array], bound: Mapping[Expr, Array]) -> Array:
+    none = np.zeros(list(e.dims.values()))
+    rounded = bound if is_float(e.dtype) else {}
+    match e:
+        case Param() | Const() | Unpack():
+            return none
+        case _ if not is_float(e.dtype) or isinstance(e, Bitcast):
+            assert not any(bound[a].any() for a in e.args), f"{e}: the bits of a rounded value"
+            return none
+        case Gather(table, index, _):
+            return _replay(e, {table: rounded[table], index: exact[index]})
+        case Split() | Merge() | Slice() | Pad() | Concat():
+            return _replay(e, rounded)
+        case Call(name, operands):
+            assert name == "reverse", f"call {name!r}: say how it carries an error"
+            return call_spec(name).oracle(*(bound[o] for o in operands))
+        case Cast(x, to, rounds):
+            # The oracle rounds the exact value, the lowering another one near it.
+            return bound[x] + (2 * _step(np.abs(exact[x]) + bound[x], 1, to) if rounds else 0)
+        case Add():
+            carried = _replay(e, bound)
+            return carried + _step(np.abs(exact[e]) + carried, 1, e.dtype)
+        case Bucket():
+            return _sum(e, _replay, exact, bound, prod(n for k, n in _operand_dims(e).items() if k in e.over))
+        case Contract(factors, over, _, _):
+            terms = prod(n for k, n in _operand_dims(e).items() if k in over)
+            return _sum(e, _product, exact, bound, terms + len(factors))
+        case _:
+            raise AssertionError(e)
+
+
+def _operand_dims(e: Expr) -> dict[str, int]:
+    return {k: n for a in e.args for k, n in a.dims.items()}
+
+
+def _sum(e: Expr, value: Any, exact: Mapping[Expr, Array], bound: Mapping[Expr, Array], roundings: int) -> Array:
+    """A sum of products: what the operands carry, at most, and the roundings of its own."""
+    index = {e.index: exact[e.index]} if isinstance(e, Bucket) else {}
+    size = {a: np.abs(exact[a]) for a in e.args}
+    largest = value(e, {a: size[a] + bound[a] for a in e.args} | index)
+    return largest - value(e, size | index) + _step(largest, roundings, e.dtype)
+
+
+def _product(e: Contract, values: Mapping[Expr, Array]) -> Array:
+    """The sum of products in float64, also for factors that were integers: magnitudes may leave their range."""
+    leaf = {a: Param(f"v{i}", tuple(a.dims.items()), "f64") for i, a in enumerate(dict.fromkeys(e.factors))}
+    term = Contract(tuple(leaf[f] for f in e.factors), e.over, "real", "f64")
+    return evaluate(term, {leaf[a].name: values[a].astype(np.float64) for a in leaf})
+
+
+def _step(size: Array, roundings: int, dtype: DType) -> Array:
+    return size * gamma(roundings, dtype) + roundings * tiny(dtype)
