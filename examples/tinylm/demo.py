@@ -1,0 +1,224 @@
+"""The whole job on a real model: quantize, compile, measure, generate, fine-tune the scales, save.
+
+Run `make demo`. Writes demo.png, demo.json and the tuned model to the folder given by `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import lowbit as lb
+from examples.tinylm import corpus, weights
+from examples.tinylm.adapt import STEPS, fit, schedule
+from examples.tinylm.evaluate import bits_per_byte
+from examples.tinylm.generate import generate
+from examples.tinylm.model import TinyLM
+
+SAMPLE = 32 << 10
+"""Bytes of held-out text that each variant is measured on, so that all of them fit in three minutes."""
+GROUP = 128
+TUNED_BITS = 3
+PROMPT = b"def read_file(path):\n    "
+RATES = {"alpha": 1e-2, "full": 1e-3}
+"""Peak learning rates on the tuning text: each the best of a coarse search (`--search` repeats it)."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to quantize: a method, and its format at some number of bits."""
+
+    method: str
+    bits: int
+    format: lb.Format
+    quantizer: Any
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.bits}-bit"
+
+
+@dataclass(frozen=True)
+class Result:
+    name: str
+    method: str
+    bits_per_weight: float
+    bytes: int
+    bits_per_byte: float
+    ms_per_token: float
+
+
+def variants() -> Iterable[Variant]:
+    for bits in (4, 3, 2):
+        plain = lb.bcq(bits, group=GROUP, scale_dtype="float16")
+        offset = lb.bcq(bits, group=GROUP, offset=True, scale_dtype="float16")
+        yield Variant("RTN", bits, lb.uniform(bits, group=GROUP, scale_dtype="float16"), lb.round_to_nearest())
+        yield Variant("bcq greedy", bits, plain, lb.greedy())
+        yield Variant("bcq alternating", bits, plain, lb.alternating())
+        yield Variant("bcq+offset greedy", bits, offset, lb.greedy())
+        yield Variant("bcq+offset alternating", bits, offset, lb.alternating())
+
+
+def quantized(model: TinyLM, variant: Variant) -> TinyLM:
+    """Every linear layer quantized; the embedding, tied to the output, stays float, as in the papers compared to."""
+    return lb.quantize(model, [lb.Rule("embed", None), lb.Rule("layers/**", variant.format, variant.quantizer)])
+
+
+def ms_per_token(model: TinyLM, tokens: int = 64) -> float:
+    """Median time of one cached decode step at batch 1, compiled."""
+    step = nnx.jit(lambda m, cache, token, pos: m.decode_step(cache, token, pos))
+    cache, token = model.init_cache(1), jnp.zeros((1,), jnp.int32)
+    times = []
+    for pos in range(tokens):
+        start = time.perf_counter()
+        logits, cache = jax.block_until_ready(step(model, cache, token, jnp.int32(pos)))
+        times.append(time.perf_counter() - start)
+        token = logits.argmax(-1).astype(jnp.int32)
+    return 1e3 * sorted(times)[tokens // 2]
+
+
+def measure(name: str, method: str, model: TinyLM, text: bytes) -> Result:
+    report = lb.report(model)
+    layers = [r for r in report.rows if r.layer != "embed"]
+    bits = 8 * sum(r.bytes for r in layers) / sum(r.weights for r in layers)
+    return Result(name, method, bits, report.bytes, bits_per_byte(model, text), ms_per_token(model))
+
+
+def sweep(model: TinyLM, text: bytes, show: Callable[[Result], None]) -> list[Result]:
+    results = [measure("fp32", "fp32", model, text)]
+    show(results[0])
+    for variant in variants():
+        results.append(measure(variant.name, variant.method, quantized(model, variant), text))
+        show(results[-1])
+    return results
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Bits a byte of held-out prose, before and after tuning on other prose.
+
+    Attributes:
+      before: the 3-bit model as quantized; `after`: with its first-plane scales tuned; `full`: the float model with
+        every parameter tuned, on the same windows.
+      model: the tuned 3-bit model.
+      trainable: numbers that trained, for the scales and for all parameters.
+    """
+
+    float_before: float
+    before: float
+    after: float
+    full: float
+    model: TinyLM
+    trainable: tuple[int, int]
+
+    @property
+    def closed(self) -> float:
+        """The share of the gap between `before` and `full` that tuning the scales closes."""
+        return (self.before - self.after) / (self.before - self.full)
+
+
+def tune(model: TinyLM, variant: Variant, train: bytes, held: bytes, steps: int = STEPS) -> Tuned:
+    small = quantized(model, variant)
+    tuning = lb.tune.alpha_tuning(small)
+    fit(tuning.model, tuning.optimizer(optax.adam(schedule(RATES["alpha"], steps))), train, wrt=lb.Scale, steps=steps)
+    full = nnx.clone(model)
+    fit(full, nnx.Optimizer(full, optax.adam(schedule(RATES["full"], steps)), wrt=nnx.Param), train, wrt=nnx.Param, steps=steps)
+    everything = sum(x.size for x in jax.tree.leaves(nnx.state(full, nnx.Param)))
+    scores = (bits_per_byte(m, held) for m in (model, small, tuning.model, full))
+    return Tuned(*scores, lb.tune.fold(tuning.model), (tuning.trainable, everything))
+
+
+def rows(results: list[Result], tuned: Tuned, xz: float, whole: float) -> list[dict[str, Any]]:
+    """Every figure as {name, value, unit, baseline, ratio}; the ratio is value over the baseline of this run."""
+    base = results[0]
+    out = [_row("held-out code: fp32 model", whole, "bits/byte", "xz -9e", xz)]
+    for r in results:
+        out.append(_row(f"{r.name}: bits per weight", r.bits_per_weight, "bits", "fp32", base.bits_per_weight))
+        out.append(_row(f"{r.name}: model size", r.bytes, "bytes", "fp32", base.bytes))
+        out.append(_row(f"{r.name}: held-out code", r.bits_per_byte, "bits/byte", "fp32", base.bits_per_byte))
+        out.append(_row(f"{r.name}: decode step", r.ms_per_token, "ms/token", "fp32", base.ms_per_token))
+    out.append(_row("prose, 3-bit before tuning", tuned.before, "bits/byte", "fp32 before tuning", tuned.float_before))
+    out.append(_row("prose, 3-bit alpha-tuned", tuned.after, "bits/byte", "3-bit before tuning", tuned.before))
+    out.append(_row("prose, fp32 fully tuned", tuned.full, "bits/byte", "3-bit before tuning", tuned.before))
+    out.append(_row("share of the gap closed", tuned.closed, "", "full fine-tuning", 1.0))
+    out.append(_row("trainable numbers", tuned.trainable[0], "", "full fine-tuning", tuned.trainable[1]))
+    return out
+
+
+def _row(name: str, value: float, unit: str, baseline: str, base: float) -> dict[str, Any]:
+    return {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": value / base}
+
+
+def plot(results: list[Result], path: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for method in dict.fromkeys(r.method for r in results[1:]):
+        points = sorted((r.bits_per_weight, r.bits_per_byte) for r in results if r.method == method)
+        axes.plot(*zip(*points, strict=True), marker="o", label=method)
+    axes.axhline(results[0].bits_per_byte, color="black", linestyle="--", label="fp32")
+    axes.set(xlabel="bits per weight, scales included", ylabel="bits per byte of held-out code", yscale="log")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def table(results: list[Result]) -> Table:
+    out = Table("model", "bits/weight", "bytes", "bits/byte", "ms/token")
+    for column in out.columns[1:]:
+        column.justify = "right"
+    for r in results:
+        out.add_row(r.name, f"{r.bits_per_weight:.3f}", f"{r.bytes:,}", f"{r.bits_per_byte:.4f}", f"{r.ms_per_token:.2f}")
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo-out"))
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    say = Console(width=110).print
+    start = time.perf_counter()
+    model = weights.load()
+    code, prose = corpus.match_listed("code"), corpus.match_listed("topics")
+    say(f"held-out code: {code}\nheld-out prose: {prose}")
+    xz, whole = corpus.xz_bits(code.text), bits_per_byte(model, code.text)
+    say(f"all held-out code: fp32 model {whole:.4f} bits/byte, xz -9e {xz:.4f}")
+    say(f"\nEvery linear layer quantized, groups of {GROUP}, {SAMPLE >> 10} KiB of held-out code, {jax.devices()[0].device_kind}")
+    results = sweep(model, code.text[:SAMPLE], lambda r: say(f"  {r.name:30} {r.bits_per_byte:.4f} bits/byte"))
+    say(table(results))
+    chosen = next(v for v in variants() if (v.method, v.bits) == ("bcq alternating", TUNED_BITS))
+    for name, m in (("fp32", model), (chosen.name, quantized(model, chosen))):
+        say(f"\n{name} continues {PROMPT!r}:", generate(m, PROMPT, 160).decode(errors="replace"), sep="\n", markup=False)
+    tuned = tune(model, chosen, corpus.tune_prose(), prose.text[:SAMPLE])
+    say(f"\nFrom code to prose in {STEPS} steps, bits/byte of held-out prose:")
+    say(f"  fp32 {tuned.float_before:.4f}, {chosen.name} {tuned.before:.4f}")
+    say(f"  {chosen.name}, scales tuned {tuned.after:.4f}  ({tuned.trainable[0]:,} numbers trained)")
+    say(f"  fp32, everything tuned {tuned.full:.4f}  ({tuned.trainable[1]:,} numbers trained)")
+    say(f"  tuning the scales closes {tuned.closed:.0%} of the gap")
+    lb.save(tuned.model, out / "tinylm-3bit-prose.safetensors")
+    plot(results, out / "demo.png")
+    (out / "demo.json").write_text(json.dumps(rows(results, tuned, xz, whole), indent=1) + "\n")
+    say(f"\nwrote {out}/demo.png, demo.json, tinylm-3bit-prose.safetensors")
+    say(f"{time.perf_counter() - start:.0f} s, {platform.python_version()}, jax {jax.__version__}, {platform.machine()}")
+
+
+if __name__ == "__main__":
+    main()
