@@ -1,4 +1,4 @@
-"""Fine-tuning what is continuous in a quantized model. Codes are frozen; a handful of scale factors adapts it to a task.
+"""Fine-tuning what is continuous in a quantized model: codes are frozen, and a handful of scales adapts it to a task.
 
 AlphaTuning (Kwon et al., EMNLP Findings 2022): quantize once with binary-coding planes, then train only the scales of
 the first plane, with gradients divided by the group size.
@@ -47,7 +47,7 @@ def alpha_tuning(model: M, which: Literal["first", "all"] = "first", offsets: bo
     """Prepare a model whose layers hold binary-coding planes for fine-tuning through its scale factors.
 
     Args:
-      model: left as it is.
+      model: left as it is. One that was tuned before, and perhaps saved and loaded since, goes on from where it is.
       which: train the scales of the first plane, the largest, as in the paper; or those of all planes.
       offsets: train the offsets (beta) too, where the format has them.
 
@@ -74,9 +74,10 @@ def alpha_tuning(model: M, which: Literal["first", "all"] = "first", offsets: bo
         trained.update("/".join(map(str, (*path, name))) for name in names)
         return new
 
-    tuned: M = nnx.recursive_map(prepare, nnx.merge(*nnx.split(model)))
+    tuned: M = nnx.recursive_map(prepare, nnx.clone(model))
     if not trained:
-        raise ValueError(f"{type(model).__name__} has no layer with a field {ALPHA!r}: quantize it with lb.bcq(...) first")
+        name = type(model).__name__
+        raise ValueError(f"{name} has no layer with a field {ALPHA!r}: quantize it with lb.bcq(...) first")
     count = sum(prod(v.shape) for v in jax.tree.leaves(nnx.state(tuned, Scale)))
     return AlphaTuning(tuned, count, _divide_by_group(tuned))
 
@@ -85,32 +86,37 @@ def fold(model: M) -> M:
     """The tuned model in its canonical form: split scales joined again, in the scale dtype of their format."""
 
     def join(_: tuple[Any, ...], node: Any) -> Any:
-        if not isinstance(node, Kernel) or not node.type.splits:
-            return node
-        fields = dict(node.array.fields)
-        canonical = replace(node.type, splits=())
-        for field, dim, _at in node.type.splits:
-            leaf = canonical.fields[field]
-            parts = [fields.pop(n).astype(jnp.float32) for n in (f"{field}_first", f"{field}_rest") if n in fields]
-            fields[field] = jnp.concatenate(parts, list(leaf.dims).index(dim)).astype(numpy_dtype(leaf.dtype))
-        return Kernel(QuantArray.of(fields, canonical), node.stats.get_value())
+        return _fold(node) if isinstance(node, Kernel) and node.type.splits else node
 
-    out: M = nnx.recursive_map(join, nnx.merge(*nnx.split(model)))
+    out: M = nnx.recursive_map(join, nnx.clone(model))
     return out
+
+
+def _fold(kernel: Kernel) -> Kernel:
+    fields = dict(kernel.array.fields)
+    canonical = replace(kernel.type, splits=())
+    for field, dim, _at in kernel.type.splits:
+        leaf = canonical.fields[field]
+        parts = [fields.pop(n).astype(jnp.float32) for n in (f"{field}_first", f"{field}_rest") if n in fields]
+        fields[field] = jnp.concatenate(parts, list(leaf.dims).index(dim)).astype(numpy_dtype(leaf.dtype))
+    return Kernel(QuantArray.of(fields, canonical), kernel.stats.get_value())
 
 
 def _prepare(kernel: Kernel, which: str, offsets: bool) -> tuple[Kernel, list[str]]:
     """The kernel with what trains split off in float32, and the names of the fields that train."""
-    t, fields = kernel.type, dict(kernel.array.fields)
+    canonical = replace(kernel.type, splits=())
     splits = []
-    if ALPHA in fields:
-        dims = t.fields[ALPHA].dims
+    if ALPHA in canonical.fields:
+        dims = canonical.fields[ALPHA].dims
         splits.append((ALPHA, "p", 1 if which == "first" else dims["p"]))
-    if offsets and BETA in fields:
-        splits.append((BETA, "n", t.fields[BETA].dims["n"]))
-    new = replace(t, splits=tuple(splits))
-    for field, dim, at in splits:
-        axis, whole = list(t.fields[field].dims).index(dim), fields.pop(field)
+    if offsets and BETA in canonical.fields:
+        splits.append((BETA, "n", canonical.fields[BETA].dims["n"]))
+    new = replace(canonical, splits=tuple(splits))
+    if new != kernel.type and kernel.type.splits:
+        kernel = _fold(kernel)
+    fields = dict(kernel.array.fields)
+    for field, dim, at in splits if new != kernel.type else ():
+        axis, whole = list(canonical.fields[field].dims).index(dim), fields.pop(field)
         first, rest = jnp.split(whole, [at], axis)
         fields[f"{field}_first"] = first.astype(jnp.float32)
         if rest.size:
@@ -126,8 +132,8 @@ def _divide_by_group(model: nnx.Module) -> optax.GradientTransformation:
 
     def one(path: tuple[Any, ...], gradient: jax.Array) -> jax.Array:
         names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-        field = next(i for i, name in enumerate(names) if name.endswith("_first"))
-        return gradient / groups["/".join(names[:field])]
+        prefixes = ("/".join(names[:i]) for i in range(len(names) + 1))
+        return gradient / groups[next(p for p in prefixes if p in groups)]
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(one, updates))
 

@@ -385,7 +385,7 @@ def _matmul(s: Source) -> Expr:
 
 
 def _cut(s: Source, w: Expr, dim: str) -> Expr:
-    return w if s.below(2) else Slice(w, dim, 0, w.dims[dim] - 1 - s.below(3))
+    return w if s.below(2) else Slice(w, dim, 0, max(1, w.dims[dim] - 1 - s.below(3)))
 
 
 def _words(n: str, *names: str, planes: int = 2) -> Param:
@@ -435,14 +435,17 @@ def _joined(s: Source, n: str) -> Expr:
 # ---------------------------------------------------------------- values
 
 
-def environment(e: Expr, seed: int) -> dict[str, np.ndarray]:
-    """Random arrays for the leaves, in their storage dtypes: multiples of 1/2 in [-2, 2], integers within range."""
+def environment(e: Expr, seed: int, *, exact: bool = True) -> dict[str, np.ndarray]:
+    """Random arrays for the leaves, in their storage dtypes: multiples of 1/2 in [-2, 2], integers within range.
+
+    Without `exact`, floats of full precision, so that every sum rounds.
+    """
     rng = np.random.default_rng(seed)
     out = {}
     for name, p in sorted(params(e).items()):
         sizes = list(p.dims.values())
         if is_float(p.dtype):
-            values = rng.integers(-4, 5, sizes) / 2
+            values = rng.integers(-4, 5, sizes) / 2 if exact else rng.standard_normal(sizes)
         else:
             assert p.bounds is not None
             values = rng.integers(p.bounds[0], p.bounds[1] + 1, sizes)

@@ -101,6 +101,16 @@ def merge(x: Expr, *parts: str, into: str) -> Expr:
     return Merge(x, parts, into)
 
 
+def in_order(e: Expr, dims: Iterable[str]) -> Expr:
+    """The same array with its dims in that order; `e` itself if they are, or if they are other dims."""
+    names = list(dims)
+    if list(e.dims) == names or e.dims.keys() != set(names):
+        return e
+    for k in names:
+        e = Merge(e, (k,), k)  # what is merged comes last
+    return e
+
+
 def ones(shape: Shape, dtype: DType) -> list[Expr]:
     """Factors whose product is all ones over `shape`: the one way to say 'constant along this dim'."""
     return [_ones(name, size, dtype) for name, size in shape]

@@ -272,6 +272,11 @@ class Call(Base):
     name: str
     operands: tuple[Expr, ...]
 
+    def map(self, fn: Callable[[Expr], Expr]) -> Expr:
+        from lowbit.ir.build import in_order
+
+        return super().map(lambda a: in_order(fn(a), a.dims))  # a step sees arrays, so the order of dims is its input
+
 
 Expr = (
     Param | Const | Unpack | Bitcast | Gather | Bucket | Add | Contract

@@ -6,7 +6,6 @@ from os import PathLike
 from typing import Any, TypeVar, overload
 
 import jax
-import numpy as np
 from flax import nnx
 
 from lowbit.array import QuantArray
@@ -56,19 +55,26 @@ def load(path: str | PathLike[str], into: nnx.Module | None = None) -> Any:
         return entries
     graph, state = nnx.split(into)
     values = _match(path, entries, into, _variables(state))
-    filled = {name: _restore(variable, values[name]) for name, variable in _variables(state).items()}
+    filled = {name: _restore(f"{path}: {name!r}", v, values[name]) for name, v in _variables(state).items()}
     flat = [(p, filled["/".join(map(str, p))]) for p, _ in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def _variables(state: Any) -> dict[str, Any]:
-    return {"/".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
+    """Variables by name. Raises ValueError for two of one name, as with nnx.Dict({"a/b": ...}) beside a.b."""
+    flat = [("/".join(map(str, path)), v) for path, v in nnx.to_flat_state(state)]
+    named = dict(flat)
+    if len(named) < len(flat):
+        twice = next(name for name, v in flat if named[name] is not v)
+        raise ValueError(f"two Variables are named {twice!r}: rename one, so that a file can tell them apart")
+    return named
 
 
 def _plain(name: str, value: Any) -> Any:
     if isinstance(value, jax.ShapeDtypeStruct):
-        raise ValueError(f"{name!r} is abstract ({value.dtype}{list(value.shape)}): only a model with arrays can be saved")
-    is_key = isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+        shape = list(value.shape)
+        raise ValueError(f"{name!r} is abstract ({value.dtype}{shape}): only a model with arrays can be saved")
+    is_key = isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(value) if is_key else value
 
 
@@ -86,29 +92,45 @@ def _match(path: Any, entries: dict[str, Any], into: nnx.Module, variables: dict
     for name, stored in entries.items():
         if isinstance(stored, QuantArray):
             if f"{name}/{next(iter(stored.fields))}" not in values:
-                raise CheckpointError(f"{path}: {name!r} is stored as {stored.type}, but the model has no such quantized weight")
+                raise CheckpointError(
+                    f"{path}: {name!r} is stored as {stored.type}, but the model has no such quantized weight"
+                )
         else:
             values[name] = stored
     missing, extra = variables.keys() - values.keys(), values.keys() - variables.keys()
     if missing or extra:
         raise CheckpointError(
-            f"{path} does not fit {type(into).__name__}: the file lacks {_some(missing)}; the model lacks {_some(extra)}"
+            f"{path} does not fit {type(into).__name__}: "
+            f"the file lacks {_some(missing)}; the model lacks {_some(extra)}"
         )
     return values
 
 
 def _some(names: set[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(map(repr, shown[:3])) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "") if shown else "nothing"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, sorted(names)[:3])) + more if names else "nothing"
 
 
-def _restore(variable: Any, value: Any) -> Any:
+def _restore(where: str, variable: Any, value: Any) -> Any:
+    """The Variable with a stored value. `where` begins the message: the file and the name."""
     want = variable.get_value()
-    if jax.dtypes.issubdtype(want.dtype, jax.dtypes.prng_key):
-        value = jax.random.wrap_key_data(np.asarray(value), impl=jax.random.key_impl(want))
+    kind = type(variable).__name__
+    if jax.numpy.issubdtype(want.dtype, jax.dtypes.prng_key):
+        try:
+            value = jax.random.wrap_key_data(jax.numpy.asarray(value), impl=_key_impl(want))
+        except TypeError as err:
+            stored = f"{value.dtype}{list(value.shape)}"
+            raise CheckpointError(f"{where} is stored as {stored}, which are no {want.dtype} keys ({err})") from err
     if value.shape != want.shape or value.dtype != want.dtype:
         raise CheckpointError(
-            f"a stored array is {value.dtype}{list(value.shape)}, but the model's {type(variable).__name__} is "
-            f"{want.dtype}{list(want.shape)}"
+            f"{where} is stored as {value.dtype}{list(value.shape)}, "
+            f"but the model's {kind} is {want.dtype}{list(want.shape)}"
         )
     return variable.replace(jax.numpy.asarray(value))
+
+
+def _key_impl(keys: Any) -> Any:
+    """How random keys are made, abstract ones too: traced, they tell."""
+    found: list[Any] = []
+    jax.eval_shape(lambda k: found.append(jax.random.key_impl(k)), keys)
+    return found[0]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lowbit.array import QuantArray, QuantType, dequantize
+from lowbit.array import QuantArray, dequantize
 
 
 class Code(nnx.Variable[jax.Array]):
@@ -70,9 +70,19 @@ class Kernel(nnx.Module):
 
     @property
     def value(self) -> NoReturn:
-        raise AttributeError(
-            f"this kernel is quantized ({self.type.format}) and holds no dense array: use lb.dequantize(kernel.array) for "
-            f"the {self.type.dtype}{list(self.shape)} weight, or kernel.{next(iter(self.type.fields))}[...] for a field"
+        raise AttributeError(self._explanation())
+
+    def get_value(self) -> NoReturn:
+        raise TypeError(self._explanation())
+
+    def __getitem__(self, _: Any) -> NoReturn:
+        raise TypeError(self._explanation())
+
+    def _explanation(self) -> str:
+        return (
+            f"this kernel is quantized ({self.type.format}) and holds no dense array: use lb.dequantize(kernel.array) "
+            f"for the {self.type.dtype}{list(self.shape)} weight, or kernel.{next(iter(self.type.fields))}[...] "
+            "for a field"
         )
 
 

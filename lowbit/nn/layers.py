@@ -15,7 +15,8 @@ from lowbit.ops import matmul, take
 class Linear(nnx.Module):
     """`nnx.Linear` over a quantized kernel [in, out]. Made by `lb.quantize`.
 
-    The product is accumulated in float32; result and bias follow Flax's promotion of input, kernel and bias, or `dtype`.
+    The product is accumulated in float32; result and bias follow Flax's promotion of input, kernel and bias, or
+    `dtype`.
     """
 
     def __init__(self, kernel: Kernel, bias: nnx.Variable[Any] | None, dtype: Any = None) -> None:
@@ -29,7 +30,7 @@ class Linear(nnx.Module):
         bias = None if self.bias is None else self.bias.get_value()
         dtype = _dtype(self.dtype, inputs, self.kernel, bias)
         y = matmul(jnp.asarray(inputs, dtype), self.kernel.array)
-        return y if bias is None else y + jnp.asarray(bias, dtype)
+        return y if bias is None else y + jnp.asarray(bias, dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 class Embed(nnx.Module):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 from rich.console import Console
@@ -19,8 +22,11 @@ from lowbit.nn.rules import Rule, Rules, as_rules, assign
 from lowbit.quantizers import quantize_array
 
 M = TypeVar("M", bound=nnx.Module)
-WEIGHT = {nnx.Linear: ("kernel", ("k", "n")), nnx.Embed: ("embedding", ("n", "k"))}
-"""Layers that can be quantized: the attribute that holds the weight, and the weight's dims (k is summed in products)."""
+WEIGHT: Mapping[Any, tuple[str, tuple[str, str]]] = {
+    nnx.Linear: ("kernel", ("k", "n")),
+    nnx.Embed: ("embedding", ("n", "k")),
+}
+"""Layers that can be quantized: the attribute that holds the weight, and its dims (k is summed in products)."""
 
 
 def quantize(model: M, rules: Rules, *, donate: bool = False, progress: bool | None = None) -> M:
@@ -34,13 +40,15 @@ def quantize(model: M, rules: Rules, *, donate: bool = False, progress: bool | N
       model: left as it is, unless `donate`.
       rules: a format for all layers; a dict from path patterns to formats (None: leave dense); or `Rule`s, which can
         also name the quantizer. Ordered, the first match wins.
-      donate: free each dense weight of `model` as soon as it is quantized. The old model is unusable afterwards.
+      donate: free each dense weight of `model` as soon as it is quantized. The old model is unusable afterwards. A
+        weight that a part left dense uses too is kept.
       progress: show a progress bar; by default when standard error is a terminal.
 
-    Layers that no rule matches stay dense and are logged; `lb.report` lists them too.
+    Layers that no rule matches stay dense and are logged, and so are other modules with a matrix, such as nnx.Conv or
+    a subclass of nnx.Linear, which may compute something else; `lb.report` lists them too.
 
-    Raises ValueError for a rule that is never used, a weight with NaN or inf (named by its path), a layer that cannot be
-    quantized, or a model with nothing to quantize; TypeError for a weight that is not floating.
+    Raises ValueError for a rule that is never used, a weight with NaN or inf (named by its path), a layer that cannot
+    be quantized, or a model with nothing to quantize; TypeError for a weight that is not floating.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb
@@ -49,27 +57,28 @@ def quantize(model: M, rules: Rules, *, donate: bool = False, progress: bool | N
     >>> small(jnp.ones((2, 256))).shape
     (2, 8)
     """
-    found = layers(model)
+    found, rest = layers(model), others(model)
     if not found:
         raise ValueError(f"{type(model).__name__} holds no nnx.Linear or nnx.Embed: there is nothing to quantize")
-    chosen = {p: r for p, r in assign(as_rules(rules), list(found)).items() if r.format is not None}
-    reasons = {p: reason for p in chosen if (reason := refusal(found[p]))}
-    if reasons:
-        path, reason = next(iter(reasons.items()))
-        raise ValueError(f"layer {path!r} cannot be quantized: {reason}; leave it dense with a rule {{{path!r}: None}}")
-    fresh = nnx.merge(*nnx.split(model))  # new Variables over the same arrays: training one model leaves the other alone
+    assigned = assign(as_rules(rules), list(found), _hints(model, found, rest))
+    chosen = {p: r for p, r in assigned.items() if r.format is not None}
+    for path in chosen:
+        if reason := refusal(found[path]):
+            raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
+    job = _Job(_holders(model) if donate else None)
     with _bar(progress, len(chosen)) as advance:
 
         def replace(path: tuple[Any, ...], node: Any) -> Any:
-            rule = chosen.get("/".join(map(str, path))) if type(node) in WEIGHT else None
+            rule = chosen.get(_join(path)) if type(node) in WEIGHT else None
             if rule is None:
                 return node
-            new = _quantized(node, rule, "/".join(map(str, path)), donate)
+            new = job.quantized(node, rule, _join(path))
             advance()
             return new
 
-        out: M = nnx.recursive_map(replace, fresh)
-    dense = [p for p in found if p not in chosen]
+        # The clone has new Variables over the same arrays: training one model leaves the other alone.
+        out: M = nnx.recursive_map(replace, nnx.clone(model))
+    dense = [p for p in found if p not in chosen] + [f"{p} ({type(m).__name__})" for p, m in rest.items()]
     logging.info("lowbit: quantized %d layers%s", len(chosen), f", left dense: {', '.join(dense)}" if dense else "")
     return out
 
@@ -77,7 +86,42 @@ def quantize(model: M, rules: Rules, *, donate: bool = False, progress: bool | N
 def layers(model: nnx.Module) -> dict[str, Any]:
     """The dense layers of a model that rules can name, by path; a shared layer appears once, under its first path."""
     found = [(path, m) for path, m in nnx.iter_modules(model) if type(m) in WEIGHT]
-    return {"/".join(map(str, path)): m for path, m in sorted(found, key=lambda pm: [_natural(k) for k in pm[0]])}
+    return {_join(path): m for path, m in sorted(found, key=lambda pm: [_natural(k) for k in pm[0]])}
+
+
+def others(model: nnx.Module) -> dict[str, nnx.Module]:
+    """Modules with a dense matrix of their own that rules cannot name, by path."""
+    return {_join(path): m for path, m in nnx.iter_modules(model) if type(m) not in WEIGHT and matrices(m)}
+
+
+def matrices(module: Any) -> list[nnx.Variable[Any]]:
+    """A module's own dense parameters of two or more dims; a quantized weight has none."""
+    own = [] if isinstance(module, Kernel) else vars(module).values()
+    return [v for v in own if isinstance(v, nnx.Param) and getattr(v.get_value(), "ndim", 0) >= 2]
+
+
+def _hints(model: nnx.Module, found: dict[str, Any], rest: dict[str, nnx.Module]) -> dict[str, str]:
+    """Why a path that looks like a layer's is none that rules can name."""
+    hints = {p: f"is a {type(m).__name__}; only nnx.Linear and nnx.Embed themselves can be" for p, m in rest.items()}
+    for group in nnx.find_duplicates(model, only=lambda _, node: type(node) in WEIGHT):
+        paths = [_join(path) for path in group]
+        first = next(p for p in paths if p in found)
+        hints |= {p: f"is the shared layer {first!r}, which goes by this path" for p in paths if p != first}
+    return hints
+
+
+def _holders(model: nnx.Module) -> Counter[int]:
+    """How many places of a model hold each array, by its id."""
+    variables = dict(nnx.to_flat_state(nnx.state(model)))
+    count = Counter(id(v.get_value()) for v in variables.values())
+    for group in nnx.find_duplicates(model, only=nnx.Variable):
+        shared = next(variables[path] for path in group if path in variables)
+        count[id(shared.get_value())] += len(group) - 1
+    return count
+
+
+def _join(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path))
 
 
 def _natural(key: Any) -> tuple[int, Any]:
@@ -85,27 +129,47 @@ def _natural(key: Any) -> tuple[int, Any]:
 
 
 def refusal(layer: Any) -> str | None:
-    """Why a layer cannot be quantized, or None if it can."""
-    if isinstance(layer, nnx.Linear):
-        plain = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
-        for name in ("dot_general", "promote_dtype", "preferred_element_type"):
-            if getattr(layer, name) is not getattr(plain, name):
-                return f"its {name} is not the default one"
+    """Why a layer cannot be quantized and what to do, or None if it can."""
+    usual = inspect.signature(type(layer).__init__).parameters
+    for name in ("dot_general", "promote_dtype", "preferred_element_type"):
+        if name in usual and getattr(layer, name) is not usual[name].default:
+            return f"its {name} is not the default one; leave it dense with a rule for its path with the format None"
+    weight = getattr(layer, WEIGHT[type(layer)][0]).get_value()
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        return "its weight is abstract; for an abstract result call nnx.eval_shape(lambda: lb.quantize(model, rules))"
     return None
 
 
-def _quantized(layer: Any, rule: Rule, path: str, donate: bool) -> Linear | Embed:
-    attribute, dims = WEIGHT[type(layer)]
-    weight = getattr(layer, attribute).get_value()
-    assert rule.format is not None
-    array = quantize_array(weight, rule.format, rule.quantizer, dims=dims, name=f"layer {path!r}")
-    kernel = Kernel(array, error_stats(weight, array))
-    if donate and not isinstance(weight, jax.core.Tracer):
-        jax.block_until_ready(array)
-        weight.delete()
-    if isinstance(layer, nnx.Embed):
-        return Embed(kernel, layer.dtype)
-    return Linear(kernel, layer.bias, layer.dtype)
+class _Job:
+    """One run over a model: what is shared or freed, and when."""
+
+    def __init__(self, holders: Counter[int] | None) -> None:
+        self.holders = holders
+        self.made: dict[Any, Kernel] = {}
+
+    def quantized(self, layer: Any, rule: Rule, path: str) -> Linear | Embed:
+        attribute, dims = WEIGHT[type(layer)]
+        variable = getattr(layer, attribute)
+        # Two layers with one weight keep sharing it, if they get the same format.
+        key = id(variable), dims, rule.format, id(rule.quantizer)
+        if key not in self.made:
+            weight = variable.get_value()
+            assert rule.format is not None
+            array = quantize_array(weight, rule.format, rule.quantizer, dims=dims, name=f"layer {path!r}")
+            self.made[key] = Kernel(array, error_stats(jnp.asarray(weight), array))
+        self._release(variable.get_value(), self.made[key])
+        if isinstance(layer, nnx.Embed):
+            return Embed(self.made[key], layer.dtype)
+        return Linear(self.made[key], layer.bias, layer.dtype)
+
+    def _release(self, weight: Any, kernel: Kernel) -> None:
+        """Free a donated weight once the last place that holds it is quantized."""
+        if self.holders is None or not isinstance(weight, jax.Array) or isinstance(weight, jax.core.Tracer):
+            return
+        self.holders[id(weight)] -= 1
+        if not self.holders[id(weight)]:
+            jax.block_until_ready((kernel.array, kernel.stats.get_value()))
+            weight.delete()
 
 
 def _bar(progress: bool | None, total: int) -> Any:

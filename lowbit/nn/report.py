@@ -14,7 +14,7 @@ from rich.table import Table
 from lowbit.array import QuantArray
 from lowbit.nn.kernel import Kernel, Stats, kernels
 from lowbit.nn.layers import Embed, Linear
-from lowbit.nn.quantize import WEIGHT, layers
+from lowbit.nn.quantize import layers, matrices, others
 from lowbit.ops import plan
 
 
@@ -24,7 +24,7 @@ class Row:
 
     Attributes:
       layer: path of the layer.
-      format: the format, or "dense float32".
+      format: the format, or "dense float32", with the module's type where rules cannot name it.
       weights: entries of the dense matrix.
       bits_per_weight: everything stored for it (codes, scales, padding) over `weights`.
       bytes: of everything stored for it.
@@ -75,7 +75,8 @@ class Report:
             table.add_row(r.layer, r.format, f"{r.weights:,}", f"{r.bits_per_weight:.3f}", f"{r.bytes:,}", error, sqnr)
         table.add_section()
         total = sum(r.weights for r in self.rows)
-        table.add_row("all of these", "", f"{total:,}", f"{self.bits_per_weight:.3f}", f"{self.bytes - self.other_bytes:,}")
+        matrices = self.bytes - self.other_bytes
+        table.add_row("all of these", "", f"{total:,}", f"{self.bits_per_weight:.3f}", f"{matrices:,}")
         table.add_row("other parameters", "", "", "", f"{self.other_bytes:,}")
         console = Console(width=140, color_system=None)
         with console.capture() as capture:
@@ -84,7 +85,7 @@ class Report:
 
 
 def report(model: nnx.Module) -> Report:
-    """What a model stores: a row for each quantized weight, and for each dense one that could have been.
+    """What a model stores: a row for each quantized weight, each dense layer, and each other module with a matrix.
 
     Bits are counted from the stored types, so sub-byte codes, scales and padding are all in. Errors are those measured
     when `lb.quantize` ran; training the scales afterwards does not change them.
@@ -96,7 +97,12 @@ def report(model: nnx.Module) -> Report:
     3.375
     """
     rows = [_quantized_row(path.rpartition("/")[0], k) for path, k in kernels(model).items()]
-    rows += [_dense_row(path, layer) for path, layer in layers(model).items()]
+    seen: set[int] = set()  # a weight that two layers share is stored, and counted, once
+    for path, layer in (layers(model) | others(model)).items():
+        new = [v for v in matrices(layer) if id(v) not in seen]
+        seen.update(map(id, new))
+        if new:
+            rows.append(_dense_row(path, layer, [v.get_value() for v in new]))
     everything = sum(_nbytes(v) for v in jax.tree.leaves(nnx.state(model, nnx.Not(Stats))))
     return Report(tuple(rows), everything - sum(r.bytes for r in rows))
 
@@ -112,14 +118,18 @@ def _quantized_row(layer: str, kernel: Kernel) -> Row:
     return Row(layer, str(t.format), prod(t.shape), t.bits_per_weight, t.bits // 8, relative, sqnr)
 
 
-def _dense_row(layer: str, module: Any) -> Row:
-    weight = getattr(module, WEIGHT[type(module)][0]).get_value()
-    bits = weight.dtype.itemsize * 8
-    return Row(layer, f"dense {weight.dtype}", prod(weight.shape), float(bits), _nbytes(weight))
+def _dense_row(layer: str, module: Any, weights: list[Any]) -> Row:
+    size, nbytes = sum(prod(w.shape) for w in weights), sum(_nbytes(w) for w in weights)
+    kind = "" if type(module) in (nnx.Linear, nnx.Embed) else f" ({type(module).__name__})"
+    return Row(layer, f"dense {weights[0].dtype}{kind}", size, 8 * nbytes / size, nbytes)
 
 
 def _nbytes(a: Any) -> int:
-    return prod(a.shape) * a.dtype.itemsize if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else 0
+    """Of an array, abstract or not; random keys and plain numbers are no parameters."""
+    dtype = getattr(a, "dtype", None)
+    if dtype is None or jax.numpy.issubdtype(dtype, jax.dtypes.prng_key):
+        return 0
+    return int(prod(a.shape) * dtype.itemsize)
 
 
 def explain(layer: Any, batch: int = 1, platform: str | None = None) -> str:
@@ -130,8 +140,7 @@ def explain(layer: Any, batch: int = 1, platform: str | None = None) -> str:
       batch: rows of activations.
       platform: "cpu", "gpu" or "tpu"; the default backend's if None.
     """
-    weight = {Linear: "kernel", Embed: "embedding"}.get(type(layer))
-    held = getattr(layer, weight) if weight else layer
+    held = layer.kernel if isinstance(layer, Linear) else layer.embedding if isinstance(layer, Embed) else layer
     array = held.array if isinstance(held, Kernel) else held
     if not isinstance(array, QuantArray):
         raise TypeError(f"{type(layer).__name__} is not a quantized layer or array: nothing to explain")

@@ -36,8 +36,8 @@ Rules = Format | Mapping[str, Format | None] | Iterable[Rule]
 @lru_cache(maxsize=1024)
 def _pattern(glob: str) -> re.Pattern[str]:
     out = re.escape(glob)
-    for token, regex in ((r"\*\*/", "(?:.*/)?"), (r"/\*\*", "(?:/.*)?"), (r"\*\*", ".*"), (r"\*", "[^/]*"), (r"\?", "[^/]")):
-        out = out.replace(token, regex.replace("*", "\0"))
+    for token, regex in (("**/", "(?:.*/)?"), ("/**", "(?:/.*)?"), ("**", ".*"), ("*", "[^/]*"), ("?", "[^/]")):
+        out = out.replace(re.escape(token), regex.replace("*", "\0"))
     return re.compile(out.replace("\0", "*"))
 
 
@@ -54,8 +54,8 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
     return tuple(given)
 
 
-def assign(rules: tuple[Rule, ...], paths: list[str]) -> dict[str, Rule]:
-    """The rule of each path that one matches.
+def assign(rules: tuple[Rule, ...], paths: list[str], hints: Mapping[str, str]) -> dict[str, Rule]:
+    """The rule of each path that one matches. `hints` says what is at other paths that a rule might mean.
 
     Raises ValueError for a rule that is never used: it matches no path, or an earlier rule takes every one it matches.
     """
@@ -65,14 +65,17 @@ def assign(rules: tuple[Rule, ...], paths: list[str]) -> dict[str, Rule]:
         if first is not None:
             out[path] = first
     for rule in rules:
-        if rule not in out.values():
-            raise ValueError(_unused(rule, out, paths))
+        if not any(used is rule for used in out.values()):
+            raise ValueError(_unused(rule, out, paths, hints))
     return out
 
 
-def _unused(rule: Rule, taken: dict[str, Rule], paths: list[str]) -> str:
+def _unused(rule: Rule, taken: dict[str, Rule], paths: list[str], hints: Mapping[str, str]) -> str:
     matched = [p for p in paths if rule.matches(p)]
     if matched:
-        return f"rule {rule.path!r} is never used: {taken[matched[0]].path!r} comes first and takes {', '.join(matched[:3])}"
+        first, shown = taken[matched[0]].path, ", ".join(map(repr, matched[:3]))
+        return f"rule {rule.path!r} is never used: {first!r} comes first and takes {shown}"
     close = get_close_matches(rule.path, paths, n=3, cutoff=0.3) or paths[:3]
-    return f"rule {rule.path!r} matches none of the {len(paths)} layers that can be quantized, such as {', '.join(close)}"
+    such = f"none of the {len(paths)} layers that can be quantized, such as {', '.join(map(repr, close))}"
+    meant = next((f"; {path!r} {hint}" for path, hint in hints.items() if rule.matches(path)), "")
+    return f"rule {rule.path!r} matches {such}{meant}"

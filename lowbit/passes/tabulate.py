@@ -10,7 +10,21 @@ from math import prod
 
 from lowbit.ir.build import const
 from lowbit.ir.dims import fresh
-from lowbit.ir.expr import CONST_LIMIT, Const, Expr, Gather, Param, Unpack
+from lowbit.ir.expr import (
+    CONST_LIMIT,
+    Bucket,
+    Call,
+    Concat,
+    Const,
+    Expr,
+    Gather,
+    Merge,
+    Pad,
+    Param,
+    Slice,
+    Split,
+    Unpack,
+)
 from lowbit.ir.walk import substitute, topo
 from lowbit.passes.fold import constant
 
@@ -34,7 +48,20 @@ def is_function_of(e: Expr, word: Expr) -> bool:
     dependent = between_nodes(e, word)
     if not dependent or any(isinstance(n, Param) for n in _cut(e, word)):
         return False
-    return all(word.dims.items() <= n.dims.items() for n in dependent)
+    return all(word.dims.items() <= n.dims.items() and not _steps_along(n, word) for n in dependent)
+
+
+def _steps_along(n: Expr, word: Expr) -> bool:
+    """Whether the node may move elements along a dim of `word` and still have that dim."""
+    match n:
+        case Call():
+            return True
+        case Merge(_, parts, _):
+            return not word.dims.keys().isdisjoint(parts)
+        case Split(_, dim, _) | Slice(_, dim) | Pad(_, dim) | Concat(_, dim) | Bucket(_, _, dim):
+            return dim in word.dims
+        case _:
+            return False
 
 
 def table_of(e: Expr, word: Expr) -> tuple[Const, Expr, str] | None:
