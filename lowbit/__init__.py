@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from lowbit.formats import bcq as bcq
     from lowbit.formats import register_format as register_format
     from lowbit.formats import uniform as uniform
-    from lowbit.nn import load as load
-    from lowbit.nn import save as save
-    from lowbit.ops import matmul as matmul
-    from lowbit.ops import plan as plan
     from lowbit.nn import Code as Code
     from lowbit.nn import Codebook as Codebook
     from lowbit.nn import Rule as Rule
     from lowbit.nn import Scale as Scale
     from lowbit.nn import explain as explain
+    from lowbit.nn import load as load
     from lowbit.nn import quantize as quantize
     from lowbit.nn import report as report
+    from lowbit.nn import save as save
+    from lowbit.ops import matmul as matmul
+    from lowbit.ops import plan as plan
     from lowbit.quantizers import alternating as alternating
     from lowbit.quantizers import greedy as greedy
     from lowbit.quantizers import quantize_array as quantize_array
@@ -41,12 +41,13 @@ _HOME = {
     "QuantArray": "array", "QuantType": "array", "dequantize": "array",
     "Format": "formats", "bcq": "formats", "register_format": "formats", "uniform": "formats",
     "matmul": "ops", "plan": "ops",
-    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "explain": "nn", "quantize": "nn", "load": "nn", "report": "nn",
+    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "explain": "nn", "quantize": "nn",
+    "load": "nn", "report": "nn",
     "save": "nn",
     "alternating": "quantizers", "greedy": "quantizers", "quantize_array": "quantizers",
     "round_to_nearest": "quantizers", "to_bcq": "quantizers",
 }  # fmt: skip
-__all__ = [*_HOME, "nn", "tune"]  # noqa: PLE0604  names are loaded lazily
+__all__ = [*_HOME, "nn", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -65,7 +65,7 @@ class QuantType:
         return self.bits / prod(self.shape)
 
     def role(self, field: str) -> str:
-        """One of "code" (integers), "codebook" (a table that codes select from), "scale", "frozen" (the untrained part)."""
+        """One of "code" (integers), "codebook" (a table that codes select from), "scale", or "frozen" (not trained)."""
         leaf = self.fields[field]
         if not is_float(leaf.dtype):
             return "code"
@@ -141,11 +141,13 @@ class QuantArray:
         for name, leaf in type.fields.items():
             a = arrays[name]
             if a.shape != tuple(leaf.dims.values()) or a.dtype != numpy_dtype(leaf.dtype):
-                raise ValueError(f"{type.format} stores {name!r} as {leaf.type}, but the array is {a.dtype}{list(a.shape)}")
+                given = f"{a.dtype}{list(a.shape)}"
+                raise ValueError(f"{type.format} stores {name!r} as {leaf.type}, but the array is {given}")
             if leaf.within is not None and not isinstance(a, jax.core.Tracer) and a.size:
                 low, high = int(a.min()), int(a.max())
                 if low < leaf.within[0] or high > leaf.within[1]:
-                    raise ValueError(f"{name!r} holds {low}..{high}, outside its range {leaf.within[0]}..{leaf.within[1]}")
+                    least, most = leaf.within
+                    raise ValueError(f"{name!r} holds {low}..{high}, outside its range {least}..{most}")
         return QuantArray(arrays, type)
 
     @property

@@ -21,12 +21,13 @@ from lowbit.ir.walk import params
 from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.lower_xla import align, emit
 
+# name, byte, dot, pointwise, field, lookup, far_lookup, scatter, cache
 MACHINES = {
-    "cpu": Machine("cpu", 0.05, dot=0.011, pointwise=0.2, field=0.2, lookup=1.0, far_lookup=10, scatter=20, cache=1 << 20),
-    "gpu": Machine("gpu", 4e-4, dot=3e-6, pointwise=5e-5, field=5e-5, lookup=2e-3, far_lookup=2e-2, scatter=0.05, cache=1 << 15),
-    "tpu": Machine("tpu", 6e-4, dot=5e-6, pointwise=2e-4, field=2e-4, lookup=0.5, far_lookup=5, scatter=5, cache=1 << 15),
+    "cpu": Machine("cpu", 0.05, 0.011, 0.2, 0.2, 1.0, 10, 20, 1 << 20),
+    "gpu": Machine("gpu", 4e-4, 3e-6, 5e-5, 5e-5, 2e-3, 2e-2, 0.05, 1 << 15),
+    "tpu": Machine("tpu", 6e-4, 5e-6, 2e-4, 2e-4, 0.5, 5, 5, 1 << 15),
 }
-"""Coarse costs by platform; on a CPU fitted to `benchmarks/` on 2 cores, elsewhere from data sheets."""
+"""Coarse costs by platform: for a CPU fitted to times on 2 cores, for the others estimates, not yet measured."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ class Plan:
         return self.forms[0].term
 
     def __str__(self) -> str:
-        head = f"{self.what} on {self.machine}\n{'form':8} {'predicted':>12} {'bytes read':>12} {'fma':>14} {'look-ups':>12}"
+        columns = f"{'form':8} {'predicted':>12} {'bytes read':>12} {'fma':>14} {'look-ups':>12}"
         rows = [
             f"{f.name:8} {f.nanoseconds / 1e3:>9.1f} us {f.cost.bytes:>12,} {f.cost.fma:>14,} {f.cost.lookups:>12,}"
             for f in self.forms
         ]
-        return "\n".join([head, *rows])
+        return "\n".join([f"{self.what} on {self.machine}", columns, *rows])
 
 
 def matmul(x: jax.Array, w: QuantArray) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import lowbit as lb
 from lowbit.array import QuantArray
 from tests.tolerance import gamma, unit
 
@@ -77,6 +79,12 @@ class Dropped(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.dropout(self.linear(x))
+
+
+def fast(rules: lb.Format | Mapping[str, lb.Format | None]) -> list[lb.Rule]:
+    """Rules with the greedy solver, which compiles in a moment: for tests that do not ask how good the codes are."""
+    given = {"**": rules} if isinstance(rules, lb.Format) else rules
+    return [lb.Rule(p, f, lb.greedy() if f is not None and f.name == "bcq" else None) for p, f in given.items()]
 
 
 def inputs(*shape: int, seed: int = 0, dtype: Any = "float32") -> jax.Array:

@@ -34,7 +34,7 @@ GROUP = 128
 TUNED_BITS = 3
 PROMPT = b"def read_file(path):\n    "
 RATES = {"alpha": 1e-2, "full": 1e-3}
-"""Peak learning rates on the tuning text: each the best of a coarse search (`--search` repeats it)."""
+"""Peak learning rates: each the best of a coarse search, on the same windows."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,12 @@ def tune(model: TinyLM, variant: Variant, train: bytes, held: bytes, steps: int 
     tuning = lb.tune.alpha_tuning(small)
     fit(tuning.model, tuning.optimizer(optax.adam(schedule(RATES["alpha"], steps))), train, wrt=lb.Scale, steps=steps)
     full = nnx.clone(model)
-    fit(full, nnx.Optimizer(full, optax.adam(schedule(RATES["full"], steps)), wrt=nnx.Param), train, wrt=nnx.Param, steps=steps)
+    optimizer = nnx.Optimizer(full, optax.adam(schedule(RATES["full"], steps)), wrt=nnx.Param)
+    fit(full, optimizer, train, wrt=nnx.Param, steps=steps)
     everything = sum(x.size for x in jax.tree.leaves(nnx.state(full, nnx.Param)))
-    scores = (bits_per_byte(m, held) for m in (model, small, tuning.model, full))
-    return Tuned(*scores, lb.tune.fold(tuning.model), (tuning.trainable, everything))
+    float_before, before, after, best = (bits_per_byte(m, held) for m in (model, small, tuning.model, full))
+    trainable = (tuning.trainable, everything)
+    return Tuned(float_before, before, after, best, lb.tune.fold(tuning.model), trainable)
 
 
 def rows(results: list[Result], tuned: Tuned, xz: float, whole: float) -> list[dict[str, Any]]:
@@ -185,7 +187,8 @@ def table(results: list[Result]) -> Table:
     for column in out.columns[1:]:
         column.justify = "right"
     for r in results:
-        out.add_row(r.name, f"{r.bits_per_weight:.3f}", f"{r.bytes:,}", f"{r.bits_per_byte:.4f}", f"{r.ms_per_token:.2f}")
+        numbers = (f"{r.bits_per_weight:.3f}", f"{r.bytes:,}", f"{r.bits_per_byte:.4f}", f"{r.ms_per_token:.2f}")
+        out.add_row(r.name, *numbers)
     return out
 
 
@@ -201,7 +204,7 @@ def main() -> None:
     say(f"held-out code: {code}\nheld-out prose: {prose}")
     xz, whole = corpus.xz_bits(code.text), bits_per_byte(model, code.text)
     say(f"all held-out code: fp32 model {whole:.4f} bits/byte, xz -9e {xz:.4f}")
-    say(f"\nEvery linear layer quantized, groups of {GROUP}, {SAMPLE >> 10} KiB of held-out code, {jax.devices()[0].device_kind}")
+    say(f"\nEvery linear layer quantized in groups of {GROUP}; {SAMPLE >> 10} KiB of held-out code")
     results = sweep(model, code.text[:SAMPLE], lambda r: say(f"  {r.name:30} {r.bits_per_byte:.4f} bits/byte"))
     say(table(results))
     chosen = next(v for v in variants() if (v.method, v.bits) == ("bcq alternating", TUNED_BITS))

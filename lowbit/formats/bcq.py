@@ -13,7 +13,9 @@ from lowbit.ir.expr import Expr
 
 
 @register_format("bcq")
-def bcq(n: int, k: int, bits: int, group: int | None = None, offset: bool = False, scale_dtype: str = "float32") -> Expr:
+def bcq(
+    n: int, k: int, bits: int, group: int | None = None, offset: bool = False, scale_dtype: str = "float32"
+) -> Expr:
     """Binary-coding planes: `bcq(3, group=128)` stores 3 sign planes and 3 scales per 128 inputs of an output.
 
     Stored: `planes` u8 [bits, n, groups, ceil(group / 8)], `alpha` [bits, n, groups] and, with `offset`, `beta`
@@ -23,8 +25,8 @@ def bcq(n: int, k: int, bits: int, group: int | None = None, offset: bool = Fals
       bits: planes, 1 to 8.
       group: inputs that share the scales, any positive size; None for one group a row.
       offset: add a learned beta per group, for weights that are not centred.
-      scale_dtype: of alpha and beta. "float32" trains with any optimizer; "float16" and "bfloat16" store half of it, but
-        Adam's epsilon is zero in float16: `lb.tune` trains such scales in float32.
+      scale_dtype: of alpha and beta. "float32" trains with any optimizer; "float16" and "bfloat16" store half of it,
+        but Adam's epsilon is zero in float16: `lb.tune` trains such scales in float32.
 
     >>> import lowbit as lb
     >>> print(lb.bcq(3, group=128))

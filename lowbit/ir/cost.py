@@ -33,6 +33,7 @@ from lowbit.ir.expr import (
 from lowbit.ir.order import contraction_order, slot_dims
 from lowbit.ir.walk import topo
 
+
 @dataclass(frozen=True)
 class Cost:
     """Counts of one evaluation.

@@ -63,7 +63,7 @@ def full_range(d: DType) -> Bounds:
 def holds(d: DType, bounds: Bounds) -> bool:
     """Whether every integer in `bounds` is a value of `d`."""
     if is_float(d):
-        return max(abs(bounds[0]), abs(bounds[1])) <= 2 ** _SIGNIFICAND[d]
+        return max(abs(bounds[0]), abs(bounds[1])) <= 1 << _SIGNIFICAND[d]
     lo, hi = full_range(d)
     return lo <= bounds[0] and bounds[1] <= hi
 

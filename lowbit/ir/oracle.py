@@ -91,7 +91,8 @@ def _value(e: Expr, env: Mapping[str, Any], val: dict[Expr, Array]) -> Array:
             return np.pad(val[x], [(before, after) if k == dim else (0, 0) for k in x.dims])
         case Concat(parts, dim):
             first = parts[0].dims
-            return np.concatenate([align(val[p], p.dims, {**first, dim: p.dims[dim]}) for p in parts], [*first].index(dim))
+            arrays = [align(val[p], p.dims, {**first, dim: p.dims[dim]}) for p in parts]
+            return np.concatenate(arrays, [*first].index(dim))
         case Call(name, operands):
             return call_spec(name).oracle(*(_narrow(val[o], o.dtype) for o in operands))
         case _:
@@ -136,12 +137,13 @@ def _bucket(e: Bucket, x: Array, index: Array) -> Array:
     shape = list(full.values())
     hit = align(index, e.index.dims, full)[..., None] == np.arange(e.size)
     picked = np.where(hit, np.broadcast_to(align(x, e.x.dims, full), shape)[..., None], 0)
-    return picked.sum(axis=tuple(i for i, k in enumerate(full) if k in e.over))
+    return np.asarray(picked.sum(axis=tuple(i for i, k in enumerate(full) if k in e.over)))
 
 
 def _contract(e: Contract, values: list[Array]) -> Array:
     full = union("contract", *(f.dims for f in e.factors))
     letter = {k: chr(97 + i) for i, k in enumerate(full)}
     terms = ",".join("".join(letter[k] for k in f.dims) for f in e.factors)
-    out = np.einsum(f"{terms}->{''.join(letter[k] for k in e.dims)}", *(_wide(v, e.dtype) for v in values), optimize=True)
-    return out & 1 if e.ring == "gf2" else out
+    spec = f"{terms}->{''.join(letter[k] for k in e.dims)}"
+    out = np.einsum(spec, *(_wide(v, e.dtype) for v in values), optimize=True)
+    return np.asarray(out & 1 if e.ring == "gf2" else out)

@@ -10,7 +10,7 @@ from typing import assert_never
 
 from lowbit.ir.build import add, broadcast, cast, contract, pad, slice_
 from lowbit.ir.dims import fresh_all, union
-from lowbit.ir.dtypes import is_float
+from lowbit.ir.dtypes import DType, is_float
 from lowbit.ir.expr import (
     Add,
     Bitcast,
@@ -46,13 +46,13 @@ def transpose(e: Expr, leaf: Param, dy: Expr) -> Expr:
 
     Raises NotDifferentiableError for an integer leaf, one that `e` does not hold, or one behind an opaque step.
     """
-    acc = "f64" if "f64" in (leaf.dtype, dy.dtype) else "f32"
+    acc: DType = "f64" if "f64" in (leaf.dtype, dy.dtype) else "f32"
     if not is_float(leaf.dtype):
         raise NotDifferentiableError(f"{leaf.name!r} is {leaf.type}: integer codes have no cotangent")
     if dict(dy.dims) != dict(e.dims):
         raise NotDifferentiableError(f"the cotangent is {dy.type} but the term is {e.type}: the dims must be equal")
     nodes = topo(e)
-    live = {leaf}
+    live: set[Expr] = {leaf}
     for n in nodes:
         if live.intersection(n.args):
             live.add(n)
@@ -75,11 +75,11 @@ def _pull(e: Expr, at: int, dy: Expr) -> Expr:
     match e:
         case Add():
             return contract((dy,), dy.dims.keys() - x.dims.keys(), acc=dy.dtype)
-        case Contract(factors, over, "real", _):
-            return _pull_contract(factors, at, over, dy)
+        case Contract(factors, _, "real", _):
+            return _pull_contract(factors, at, dy)
         case Gather(_, index, dim) if at == 0:
-            over = union("bucket", dy.dims, index.dims).keys() - x.dims.keys()
-            return Bucket(dy, index, dim, x.dims[dim], frozenset(over))
+            gone = union("bucket", dy.dims, index.dims).keys() - x.dims.keys()
+            return Bucket(dy, index, dim, x.dims[dim], frozenset(gone))
         case Bucket() if at == 0:
             return _pull_bucket(e, dy)
         case Split(_, dim, into):
@@ -101,9 +101,8 @@ def _pull(e: Expr, at: int, dy: Expr) -> Expr:
             assert_never(e)
 
 
-def _pull_contract(factors: tuple[Expr, ...], at: int, over: frozenset[str], dy: Expr) -> Expr:
+def _pull_contract(factors: tuple[Expr, ...], at: int, dy: Expr) -> Expr:
     x, others = factors[at], factors[:at] + factors[at + 1 :]
-    # A dim summed away may have the name of nothing in dy, but dims of `over` that dy happens to bind are its own.
     terms = (dy, *others)
     have = union("transpose", *(t.dims for t in terms))
     pulled = contract(terms, have.keys() - x.dims.keys(), acc=dy.dtype)

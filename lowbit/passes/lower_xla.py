@@ -53,7 +53,7 @@ def emit(root: Expr, env: Mapping[str, jax.Array]) -> jax.Array:
     """
     val: dict[Expr, jax.Array] = {}
     for e in topo(root):
-        if e.dtype == "f64" and not jax.config.jax_enable_x64:
+        if e.dtype == "f64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
             raise NotImplementedError(f"{e.type}: float64 terms need jax_enable_x64")
         val[e] = _value(e, env, val)
     return val[root]
@@ -73,10 +73,7 @@ def _value(e: Expr, env: Mapping[str, jax.Array], val: dict[Expr, jax.Array]) ->
         case Const():
             return jnp.asarray(e.values)
         case Unpack(x, width, _, count):
-            word = val[x]
-            shift = jnp.arange(count, dtype=word.dtype) * jnp.asarray(width, word.dtype)
-            field = (word[..., None] >> shift.reshape([1] * word.ndim + [count])) & jnp.asarray((1 << width) - 1, word.dtype)
-            return field.astype(numpy_dtype(e.dtype))
+            return _unpack(val[x], width, count).astype(numpy_dtype(e.dtype))
         case Bitcast():
             return _bitcast(e, val[e.x])
         case Gather(table, index, dim):
@@ -99,9 +96,7 @@ def _value(e: Expr, env: Mapping[str, jax.Array], val: dict[Expr, jax.Array]) ->
         case Pad(x, dim, before, after):
             return jnp.pad(val[x], [(before, after) if k == dim else (0, 0) for k in x.dims])
         case Concat(parts, dim):
-            first = parts[0].dims
-            arrays = [align(val[p], p.dims, {**first, dim: p.dims[dim]}) for p in parts]
-            return jnp.concatenate(arrays, axis=list(first).index(dim))
+            return _concat(dim, [(val[p], p.dims) for p in parts])
         case Call(name, operands):
             xla = call_spec(name).xla
             if xla is None:
@@ -118,6 +113,17 @@ def _leaf(e: Param, env: Mapping[str, jax.Array]) -> jax.Array:
     if v.shape != tuple(e.dims.values()) or v.dtype != numpy_dtype(e.dtype):
         raise ValueError(f"param {e.name!r} is {e.type}, but the array is {v.dtype}{list(v.shape)}")
     return v
+
+
+def _unpack(word: jax.Array, width: int, count: int) -> jax.Array:
+    shift = (jnp.arange(count, dtype=word.dtype) * width).astype(word.dtype).reshape([1] * word.ndim + [count])
+    return (word[..., None] >> shift) & jnp.asarray((1 << width) - 1, word.dtype)
+
+
+def _concat(dim: str, parts: list[tuple[jax.Array, Dims]]) -> jax.Array:
+    first = parts[0][1]
+    arrays = [align(a, dims, {**first, dim: dims[dim]}) for a, dims in parts]
+    return jnp.concatenate(arrays, axis=list(first).index(dim))
 
 
 def _bitcast(e: Bitcast, v: jax.Array) -> jax.Array:

@@ -65,7 +65,8 @@ class RoundToNearest:
             return _binary_fields(binary, fmt, values.shape)
         n, g, _ = values.shape
         scale = _to_scale_dtype(code.scale, fmt)
-        return {"planes": _pack(binary.bits, values.shape), "scale": scale.reshape(n, g), "zero": code.zero.reshape(n, g)}
+        planes = _pack(binary.bits, values.shape)
+        return {"planes": planes, "scale": scale.reshape(n, g), "zero": code.zero.reshape(n, g)}
 
 
 def greedy() -> BinarySolver:
@@ -92,7 +93,12 @@ def set_default_quantizer(format_name: str, quantizer: Quantizer) -> None:
 
 
 def quantize_array(
-    w: Any, fmt: Format, quantizer: Quantizer | None = None, *, dims: tuple[str, str] = ("k", "n"), name: str = "the weight"
+    w: Any,
+    fmt: Format,
+    quantizer: Quantizer | None = None,
+    *,
+    dims: tuple[str, str] = ("k", "n"),
+    name: str = "the weight",
 ) -> QuantArray:
     """Quantize one matrix.
 
@@ -139,7 +145,7 @@ def to_bcq(w: QuantArray) -> QuantArray:
 
 def _default(fmt: Format) -> Quantizer:
     if fmt.name not in _DEFAULTS:
-        raise ValueError(f"format {fmt.name!r} has no default quantizer: name one in the rule, or set_default_quantizer")
+        raise ValueError(f"format {fmt.name!r} has no default quantizer: name one, or set_default_quantizer")
     return _DEFAULTS[fmt.name]
 
 
@@ -175,7 +181,8 @@ def _to_scale_dtype(a: jax.Array, fmt: Format) -> jax.Array:
 
 def _binary_fields(code: BinaryCode, fmt: Format, shape: tuple[int, ...]) -> Fields:
     n, g, _ = shape
-    out = {"planes": _pack(code.bits, shape), "alpha": _to_scale_dtype(code.alpha, fmt).reshape(n, g, -1).transpose(2, 0, 1)}
+    alpha = _to_scale_dtype(code.alpha, fmt).reshape(n, g, -1).transpose(2, 0, 1)
+    out = {"planes": _pack(code.bits, shape), "alpha": alpha}
     if code.beta is not None:
         out["beta"] = _to_scale_dtype(code.beta, fmt).reshape(n, g)
     return out

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import export
 
 import lowbit as lb
-from tests.models import TOKENS, Net, Shared, arrays, assert_same, dense, inputs, largest, product_bound
+from tests.models import TOKENS, Net, Shared, arrays, assert_same, dense, fast, inputs, largest, product_bound
 from tests.tolerance import assert_within, gamma, unit
 
 FORMATS = [
@@ -23,13 +23,15 @@ FORMATS = [
     lb.uniform(4, group=16),
     lb.uniform(3),
 ]
-RULES = {
-    "embed": lb.uniform(4, group=8),
-    "layers/*/mlp/up": lb.bcq(3, group=8),
-    "layers/**": lb.bcq(2, offset=True),
-    "head/layers/0": lb.bcq(3),
-    "head/layers/2": None,
-}
+RULES = fast(
+    {
+        "embed": lb.uniform(4, group=8),
+        "layers/*/mlp/up": lb.bcq(3, group=8),
+        "layers/**": lb.bcq(2, offset=True),
+        "head/layers/0": lb.bcq(3, group=8),
+        "head/layers/2": None,
+    }
+)
 
 
 def net(seed: int = 0) -> Net:
@@ -54,11 +56,10 @@ def filled(layer: nnx.Linear) -> nnx.Linear:
 # ---- layers
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("fmt", "bias"), [*((fmt, True) for fmt in FORMATS), (lb.bcq(3), False)], ids=str)
 def test_linear_is_the_dense_layer_over_the_decoded_weight(fmt: lb.Format, bias: bool) -> None:
     layer = filled(nnx.Linear(20, 12, use_bias=bias, rngs=nnx.Rngs(0)))
-    q = lb.quantize(layer, fmt)
+    q = lb.quantize(layer, fast(fmt))
     assert type(q) is lb.nn.Linear
     assert (q.in_features, q.out_features, q.use_bias, q.dtype) == (20, 12, bias, None)
     x = inputs(3, 20)
@@ -76,12 +77,20 @@ def test_linear_is_the_dense_layer_over_the_decoded_weight(fmt: lb.Format, bias:
         assert q(inputs(*shape)).shape == layer(inputs(*shape)).shape
 
 
-@pytest.mark.parametrize("given", [None, "bfloat16", "float32"])
-@pytest.mark.parametrize("param", ["bfloat16", "float32", "float16"])
-@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("given", "param", "x_dtype"),
+    [
+        (None, "bfloat16", "float32"),
+        (None, "bfloat16", "bfloat16"),
+        (None, "float32", "bfloat16"),
+        (None, "float16", "bfloat16"),
+        ("bfloat16", "float32", "float32"),
+        ("float32", "bfloat16", "bfloat16"),
+    ],
+)
 def test_linear_promotes_as_flax_does(given: str | None, param: str, x_dtype: str) -> None:
     layer = filled(nnx.Linear(16, 8, dtype=given, param_dtype=param, rngs=nnx.Rngs(0)))
-    q = lb.quantize(layer, lb.bcq(3))
+    q = lb.quantize(layer, fast(lb.bcq(3)))
     assert q.kernel.dtype == layer.kernel.dtype and q.bias is not layer.bias
     x = inputs(4, 16, dtype=x_dtype)
     layer.kernel[...] = lb.dequantize(q.kernel.array)
@@ -99,11 +108,10 @@ def test_linear_promotes_as_flax_does(given: str | None, param: str, x_dtype: st
     assert_within(y, want, ours + flax, (given, param, x_dtype))
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-@pytest.mark.parametrize("param", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("fmt", "param"), [*((f, "float32") for f in FORMATS), (lb.bcq(3), "bfloat16")], ids=str)
 def test_embed_looks_up_and_attends(fmt: lb.Format, param: str) -> None:
     layer = nnx.Embed(12, 20, param_dtype=param, rngs=nnx.Rngs(0))
-    q = lb.quantize(layer, fmt)
+    q = lb.quantize(layer, fast(fmt))
     assert type(q) is lb.nn.Embed
     assert (q.num_embeddings, q.features, q.embedding.shape) == (12, 20, (12, 20))
     table, size = dense(q.embedding.array), largest(q.embedding.array)
@@ -125,7 +133,7 @@ def test_embed_looks_up_and_attends(fmt: lb.Format, param: str) -> None:
 
 def test_embed_follows_its_dtype_option() -> None:
     layer = nnx.Embed(12, 16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    q = lb.quantize(layer, lb.bcq(3))
+    q = lb.quantize(layer, fast(lb.bcq(3)))
     for call in (lambda m: m(jnp.arange(3)), lambda m: m.attend(inputs(2, 16))):
         assert call(q).dtype == call(layer).dtype == jnp.bfloat16
 
@@ -199,14 +207,14 @@ def test_jit_takes_the_model_as_argument() -> None:
 def test_vmap_over_stacked_models_and_over_inputs() -> None:
     @partial(nnx.vmap, in_axes=0)
     def make(key: jax.Array) -> lb.nn.Linear:
-        return lb.quantize(nnx.Linear(16, 8, rngs=nnx.Rngs(key)), lb.bcq(2, group=8))
+        return lb.quantize(nnx.Linear(16, 8, rngs=nnx.Rngs(key)), fast(lb.bcq(2, group=8)))
 
     keys = jax.random.split(jax.random.key(0), 3)
     stacked = make(keys)
     assert stacked.kernel.alpha.shape == (3, 2, 8, 2)
     x = inputs(3, 4, 16)
     each = nnx.vmap(lambda m, x: m(x), in_axes=(0, 0))(stacked, x)
-    one = lb.quantize(nnx.Linear(16, 8, rngs=nnx.Rngs(keys[1])), lb.bcq(2, group=8))
+    one = lb.quantize(nnx.Linear(16, 8, rngs=nnx.Rngs(keys[1])), fast(lb.bcq(2, group=8)))
     assert_within(each[1], one(x[1]), 2 * product_bound(x[1], one.kernel.array, "float32"))
     same = nnx.vmap(lambda m, x: m(x), in_axes=(None, 0))(one, x)
     bound = product_bound(x.reshape(12, 16), one.kernel.array, "float32").reshape(3, 4, 8)
@@ -214,7 +222,7 @@ def test_vmap_over_stacked_models_and_over_inputs() -> None:
 
 
 def test_scan_over_stacked_layers() -> None:
-    layers = [lb.quantize(nnx.Linear(8, 8, rngs=nnx.Rngs(i)), lb.bcq(2)) for i in range(3)]
+    layers = [lb.quantize(nnx.Linear(8, 8, rngs=nnx.Rngs(i)), fast(lb.bcq(2))) for i in range(3)]
     graph, first = nnx.split(layers[0])
     states = [nnx.split(layer)[1] for layer in layers]
     stacked = nnx.merge(graph, jax.tree.map(lambda *a: jnp.stack(a), first, *states[1:]))
@@ -281,7 +289,7 @@ def test_optimizer_trains_scales_alone(train: str) -> None:
 
 
 def test_sharing_survives_training() -> None:
-    q = lb.quantize(Shared(nnx.Rngs(0)), lb.bcq(3))
+    q = lb.quantize(Shared(nnx.Rngs(0)), fast(lb.bcq(3)))
     optimizer = nnx.Optimizer(q, optax.sgd(0.1), wrt=lb.Scale)
 
     @nnx.jit
@@ -311,7 +319,7 @@ def test_export_with_the_weights_as_arguments() -> None:
     x = inputs(2, 16)
     back = export.deserialize(export.export(jax.jit(lb.matmul))(x, w).serialize())
     np.testing.assert_array_equal(back.call(x, w), jax.jit(lb.matmul)(x, w))
-    other = lb.quantize_array(inputs(16, 32), lb.bcq(2))
+    other = lb.quantize_array(inputs(16, 32), lb.bcq(2), lb.greedy())
     with pytest.raises(ValueError, match=re.escape("bits', 2")):
         back.call(x, other)
 

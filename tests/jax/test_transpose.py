@@ -94,14 +94,13 @@ def check(e: Expr, seed: int) -> set[type]:
     for name in want:
         leaf = params(e)[name]
         through = {type(n) for n in live(e, leaf)}
-        if Call in through:  # all that has no cotangent here; integers come from no float
-            with pytest.raises(NotDifferentiableError, match="Call of .* has no cotangent"):
+        if through & {Call, Bitcast}:
+            with pytest.raises(NotDifferentiableError, match="(Call|Bitcast) of .* has no cotangent"):
                 transpose(e, leaf, dy)
             continue
         term = transpose(e, leaf, dy)
         assert dict(term.dims) == dict(leaf.dims)
         exact, bound = exact_and_bound(term, env)
-        # vjp sums in another order, so it may err as much as the term does, and once more where cotangents meet.
         exact, bound = (a.transpose([list(term.dims).index(d) for d in leaf.dims]) for a in (exact, bound))
         assert_within(want[name], exact, bound, term)
         seen |= through
@@ -120,3 +119,49 @@ def test_random_terms():
 
     property_()
     assert LINEAR <= set(seen), f"no cotangent went through {LINEAR - set(seen)}"
+
+
+# ---------------------------------------------------------------- what is not linear, not float, or not there
+
+
+def test_cast_passes_the_cotangent_on_unrounded():
+    """f16 scales: the cotangent is summed in float32 and rounded only where it is stored."""
+    x, a = param("x", "f32", None, m=3, k=300), param("a", "f16", None, k=300)
+    dy = param("dy", "bf16", None, m=3)
+    term = transpose(contract((x, cast(a, "f32")), ("k",)), a, dy)
+    assert term.dtype == "f32" and dict(term.dims) == {"k": 300}
+    env = environment(term, 0, exact=False)
+    exact, bound = exact_and_bound(term, env)
+    assert_within(jax.jit(lambda env: emit(term, env))(env), exact, bound)
+    want = env["x"].astype(np.float64).T @ env["dy"].astype(np.float64)
+    assert_within(exact, want, gamma(8, "f64") * (np.abs(env["x"]).astype(np.float64).T @ np.abs(env["dy"].astype(np.float64))))
+
+
+def test_rounding_cast_counts_as_the_identity():
+    a = param("a", "f32", None, k=3)
+    dy = param("dy", "f32", None, k=3)
+    assert transpose(cast(a, "f16"), a, dy) is dy
+
+
+def test_leaf_used_twice_gets_both_cotangents():
+    a, x = param("a", "f64", None, k=5), param("x", "f64", None, k=5)
+    e = (a * a * x).sum("k") + (a * 3).sum("k")
+    with jax.enable_x64(True):
+        check(e, 0)
+
+
+K = param("k", "u8", None, k=3)
+A = param("a", "f32", None, k=3)
+
+
+@pytest.mark.parametrize(
+    ("term", "leaf", "dims", "message"),
+    [
+        (A * K, K, ("k",), r"'k' is u8\[k=3\]: integer codes have no cotangent"),
+        (A * K, param("b", "f32"), ("k",), r"the term does not depend on 'b': f32\[\]"),
+        (A * K, A, (), r"the cotangent is f32\[\] but the term is f32\[k=3\]: the dims must be equal"),
+    ],
+)
+def test_errors(term: Expr, leaf: Param, dims: tuple[str, ...], message: str):
+    with pytest.raises(NotDifferentiableError, match=f"^{message}$"):
+        transpose(term, leaf, param("dy", "f32", None, **dict.fromkeys(dims, 3)))
