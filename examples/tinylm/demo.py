@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo-out"))
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    say = Console(width=110).print
+    say = Console(width=110, markup=False, highlight=False).print
     start = time.perf_counter()
     model = weights.load()
     code, prose = corpus.match_listed("code"), corpus.match_listed("topics")
@@ -209,7 +209,7 @@ def main() -> None:
     say(table(results))
     chosen = next(v for v in variants() if (v.method, v.bits) == ("bcq alternating", TUNED_BITS))
     for name, m in (("fp32", model), (chosen.name, quantized(model, chosen))):
-        say(f"\n{name} continues {PROMPT!r}:", generate(m, PROMPT, 160).decode(errors="replace"), sep="\n", markup=False)
+        say(f"\n{name} continues {PROMPT!r}:", generate(m, PROMPT, 160).decode(errors="replace"), sep="\n")
     tuned = tune(model, chosen, corpus.tune_prose(), prose.text[:SAMPLE])
     say(f"\nFrom code to prose in {STEPS} steps, bits/byte of held-out prose:")
     say(f"  fp32 {tuned.float_before:.4f}, {chosen.name} {tuned.before:.4f}")
@@ -220,7 +220,7 @@ def main() -> None:
     plot(results, out / "demo.png")
     (out / "demo.json").write_text(json.dumps(rows(results, tuned, xz, whole), indent=1) + "\n")
     say(f"\nwrote {out}/demo.png, demo.json, tinylm-3bit-prose.safetensors")
-    say(f"{time.perf_counter() - start:.0f} s, {platform.python_version()}, jax {jax.__version__}, {platform.machine()}")
+    say(f"{time.perf_counter() - start:.0f} s on Python {platform.python_version()}, jax {jax.__version__}")
 
 
 if __name__ == "__main__":

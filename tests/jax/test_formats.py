@@ -1,0 +1,331 @@
+"""Formats and quantizers: decode against an independent reading of the stored bytes, conversions, and bad input."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import lowbit as lb
+from lowbit.array import QuantArray
+from lowbit.formats import Format, UnknownFormatError
+from lowbit.formats.format import definition
+from lowbit.formats.planes import groups, pack_planes, unpack_planes
+from lowbit.ir import Unpack, cast, evaluate, merge, param
+from lowbit.quantizers.quantizer import RoundToNearest, set_default_quantizer
+from tests.tolerance import assert_within, dot_tolerance, gamma, unit
+
+GROUPS = [128, 33, 8, 1, None, 1000]
+
+
+def weights(k: int, n: int, dtype: Any = np.float32, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((k, n)), dtype)
+
+
+def stored_code(planes: np.ndarray, n: int, k: int, group: int | None) -> np.ndarray:
+    """Integer codes [n, k], bit by bit from the bytes: weight t of group g is bit t % 8 of byte t // 8."""
+    size = k if group is None else min(group, k)
+    out = np.zeros((n, k), np.int64)
+    for row in range(n):
+        for i in range(k):
+            g, t = divmod(i, size)
+            for p in range(planes.shape[0]):
+                out[row, i] |= (int(planes[p, row, g, t // 8]) >> (t % 8) & 1) << p
+    return out
+
+
+def spread(scales: np.ndarray, k: int, group: int | None) -> np.ndarray:
+    """Scales [..., n, g] to one for each weight, [..., n, k]."""
+    size = k if group is None else min(group, k)
+    return np.repeat(scales.astype(np.float64), size, axis=-1)[..., :k]
+
+
+def decoded(w: QuantArray) -> np.ndarray:
+    """The oracle's exact weights, [n, k]."""
+    t = w.type.decode
+    value = evaluate(t, {name: np.asarray(a) for name, a in w.fields.items()})
+    return value if list(t.dims) == ["n", "k"] else value.T
+
+
+# ---------------------------------------------------------------- what the bytes mean
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_bcq_decodes_its_bytes(bits, offset, group):
+    k, n = 70, 3
+    fmt = lb.bcq(bits, group=group, offset=offset)
+    rng = np.random.default_rng(bits)
+    shape = {name: list(leaf.dims.values()) for name, leaf in lb.QuantType((("k", k), ("n", n)), "f32", fmt).fields.items()}
+    fields = {name: rng.standard_normal(s).astype(np.float32) for name, s in shape.items()}
+    fields["planes"] = rng.integers(0, 256, shape["planes"]).astype(np.uint8)  # padding too: it must not matter
+    w = QuantArray.of(fields, lb.QuantType((("k", k), ("n", n)), "f32", fmt))
+
+    code = stored_code(fields["planes"], n, k, group)
+    signs = np.stack([2 * (code >> p & 1) - 1 for p in range(bits)])
+    want = (spread(fields["alpha"], k, group) * signs).sum(0)
+    size = np.abs(spread(fields["alpha"], k, group)).sum(0)
+    if offset:
+        want, size = want + spread(fields["beta"], k, group), size + np.abs(spread(fields["beta"], k, group))
+    assert_within(decoded(w), want, gamma(bits + 1, "f64") * size)
+    assert_within(lb.dequantize(w), want.T, gamma(bits + 1, "f32") * size.T)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_uniform_decodes_its_bytes(bits, group):
+    k, n = 70, 3
+    w = lb.quantize_array(weights(k, n), lb.uniform(bits, group=group))
+    f = {name: np.asarray(a) for name, a in w.fields.items()}
+    code = stored_code(f["planes"], n, k, group)
+    want = spread(f["scale"], k, group) * (code - spread(f["zero"], k, group))
+    assert np.array_equal(decoded(w), want)  # one product of 24 by 9 bits
+    assert_within(lb.dequantize(w), want.T, unit("f32") * np.abs(want.T))
+
+
+@given(
+    hnp.arrays(np.uint8, hnp.array_shapes(min_dims=4, max_dims=4, max_side=4).map(lambda s: (*s[:3], s[3] * 5 - 4)),
+               elements=st.integers(0, 1))
+)  # fmt: skip
+def test_packing_is_inverted_by_unpacking(bits):
+    packed = pack_planes(jnp.asarray(bits))
+    t = bits.shape[-1]
+    assert packed.shape == (*bits.shape[:-1], -(-t // 8)) and packed.dtype == np.uint8
+    assert np.array_equal(packed, np.packbits(bits, axis=-1, bitorder="little"))  # and padding is zero
+    assert np.array_equal(unpack_planes(packed, t), bits)
+
+
+@pytest.mark.parametrize(("k", "group", "count"), [(70, 128, 1), (70, 33, 3), (70, 1, 70), (70, None, 1), (64, 32, 2)])
+def test_groups_count_the_ragged_one(k, group, count):
+    assert groups(k, group) == count
+
+
+# ---------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("make", [lb.bcq, lb.uniform])
+@pytest.mark.parametrize("bits", [0, 9, -1, 2.0, True, "3", None])
+def test_bits_outside_1_to_8(make, bits):
+    with pytest.raises(ValueError, match=f"^bits must be an int from 1 to 8, not {re.escape(repr(bits))}$"):
+        make(bits)
+
+
+@pytest.mark.parametrize("make", [lb.bcq, lb.uniform])
+@pytest.mark.parametrize("group", [0, -8, 1.5, True, "128"])
+def test_bad_group(make, group):
+    message = f"group must be a positive int, or None for one group a row, not {group!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make(3, group=group)
+
+
+def test_bad_scale_dtype_and_unknown_option():
+    with pytest.raises(TypeError, match="'float12' has no place in a term"):
+        lb.bcq(3, scale_dtype="float12")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bites'"):
+        lb.bcq(bites=3)
+
+
+def test_integer_scale_dtype_is_refused():
+    with pytest.raises((TypeError, ValueError), match="scale_dtype"):
+        lb.bcq(3, scale_dtype="int8")
+
+
+def test_str_shows_what_is_not_usual():
+    assert str(lb.bcq(3, group=128)) == "bcq(bits=3, group=128)"
+    assert str(lb.bcq(3, offset=True, scale_dtype="float16")) == "bcq(bits=3, offset=True, scale_dtype=float16)"
+    assert lb.bcq(3, 128) == lb.bcq(bits=3, group=128) and hash(lb.bcq(3, 128)) == hash(lb.bcq(bits=3, group=128))
+
+
+# ---------------------------------------------------------------- a format of one's own
+
+
+@lb.register_format("nf2")
+def nf2(n: int, k: int):
+    """Two-bit codes into four fixed levels, times a scale for each row."""
+    codes = merge(Unpack(param("codes", "u8", n=n, j=k // 4), 2, "v", 4), "j", "v", into="k")
+    return param("scale", "f32", n=n) * (cast(codes, "i32") * 2 - 3)
+
+
+def quantize_nf2(w: jax.Array, fmt: Format) -> dict[str, jax.Array]:
+    scale = jnp.abs(w).max(1) / 3
+    code = jnp.clip(jnp.round((w / scale[:, None] + 3) / 2), 0, 3).astype(jnp.uint8)
+    shifts = jnp.array([[[0, 2, 4, 6]]], jnp.uint8)
+    return {"scale": scale, "codes": (code.reshape(len(w), -1, 4) << shifts).sum(-1, dtype=jnp.uint8)}
+
+
+def test_own_format_end_to_end():
+    k, n, m = 64, 5, 3
+    w, x = weights(k, n), weights(m, k, seed=1)
+    q = lb.quantize_array(w, nf2(), quantize_nf2)
+    assert q.type.bits_per_weight == 2 + 32 / k and {f: q.type.role(f) for f in q.fields} == {"codes": "code", "scale": "scale"}
+    code = np.stack([np.asarray(q.fields["codes"]) >> 2 * v & 3 for v in range(4)], -1).reshape(n, k)
+    levels, scale = 2.0 * code - 3, np.asarray(q.fields["scale"], np.float64)
+    assert np.abs(decoded(q) - w.T).max() <= np.asarray(scale).max() * (1 + 8 * unit("f32"))  # half a step of 2 scales
+    size = np.abs(x).astype(np.float64) @ np.abs(levels * scale[:, None]).T
+    assert_within(lb.matmul(x, q), x.astype(np.float64) @ (levels * scale[:, None]).T, dot_tolerance(k + 2, "f32", "f32") * size)
+
+    def loss(scale: jax.Array) -> jax.Array:
+        return lb.matmul(x, QuantArray({**q.fields, "scale": scale}, q.type)).sum()
+
+    want = (np.asarray(x, np.float64).sum(0) * levels).sum(1)
+    bound = dot_tolerance(m * k + 2, "f32", "f32") * (np.abs(np.asarray(x, np.float64)).sum(0) * np.abs(levels)).sum(1)
+    assert_within(jax.grad(loss)(q.fields["scale"]), want, bound)
+
+
+def test_own_format_needs_a_quantizer_until_it_has_a_default():
+    @lb.register_format("nf2_again")
+    def fmt(n: int, k: int):
+        return definition("nf2").decode(n, k)
+
+    with pytest.raises(ValueError, match=r"^format 'nf2_again' has no default quantizer: name one in the rule, or set_default"):
+        lb.quantize_array(weights(8, 2), fmt())
+    set_default_quantizer("nf2_again", quantize_nf2)
+    assert lb.quantize_array(weights(8, 2), fmt()).fields["codes"].shape == (2, 2)
+
+
+def test_registering_twice():
+    with pytest.raises(ValueError, match="^format 'bcq' is already registered$"):
+        lb.register_format("bcq")(lambda n, k: param("w", "f32", n=n, k=k))
+
+
+def test_unknown_format():
+    with pytest.raises(UnknownFormatError) as err:
+        Format("no_such").decode(8, 8)
+    text = str(err.value)
+    assert text.startswith("format 'no_such' is not registered (known: bcq, ")
+    assert text.endswith("): import the module that defines it") and "uniform" in text
+
+
+# ---------------------------------------------------------------- uniform as binary coding
+
+
+@pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("group", [128, 33, None])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_uniform_to_bcq_is_exact(bits, group, scale_dtype):
+    """alpha is exact. beta is too when the scale has at most 15 bits (24 less the 9 of 2 beta / scale), else rounded once.
+
+    The planes are the same bytes, so the two decode to the same weights up to that one rounding.
+    """
+    u = lb.quantize_array(weights(70, 4), lb.uniform(bits, group=group, scale_dtype=scale_dtype))
+    b = lb.to_bcq(u)
+    assert b.type.format == lb.bcq(bits, group, offset=True, scale_dtype="float32")
+    assert np.array_equal(b.fields["planes"], u.fields["planes"])
+    if scale_dtype == "float32":
+        beta = spread(np.abs(np.asarray(b.fields["beta"])), 70, group)
+        assert_within(decoded(b), decoded(u), unit("f32") * beta)
+    else:
+        assert np.array_equal(decoded(b), decoded(u))
+        assert np.array_equal(lb.dequantize(b), lb.dequantize(u))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_round_to_nearest_makes_bcq_directly(bits):
+    w = weights(70, 4)
+    direct = lb.quantize_array(w, lb.bcq(bits, 33, offset=True, scale_dtype="float32"), RoundToNearest())
+    via = lb.to_bcq(lb.quantize_array(w, lb.uniform(bits, 33), RoundToNearest()))
+    assert direct.type == via.type
+    for name in direct.fields:
+        assert np.array_equal(direct.fields[name], via.fields[name]), name
+
+
+def test_conversion_errors():
+    with pytest.raises(TypeError, match=r"^to_bcq makes uniform, not bcq\(bits=2\)$|^to_bcq takes uniform"):
+        lb.to_bcq(lb.quantize_array(weights(8, 2), lb.bcq(2)))
+    with pytest.raises(ValueError, match=r"not symmetric about zero: use bcq\(\.\.\., offset=True\)$"):
+        lb.quantize_array(weights(8, 2), lb.bcq(2), RoundToNearest())
+    with pytest.raises(TypeError, match=r"^BinarySolver\(rounds=0\) makes bcq, not uniform\(bits=2\)$"):
+        lb.quantize_array(weights(8, 2), lb.uniform(2), lb.greedy())
+
+
+# ---------------------------------------------------------------- weights that are not as they should be
+
+ALL = [lb.bcq(3, group=16), lb.bcq(2, group=16, offset=True), lb.uniform(4, group=16)]
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_not_finite(fmt, bad):
+    w = weights(40, 3).at[7, 1].set(bad).at[8, 2].set(bad)
+    with pytest.raises(ValueError, match=r"^layers/0/kernel has 2 NaN or inf among its 120 entries: it cannot be quantized$"):
+        lb.quantize_array(w, fmt, name="layers/0/kernel")
+
+
+@pytest.mark.parametrize(
+    ("w", "error", "message"),
+    [
+        (np.ones((4, 4), np.int8), TypeError, "the weight is int8[4, 4]: only floating weights can be quantized"),
+        (np.ones((4, 4), bool), TypeError, "the weight is bool[4, 4]: only floating weights can be quantized"),
+        (np.ones((4, 4), np.complex64), TypeError, "the weight is complex64[4, 4]: only floating weights can be quantized"),
+        (np.ones(4, np.float32), ValueError, "the weight has shape (4,): a matrix with at least one entry is needed"),
+        (np.ones((2, 2, 2), np.float32), ValueError, "the weight has shape (2, 2, 2): a matrix with at least one entry is needed"),
+        (np.ones((0, 4), np.float32), ValueError, "the weight has shape (0, 4): a matrix with at least one entry is needed"),
+        (np.ones((4, 0), np.float32), ValueError, "the weight has shape (4, 0): a matrix with at least one entry is needed"),
+    ],
+)
+def test_not_a_float_matrix(w, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        lb.quantize_array(w, lb.bcq(2))
+
+
+@pytest.mark.parametrize(("fmt", "field"), [(lb.bcq(2, scale_dtype="float16"), "alpha"), (lb.uniform(2, scale_dtype="float16"), "scale")])
+def test_scales_that_overflow(fmt, field):
+    message = f"q: '{field}' overflows float16; use scale_dtype='float32' or 'bfloat16'"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        lb.quantize_array(weights(16, 2) * 1e6, fmt, name="q")
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=str)
+def test_zero_groups_decode_to_zero(fmt):
+    w = weights(40, 3).at[16:32].set(0.0).at[:, 1].set(0.0)
+    d = np.asarray(lb.dequantize(lb.quantize_array(w, fmt)))
+    assert np.all(d[16:32] == 0) and np.all(d[:, 1] == 0) and np.isfinite(d).all()
+
+
+@pytest.mark.parametrize("value", [0.3, -2.0, 1e-30, 1e30])
+@pytest.mark.parametrize("group", [16, 40, 33])
+def test_constant_groups(value, group):
+    """An offset holds the constant exactly; RTN has a step of value / 15; one alpha is the mean of 16 equal numbers."""
+    w = jnp.full((40, 3), value, jnp.float32)
+    exact = np.float64(np.float32(value))
+    # beta is the constant, and the alphas are zero
+    assert np.array_equal(lb.dequantize(lb.quantize_array(w, lb.bcq(2, group, offset=True))), w)
+    rtn = lb.dequantize(lb.quantize_array(w, lb.uniform(4, group)))
+    assert_within(rtn, np.full((40, 3), exact), gamma(3, "f32") * abs(exact))
+    one = lb.dequantize(lb.quantize_array(w, lb.bcq(1, group)))
+    assert_within(one, np.full((40, 3), exact), gamma(group + 2, "f32") * abs(exact))
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_input_dtypes(fmt, dtype):
+    """Narrow weights give what the same numbers give in float32, and decode to their own dtype."""
+    w = weights(40, 3, dtype)
+    narrow, wide = lb.quantize_array(w, fmt), lb.quantize_array(w.astype(jnp.float32), fmt)
+    assert narrow.dtype == dtype and lb.dequantize(narrow).dtype == dtype
+    for name in wide.fields:
+        assert np.array_equal(narrow.fields[name], wide.fields[name]), name
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=str)
+@pytest.mark.parametrize("dims", [("k", "n"), ("n", "k")])
+def test_quantizers_trace(fmt, dims):
+    w = weights(40, 3)
+    abstract = jax.eval_shape(lambda w: lb.quantize_array(w, fmt, dims=dims), w)
+    concrete = lb.quantize_array(w, fmt, dims=dims)
+    assert abstract.type == concrete.type
+    assert {f: (a.shape, a.dtype) for f, a in abstract.fields.items()} == {f: (a.shape, a.dtype) for f, a in concrete.fields.items()}
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=str)
+def test_dims_order(fmt):
+    w = weights(40, 3)
+    a, b = lb.quantize_array(w, fmt), lb.quantize_array(w.T, fmt, dims=("n", "k"))
+    assert a.shape == (40, 3) and b.shape == (3, 40)
+    assert np.array_equal(lb.dequantize(a).T, lb.dequantize(b))
