@@ -83,10 +83,13 @@ def alpha_tuning(model: M, which: Literal["first", "all"] = "first", offsets: bo
 
 
 def fold(model: M) -> M:
-    """The tuned model in its canonical form: split scales joined again, in the scale dtype of their format."""
+    """The tuned model in its canonical form: split scales joined again, in the scale dtype of their format, none frozen.
+
+    A copy: the tuned model is left as it is, and can be tuned further.
+    """
 
     def join(_: tuple[Any, ...], node: Any) -> Any:
-        return _fold(node) if isinstance(node, Kernel) and node.type.splits else node
+        return _fold(node) if isinstance(node, Kernel) else node
 
     out: M = nnx.recursive_map(join, nnx.clone(model))
     return out

@@ -13,7 +13,7 @@ from examples.tinylm.model import TinyLM
 
 __all__ = ["STEPS", "fit"]
 
-STEPS = 40
+STEPS = 60
 BATCH = 8
 
 

@@ -33,7 +33,7 @@ SAMPLE = 32 << 10
 GROUP = 128
 TUNED_BITS = 3
 PROMPT = b"def read_file(path):\n    "
-RATES = {"alpha": 1e-2, "full": 1e-3}
+RATES = {"alpha": 3e-3, "full": 1e-3}
 """Peak learning rates: each the best of a coarse search, on the same windows."""
 
 

@@ -11,12 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from lowbit.ir.build import merge, param, slice_
+from lowbit.ir.dtypes import DType, short
 from lowbit.ir.expr import Expr, Unpack
 
 
 def check_bits(bits: int) -> None:
     if type(bits) is not int or not 1 <= bits <= 8:
         raise ValueError(f"bits must be an int from 1 to 8, not {bits!r}")
+
+
+def scale_type(scale_dtype: str) -> DType:
+    if scale_dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"scale_dtype must be 'float32', 'float16' or 'bfloat16', not {scale_dtype!r}")
+    return short(scale_dtype)
 
 
 def group_size(k: int, group: int | None) -> int:

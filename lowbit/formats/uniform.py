@@ -6,9 +6,8 @@ Planes store every width without waste, and make the conversion to binary coding
 from __future__ import annotations
 
 from lowbit.formats.format import register_format
-from lowbit.formats.planes import check_bits, groups, plane_bits, ungroup
+from lowbit.formats.planes import check_bits, groups, plane_bits, scale_type, ungroup
 from lowbit.ir.build import cast, const, contract, param
-from lowbit.ir.dtypes import short
 from lowbit.ir.expr import Expr
 
 
@@ -32,4 +31,4 @@ def uniform(n: int, k: int, bits: int, group: int | None = None, scale_dtype: st
     g = groups(k, group)
     code = contract((plane_bits(bits, n, k, group), const([1 << p for p in range(bits)], "i32", "p")), ("p",))
     zero = cast(param("zero", "u8", n=n, g=g), "i32")
-    return ungroup(param("scale", short(scale_dtype), n=n, g=g) * (code - zero), k, group)
+    return ungroup(param("scale", scale_type(scale_dtype), n=n, g=g) * (code - zero), k, group)

@@ -46,7 +46,8 @@ def _table(e: Contract, p: str, at: int, f: Expr, digit: Expr) -> Expr | None:
     """sum_p a[p] * S[p, c]; None if s is not one function of the digit, or one for each plane."""
     assert digit.bounds is not None
     planes, base = digit.dims[p], digit.bounds[1] + 1
-    single = (const(range(base), f.dtype, "c"), f, "c") if digit is f else table_of(f, digit)
+    entry = fresh("c", digit.dims)
+    single = (const(range(base), f.dtype, entry), f, entry) if digit is f else table_of(f, digit)
     if single is None or single[0].dims.keys() - {p, single[2]}:
         return None
     table, _, entry = single

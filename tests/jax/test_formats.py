@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -20,7 +20,7 @@ from lowbit.ir import Unpack, cast, evaluate, merge, param
 from lowbit.quantizers.quantizer import RoundToNearest, set_default_quantizer
 from tests.tolerance import assert_within, dot_tolerance, gamma, unit
 
-GROUPS = [128, 33, 8, 1, None, 1000]
+GROUPS = [33, 8, 1, None]
 
 
 def weights(k: int, n: int, dtype: Any = np.float32, seed: int = 0) -> jax.Array:
@@ -56,8 +56,7 @@ def decoded(w: QuantArray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("offset", [False, True])
-@pytest.mark.parametrize("bits", [1, 3, 8])
+@pytest.mark.parametrize(("bits", "offset"), [(1, True), (3, False), (8, True)])
 def test_bcq_decodes_its_bytes(bits, offset, group):
     k, n = 70, 3
     fmt = lb.bcq(bits, group=group, offset=offset)
@@ -78,7 +77,7 @@ def test_bcq_decodes_its_bytes(bits, offset, group):
 
 
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("bits", [1, 8])
 def test_uniform_decodes_its_bytes(bits, group):
     k, n = 70, 3
     w = lb.quantize_array(weights(k, n), lb.uniform(bits, group=group))
@@ -89,14 +88,13 @@ def test_uniform_decodes_its_bytes(bits, group):
     assert_within(lb.dequantize(w), want.T, unit("f32") * np.abs(want.T))
 
 
-@given(
-    hnp.arrays(np.uint8, hnp.array_shapes(min_dims=4, max_dims=4, max_side=4).map(lambda s: (*s[:3], s[3] * 5 - 4)),
-               elements=st.integers(0, 1))
-)  # fmt: skip
-def test_packing_is_inverted_by_unpacking(bits):
+@pytest.mark.parametrize("t", [1, 7, 8, 9, 33])
+@given(data=st.data())
+@settings(max_examples=20)
+def test_packing_is_inverted_by_unpacking(t, data):
+    bits = data.draw(hnp.arrays(np.uint8, (3, 2, 2, t), elements=st.integers(0, 1)))
     packed = pack_planes(jnp.asarray(bits))
-    t = bits.shape[-1]
-    assert packed.shape == (*bits.shape[:-1], -(-t // 8)) and packed.dtype == np.uint8
+    assert packed.shape == (3, 2, 2, -(-t // 8)) and packed.dtype == np.uint8
     assert np.array_equal(packed, np.packbits(bits, axis=-1, bitorder="little"))  # and padding is zero
     assert np.array_equal(unpack_planes(packed, t), bits)
 
@@ -124,16 +122,19 @@ def test_bad_group(make, group):
         make(3, group=group)
 
 
-def test_bad_scale_dtype_and_unknown_option():
-    with pytest.raises(TypeError, match="'float12' has no place in a term"):
-        lb.bcq(3, scale_dtype="float12")
+@pytest.mark.parametrize("make", [lb.bcq, lb.uniform])
+@pytest.mark.parametrize("dtype", ["float12", "int8", "f16", "float64", jnp.float16, None])
+def test_bad_scale_dtype(make, dtype):
+    message = f"scale_dtype must be 'float32', 'float16' or 'bfloat16', not {dtype!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make(3, scale_dtype=dtype)
+
+
+def test_unknown_and_missing_options():
     with pytest.raises(TypeError, match="unexpected keyword argument 'bites'"):
-        lb.bcq(bites=3)
-
-
-def test_integer_scale_dtype_is_refused():
-    with pytest.raises((TypeError, ValueError), match="scale_dtype"):
-        lb.bcq(3, scale_dtype="int8")
+        lb.bcq(3, bites=3)
+    with pytest.raises(TypeError, match="missing a required argument: 'bits'"):
+        lb.bcq()
 
 
 def test_str_shows_what_is_not_usual():
@@ -167,15 +168,15 @@ def test_own_format_end_to_end():
     code = np.stack([np.asarray(q.fields["codes"]) >> 2 * v & 3 for v in range(4)], -1).reshape(n, k)
     levels, scale = 2.0 * code - 3, np.asarray(q.fields["scale"], np.float64)
     assert np.abs(decoded(q) - w.T).max() <= np.asarray(scale).max() * (1 + 8 * unit("f32"))  # half a step of 2 scales
-    size = np.abs(x).astype(np.float64) @ np.abs(levels * scale[:, None]).T
-    assert_within(lb.matmul(x, q), x.astype(np.float64) @ (levels * scale[:, None]).T, dot_tolerance(k + 2, "f32", "f32") * size)
+    wide, weight = np.asarray(x, np.float64), levels * scale[:, None]
+    bound = dot_tolerance(k + 2, "f32", "f32") * (np.abs(wide) @ np.abs(weight).T)
+    assert_within(lb.matmul(x, q), wide @ weight.T, bound)
 
     def loss(scale: jax.Array) -> jax.Array:
         return lb.matmul(x, QuantArray({**q.fields, "scale": scale}, q.type)).sum()
 
-    want = (np.asarray(x, np.float64).sum(0) * levels).sum(1)
-    bound = dot_tolerance(m * k + 2, "f32", "f32") * (np.abs(np.asarray(x, np.float64)).sum(0) * np.abs(levels)).sum(1)
-    assert_within(jax.grad(loss)(q.fields["scale"]), want, bound)
+    bound = dot_tolerance(m * k + 2, "f32", "f32") * (np.abs(wide).sum(0) * np.abs(levels)).sum(1)
+    assert_within(jax.grad(loss)(q.fields["scale"]), (wide.sum(0) * levels).sum(1), bound)
 
 
 def test_own_format_needs_a_quantizer_until_it_has_a_default():
@@ -183,7 +184,7 @@ def test_own_format_needs_a_quantizer_until_it_has_a_default():
     def fmt(n: int, k: int):
         return definition("nf2").decode(n, k)
 
-    with pytest.raises(ValueError, match=r"^format 'nf2_again' has no default quantizer: name one in the rule, or set_default"):
+    with pytest.raises(ValueError, match=r"^format 'nf2_again' has no default quantizer: name one, or set_default_quantizer$"):
         lb.quantize_array(weights(8, 2), fmt())
     set_default_quantizer("nf2_again", quantize_nf2)
     assert lb.quantize_array(weights(8, 2), fmt()).fields["codes"].shape == (2, 2)
@@ -199,14 +200,13 @@ def test_unknown_format():
         Format("no_such").decode(8, 8)
     text = str(err.value)
     assert text.startswith("format 'no_such' is not registered (known: bcq, ")
-    assert text.endswith("): import the module that defines it") and "uniform" in text
+    assert text.endswith("uniform): import the module that has it")
 
 
 # ---------------------------------------------------------------- uniform as binary coding
 
 
-@pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("group", [128, 33, None])
+@pytest.mark.parametrize(("group", "scale_dtype"), [(33, "float32"), (33, "float16"), (None, "bfloat16")])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_uniform_to_bcq_is_exact(bits, group, scale_dtype):
     """alpha is exact. beta is too when the scale has at most 15 bits (24 less the 9 of 2 beta / scale), else rounded once.
@@ -237,7 +237,7 @@ def test_round_to_nearest_makes_bcq_directly(bits):
 
 def test_conversion_errors():
     with pytest.raises(TypeError, match=r"^to_bcq makes uniform, not bcq\(bits=2\)$|^to_bcq takes uniform"):
-        lb.to_bcq(lb.quantize_array(weights(8, 2), lb.bcq(2)))
+        lb.to_bcq(lb.quantize_array(weights(8, 2), lb.bcq(2), lb.greedy()))
     with pytest.raises(ValueError, match=r"not symmetric about zero: use bcq\(\.\.\., offset=True\)$"):
         lb.quantize_array(weights(8, 2), lb.bcq(2), RoundToNearest())
     with pytest.raises(TypeError, match=r"^BinarySolver\(rounds=0\) makes bcq, not uniform\(bits=2\)$"):
@@ -274,11 +274,17 @@ def test_not_a_float_matrix(w, error, message):
         lb.quantize_array(w, lb.bcq(2))
 
 
-@pytest.mark.parametrize(("fmt", "field"), [(lb.bcq(2, scale_dtype="float16"), "alpha"), (lb.uniform(2, scale_dtype="float16"), "scale")])
-def test_scales_that_overflow(fmt, field):
+@pytest.mark.parametrize(
+    ("fmt", "field", "quantizer"),
+    [
+        (lb.bcq(2, scale_dtype="float16"), "alpha", lb.greedy()),
+        (lb.uniform(2, scale_dtype="float16"), "scale", None),
+    ],
+)
+def test_scales_that_overflow(fmt, field, quantizer):
     message = f"q: '{field}' overflows float16; use scale_dtype='float32' or 'bfloat16'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        lb.quantize_array(weights(16, 2) * 1e6, fmt, name="q")
+        lb.quantize_array(weights(16, 2) * 1e6, fmt, quantizer, name="q")
 
 
 @pytest.mark.parametrize("fmt", ALL, ids=str)
@@ -288,9 +294,8 @@ def test_zero_groups_decode_to_zero(fmt):
     assert np.all(d[16:32] == 0) and np.all(d[:, 1] == 0) and np.isfinite(d).all()
 
 
-@pytest.mark.parametrize("value", [0.3, -2.0, 1e-30, 1e30])
-@pytest.mark.parametrize("group", [16, 40, 33])
-def test_constant_groups(value, group):
+@pytest.mark.parametrize("value", [0.3, -2.0, 1e-30, 1e29])
+def test_constant_groups(value, group=16):
     """An offset holds the constant exactly; RTN has a step of value / 15; one alpha is the mean of 16 equal numbers."""
     w = jnp.full((40, 3), value, jnp.float32)
     exact = np.float64(np.float32(value))
@@ -307,7 +312,8 @@ def test_constant_groups(value, group):
 def test_input_dtypes(fmt, dtype):
     """Narrow weights give what the same numbers give in float32, and decode to their own dtype."""
     w = weights(40, 3, dtype)
-    narrow, wide = lb.quantize_array(w, fmt), lb.quantize_array(w.astype(jnp.float32), fmt)
+    quantizer = lb.greedy() if fmt.name == "bcq" else None  # compiles fast; what every solver sees is float32
+    narrow, wide = (lb.quantize_array(a, fmt, quantizer) for a in (w, w.astype(jnp.float32)))
     assert narrow.dtype == dtype and lb.dequantize(narrow).dtype == dtype
     for name in wide.fields:
         assert np.array_equal(narrow.fields[name], wide.fields[name]), name
@@ -316,11 +322,10 @@ def test_input_dtypes(fmt, dtype):
 @pytest.mark.parametrize("fmt", ALL, ids=str)
 @pytest.mark.parametrize("dims", [("k", "n"), ("n", "k")])
 def test_quantizers_trace(fmt, dims):
-    w = weights(40, 3)
-    abstract = jax.eval_shape(lambda w: lb.quantize_array(w, fmt, dims=dims), w)
-    concrete = lb.quantize_array(w, fmt, dims=dims)
-    assert abstract.type == concrete.type
-    assert {f: (a.shape, a.dtype) for f, a in abstract.fields.items()} == {f: (a.shape, a.dtype) for f, a in concrete.fields.items()}
+    """`QuantArray.of` checks what the solver returns against the type, also under a trace."""
+    traced = jax.eval_shape(lambda w: lb.quantize_array(w, fmt, dims=dims), jax.ShapeDtypeStruct((40, 3), jnp.float32))
+    assert traced.type == lb.QuantType(tuple(zip(dims, (40, 3), strict=True)), "f32", fmt)
+    assert all(isinstance(a, jax.ShapeDtypeStruct) for a in traced.fields.values())
 
 
 @pytest.mark.parametrize("fmt", ALL, ids=str)

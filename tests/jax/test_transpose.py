@@ -39,7 +39,7 @@ from lowbit.ir import (
 )
 from lowbit.ir.dtypes import is_float
 from lowbit.passes.lower_xla import emit
-from tests.terms import environment, matmuls, terms
+from tests.terms import environment, terms
 from tests.tolerance import assert_within, exact_and_bound, gamma
 
 LINEAR = {Add, Bucket, Concat, Contract, Gather, Merge, Pad, Slice, Split}
