@@ -83,7 +83,7 @@ def alpha_tuning(model: M, which: Literal["first", "all"] = "first", offsets: bo
 
 
 def fold(model: M) -> M:
-    """The tuned model in its canonical form: split scales joined again, in the scale dtype of their format, none frozen.
+    """The tuned model in its canonical form: split scales joined, in their format's scale dtype, and none frozen.
 
     A copy: the tuned model is left as it is, and can be tuned further.
     """

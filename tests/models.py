@@ -1,4 +1,4 @@
-"""Small NNX models of the structures that `lb.quantize` must find its way through, and what is asked of their values."""
+"""Small NNX models of the structures that `lb.quantize` must find its way through, and oracles for their values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Net(nnx.Module):
         return self.embed.attend(self.head(x))
 
 
-NET = ("embed", "head/layers/0", "head/layers/2", *(f"layers/{i}/mlp/{name}" for i in (0, 1) for name in ("down", "up")))
+NET = ("embed", "head/layers/0", "head/layers/2", *(f"layers/{i}/mlp/{n}" for i in (0, 1) for n in ("down", "up")))
 """The layers of a Net by path, in order."""
 TOKENS = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 

@@ -54,7 +54,8 @@ def test_each_layer_is_what_quantize_array_makes_of_its_weight() -> None:
     for path, kernel in lb.nn.kernels(q).items():
         node: Any = model
         for part in path.split("/"):
-            node = node[int(part)] if part.isdigit() else node[part] if isinstance(node, nnx.Dict) else getattr(node, part)
+            item = isinstance(node, nnx.Dict | nnx.List)
+            node = node[int(part) if part.isdigit() else part] if item else getattr(node, part)
         embedding = path.startswith("embed")
         fmt, dims = (lb.uniform(3, group=8), ("n", "k")) if embedding else (BCQ, ("k", "n"))
         want = lb.quantize_array(node[...], fmt, dims=dims)
@@ -172,7 +173,10 @@ def test_donate_spares_what_stays_dense() -> None:
         ({"**/layers/2": BCQ}, {"head/layers/2": "2"}),
         ({"?mbed": BCQ}, {"embed": "2"}),
         ({"embed": None, "**": BCQ}, {p: "2" for p in NET if p != "embed"}),
-        ({"embed": lb.bcq(3), "head/**": lb.bcq(4), "**": BCQ}, {"embed": "3", **{p: "4" for p in NET[1:3]}, **{p: "2" for p in NET[3:]}}),
+        (
+            {"embed": lb.bcq(3), "head/**": lb.bcq(4), "**": BCQ},
+            {"embed": "3"} | dict.fromkeys(NET[1:3], "4") | dict.fromkeys(NET[3:], "2"),
+        ),
         ({"layers/**/up": BCQ, "layers/**": lb.bcq(4)}, {p: "2" if p.endswith("up") else "4" for p in NET[3:]}),
     ],
     ids=str,
@@ -196,8 +200,10 @@ def test_rules_come_in_three_forms() -> None:
     [
         (
             {"embed": BCQ, "layer/*": BCQ},
-            "rule 'layer/*' matches none of the 7 layers that can be quantized, such as "
-            "'head/layers/2', 'head/layers/0', 'layers/1/mlp/up'",
+            (
+                "rule 'layer/*' matches none of the 7 layers that can be quantized, such as "
+                "'head/layers/2', 'head/layers/0', 'layers/1/mlp/up'"
+            ),
         ),
         (
             {"**": BCQ, "embed": lb.uniform(4)},
@@ -205,8 +211,10 @@ def test_rules_come_in_three_forms() -> None:
         ),
         (
             {"layers/**": None, "**": BCQ, "layers/*/mlp/*": lb.uniform(4)},
-            "rule 'layers/*/mlp/*' is never used: 'layers/**' comes first and takes "
-            "'layers/0/mlp/down', 'layers/0/mlp/up', 'layers/1/mlp/down'",
+            (
+                "rule 'layers/*/mlp/*' is never used: 'layers/**' comes first and takes "
+                "'layers/0/mlp/down', 'layers/0/mlp/up', 'layers/1/mlp/down'"
+            ),
         ),
         (
             [lb.Rule("embed", BCQ), lb.Rule("embed", BCQ)],
@@ -214,8 +222,10 @@ def test_rules_come_in_three_forms() -> None:
         ),
         (
             {"layers/*": BCQ},
-            "rule 'layers/*' matches none of the 7 layers that can be quantized, such as "
-            "'head/layers/2', 'head/layers/0', 'layers/1/mlp/up'",
+            (
+                "rule 'layers/*' matches none of the 7 layers that can be quantized, such as "
+                "'head/layers/2', 'head/layers/0', 'layers/1/mlp/up'"
+            ),
         ),
     ],
     ids=["unmatched", "shadowed", "shadowed by None", "twice", "too short"],
@@ -246,7 +256,7 @@ def test_what_is_no_rule_is_an_error(rules: Any) -> None:
     text = "is not a rule: give lb.Rule(path, format), or a dict of path to format or None"
     with pytest.raises(TypeError, match=re.escape(text)):
         lb.quantize(net(), rules)
-    with pytest.raises(ValueError, match="^no rules were given: nothing would be quantized$"):
+    with pytest.raises(ValueError, match=r"^no rules were given: nothing would be quantized$"):
         lb.quantize(net(), {})
 
 
@@ -326,10 +336,13 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 def test_report_by_hand() -> None:
     model = nnx.Dict(
-        up=linear(20, 6), table=nnx.Embed(6, 16, param_dtype="bfloat16", rngs=nnx.Rngs(0)), out=linear(16, 4, use_bias=False)
+        up=linear(20, 6),
+        table=nnx.Embed(6, 16, param_dtype="bfloat16", rngs=nnx.Rngs(0)),
+        out=linear(16, 4, use_bias=False),
     )
     up, table = model.up.kernel[...], model.table.embedding[...]
-    q = lb.quantize(model, {"up": lb.bcq(3, group=12, offset=True, scale_dtype="float16"), "table": lb.uniform(5), "out": None})
+    fmt = lb.bcq(3, group=12, offset=True, scale_dtype="float16")
+    q = lb.quantize(model, fast({"up": fmt, "table": lb.uniform(5), "out": None}))
     rows = {row.layer: row for row in lb.report(q).rows}
     # 2 groups of 12 (the last holds 8) are 2 bytes each a plane; 3 alphas and a beta for each, of 16 bits.
     assert rows["up"].bytes == 6 * 2 * (3 * 2 + (3 + 1) * 2)

@@ -46,26 +46,6 @@ LINEAR = {Add, Bucket, Concat, Contract, Gather, Merge, Pad, Slice, Split}
 """The nodes that have a cotangent, less Cast, which is the identity in float64."""
 
 
-def in_float64(root: Expr) -> Expr:
-    """The same term without rounding. Floats that are bits of integers are converted."""
-    new: dict[Expr, Expr] = {}
-    for e in topo(root):
-        match e:
-            case Param(name, shape, dtype, _) if is_float(dtype):
-                new[e] = Param(f"{name}_64", shape, "f64")
-            case Const() if is_float(e.dtype):
-                new[e] = const(e.values.astype(np.float64), "f64", *e.dims)
-            case Bitcast():
-                new[e] = cast(e, "f64") if is_float(e.dtype) else e
-            case Cast(x, to, _):
-                new[e] = cast(new[x], "f64" if is_float(to) else to)
-            case Contract(factors, over, ring, acc):
-                new[e] = Contract(tuple(new[f] for f in factors), over, ring, "f64" if is_float(acc) else acc)
-            case _:
-                new[e] = e.map(new.__getitem__)
-    return new[root]
-
-
 def pulled(e: Expr, env: dict[str, np.ndarray], dy: np.ndarray) -> dict[str, jax.Array]:
     """`jax.vjp` of the lowered term: the cotangent of every float leaf."""
     floats = {name: env[name] for name, leaf in params(e).items() if is_float(leaf.dtype)}

@@ -1,0 +1,59 @@
+"""What the demo promises of the shipped weights, on the text and with the functions that it uses itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from examples.tinylm import corpus, demo, weights
+from examples.tinylm.evaluate import bits_per_byte
+from examples.tinylm.model import TinyLM
+
+TEXT = corpus.match_listed("code").text[: demo.SAMPLE]
+VARIANTS = {v.name: v for v in demo.variants()}
+
+
+@pytest.fixture(scope="module")
+def model() -> TinyLM:
+    return weights.load()
+
+
+@pytest.fixture(scope="module")
+def bits(model: TinyLM) -> dict[str, float]:
+    """Held-out bits a byte of the float model and of the variants that the promises name."""
+    names = ("bcq alternating 4-bit", "bcq alternating 3-bit", "bcq greedy 3-bit", "RTN 3-bit")
+    measured = {n: bits_per_byte(demo.quantized(model, VARIANTS[n]), TEXT) for n in names}
+    return {"fp32": bits_per_byte(model, TEXT), **measured}
+
+
+def test_alternating_beats_greedy_and_rounding_at_3_bits(bits: dict[str, float]) -> None:
+    assert bits["bcq alternating 3-bit"] < bits["bcq greedy 3-bit"]
+    assert bits["bcq alternating 3-bit"] < bits["RTN 3-bit"]
+
+
+def test_4_bits_are_close_to_float(bits: dict[str, float]) -> None:
+    assert bits["bcq alternating 4-bit"] < bits["fp32"] + 0.05
+
+
+def test_the_float_model_beats_xz(bits: dict[str, float]) -> None:
+    # On the same bytes: the model sees the sample alone, and so does xz.
+    assert bits["fp32"] < corpus.xz_bits(TEXT)
+
+
+@pytest.mark.slow
+def test_scales_alone_close_half_of_the_gap_to_full_tuning(model: TinyLM) -> None:
+    held = corpus.match_listed("topics").text[: demo.SAMPLE]
+    tuned = demo.tune(model, VARIANTS["bcq alternating 3-bit"], corpus.tune_prose(), held)
+    assert tuned.closed >= 0.5
+    assert tuned.trainable[0] * 100 < tuned.trainable[1]
+
+
+def test_figures_are_rows_with_a_baseline(tmp_path) -> None:
+    results = [demo.Result(n, n, b, 100, 1.5, 2.0) for n, b in (("fp32", 32.0), ("RTN", 3.0), ("RTN", 4.0))]
+    tuned = demo.Tuned(3.0, 3.0, 2.5, 2.0, None, (10, 1000))  # type: ignore[arg-type]
+    rows = json.loads(json.dumps(demo.rows(results, tuned, 2.0, 1.0)))
+    assert all(set(r) == {"name", "value", "unit", "baseline", "ratio"} for r in rows)
+    assert next(r for r in rows if r["name"] == "share of the gap closed")["value"] == 0.5
+    demo.plot(results, tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,367 @@
+"""`lb.matmul`, its gradients and `take`, against dense float64 references."""
+
+import re
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowbit as lb
+from lowbit.array import QuantArray, QuantType
+from lowbit.formats import Format
+from lowbit.ir import Expr, contract, evaluate, param, params, transpose
+from lowbit.ir.dtypes import is_float, short
+from lowbit.ops import MACHINES, take
+from lowbit.passes import choose
+from lowbit.passes.lower_xla import align, emit
+from tests.terms import environment, in_float64
+from tests.tolerance import assert_within, exact_and_bound, gamma, tiny, unit
+
+Array = np.ndarray[Any, Any]
+
+
+def quant(fmt: Format, k: int, n: int, *, dims: tuple[str, str] = ("k", "n"), dtype: Any = "f32", seed: int = 0) -> QuantArray:
+    """Random stored arrays, random bits in the padding too: no reading may look at it."""
+    t = QuantType(tuple((d, {"k": k, "n": n}[d]) for d in dims), short(dtype), fmt)
+    return QuantArray.of(environment(t.decode, seed, exact=False), t)
+
+
+def activation(*shape: int, dtype: Any = np.float32, seed: int = 9) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def stored(w: QuantArray) -> dict[str, Array]:
+    return {name: np.asarray(a) for name, a in w.fields.items()}
+
+
+def dense(w: QuantArray) -> Array:
+    """The exact weights, [k, n]."""
+    value = evaluate(w.type.decode, stored(w))
+    return value.transpose([list(w.type.decode.dims).index(d) for d in ("k", "n")])
+
+
+def rounded(exact: Array, bound: Array, dtype: Any) -> Array:
+    """The bound after one more rounding."""
+    return bound + unit(dtype) * (np.abs(exact) + bound) + tiny(dtype)
+
+
+def ordered(term: Expr, env: dict[str, Array], dims: tuple[str, ...]) -> tuple[Array, Array]:
+    axes = [list(term.dims).index(d) for d in dims]
+    exact, bound = exact_and_bound(term, env)
+    return exact.transpose(axes), bound.transpose(axes)
+
+
+def check_matmul(x: Array, w: QuantArray) -> None:
+    """Exact value from the dense product; the bound from the term that runs."""
+    y = lb.matmul(jnp.asarray(x), w)
+    assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], dict(w.type.dims)["n"])
+    flat = x.reshape(-1, x.shape[-1])
+    term = lb.plan(x.shape, w.type, dtype=x.dtype).term
+    _, bound = ordered(term, {**stored(w), "x": flat}, ("m", "n"))
+    exact = flat.astype(np.float64) @ dense(w)
+    assert_within(np.asarray(y).reshape(exact.shape), exact, rounded(exact, bound, x.dtype), w.type)
+
+
+# ---------------------------------------------------------------- values
+
+WIDTHS = [
+    fmt
+    for bits in range(1, 9)
+    for fmt in (
+        lb.bcq(bits, group=[128, 33, 1, None, 500][bits % 5]),
+        lb.bcq(bits, group=[33, 16, None, 1][bits % 4], offset=True, scale_dtype=["float16", "bfloat16"][bits % 2]),
+        lb.uniform(bits, group=[None, 33, 16, 1][bits % 4], scale_dtype=["float32", "float16"][bits % 2]),
+    )
+]
+
+
+@pytest.mark.parametrize("fmt", WIDTHS, ids=str)
+def test_every_width(fmt):
+    check_matmul(activation(3, 140), quant(fmt, 140, 5))
+
+
+@pytest.mark.parametrize("fmt", [lb.bcq(3, 16, offset=True), lb.uniform(4, 16)], ids=str)
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (2, 1, 3), (1, 64, 7), (5, 13, 1), (7, 131, 11)])
+def test_odd_shapes(m, k, n, fmt):
+    check_matmul(activation(m, k), quant(fmt, k, n))
+
+
+@pytest.mark.parametrize("dims", [("k", "n"), ("n", "k")])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+def test_activation_dtypes_and_order(dtype, dims):
+    check_matmul(activation(4, 70, dtype=dtype), quant(lb.bcq(3, 33, offset=True), 70, 6, dims=dims, dtype=dtype))
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (2, 3), (2, 0, 3), (1,)])
+def test_batch_shapes(batch):
+    w = quant(lb.uniform(4, 16), 40, 3)
+    check_matmul(activation(*batch, 40), w)
+    assert lb.matmul(jnp.ones((*batch, 40), jnp.bfloat16), w).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "fmt", [lb.bcq(3, 16), lb.bcq(2, 33, offset=True), lb.bcq(1, None), lb.uniform(4, 16), lb.uniform(3, 33)], ids=str
+)
+def test_every_form_is_the_same_product(fmt):
+    """Whatever a machine prefers: each form, lowered, is the dense product within that form's own bound."""
+    k, n, m = 70, 5, 3
+    w, x = quant(fmt, k, n), activation(m, k)
+    exact = x.astype(np.float64) @ dense(w)
+    env = {**stored(w), "x": x}
+    forms = lb.plan(x.shape, w.type).forms
+    assert {"decode", "table", "join"} <= {f.name for f in forms} or fmt["bits"] == 1
+    for form in forms:
+        got = jax.jit(lambda env, t=form.term: align(emit(t, env), t.dims, {"m": m, "n": n}))(env)
+        _, bound = ordered(form.term, env, ("m", "n"))
+        assert_within(got, exact, bound, form.name)
+
+
+def test_plan_is_sorted_and_printed():
+    p = lb.plan((2, 3, 4096), quant(lb.bcq(3, 128), 4096, 8).type)
+    assert [f.nanoseconds for f in p.forms] == sorted(f.nanoseconds for f in p.forms)
+    lines = str(p).splitlines()
+    assert lines[0] == "x[6, k] @ f32[k=4096 n=8] as bcq(bits=3, group=128) on cpu"
+    assert [line.split()[0] for line in lines[2:]] == [f.name for f in p.forms]
+    assert lb.plan((6, 4096), p_type := quant(lb.bcq(3, 128), 4096, 8).type, platform="tpu").machine == "tpu"
+    assert lb.plan((6, 4096), p_type) is lb.plan((2, 3, 4096), p_type)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+@cache
+def product(m: int, t: QuantType, dtype: Any) -> Expr:
+    return contract((param("x", dtype, None, m=m, k=dict(t.dims)["k"]), t.decode), ("k",))
+
+
+def dense_vjp(x: Array, w: QuantArray, dy: Array) -> dict[str, Array]:
+    """`jax.vjp` of decode-then-dot, in float64: the cotangents of x and of every float field."""
+    term = in_float64(w.type.decode)
+    env = {name if name in params(term) else f"{name}_64": a for name, a in stored(w).items()}
+    floats = {name: a.astype(np.float64) for name, a in env.items() if is_float(short(a.dtype))}
+
+    def reference(x: jax.Array, f: dict[str, jax.Array]) -> jax.Array:
+        sizes = dict(w.type.dims)
+        return x @ align(emit(term, {**env, **f}), term.dims, {"k": sizes["k"], "n": sizes["n"]})
+
+    with jax.enable_x64(True):
+        dx, fields = jax.vjp(reference, jnp.asarray(x.astype(np.float64)), floats)[1](jnp.asarray(dy.astype(np.float64)))
+        return {"x": np.asarray(dx), **{name.removesuffix("_64"): np.asarray(g) for name, g in fields.items()}}
+
+
+def check_gradients(x: Array, w: QuantArray, compile_: bool = False) -> None:
+    dy = activation(x.shape[0], dict(w.type.dims)["n"], dtype=x.dtype, seed=3)
+
+    def pull(x: jax.Array, w: QuantArray, dy: jax.Array) -> Any:
+        return jax.vjp(lb.matmul, x, w)[1](dy)
+
+    dx, dw = (jax.jit(pull) if compile_ else pull)(jnp.asarray(x), w, jnp.asarray(dy))
+    want = dense_vjp(x, w, dy)
+    assert isinstance(dw, QuantArray) and dw.type == w.type
+    term = product(x.shape[0], w.type, short(x.dtype))
+    dy_leaf = param("dy", short(dy.dtype), None, m=x.shape[0], n=dy.shape[1])
+    for name, leaf in params(term).items():
+        got = dx if name == "x" else dw.fields[name]
+        if not is_float(leaf.dtype):
+            assert got.dtype == jax.dtypes.float0 and got.shape == tuple(leaf.dims.values())
+            continue
+        assert short(got.dtype) == leaf.dtype
+        form = choose(transpose(term, leaf, dy_leaf), MACHINES["cpu"])
+        _, bound = ordered(form, {**stored(w), "x": x, "dy": dy}, tuple(leaf.dims))
+        assert_within(got, want[name], rounded(want[name], bound, leaf.dtype), name)
+
+
+GRADIENTS = [
+    lb.bcq(3, 16),
+    lb.bcq(2, 33, offset=True),
+    lb.bcq(1, None, offset=True, scale_dtype="float16"),
+    lb.bcq(4, 500, offset=True, scale_dtype="bfloat16"),
+    lb.bcq(8, 1),
+    lb.uniform(4, 16),
+    lb.uniform(3, 33, scale_dtype="float16"),
+]
+
+
+@pytest.mark.parametrize("fmt", GRADIENTS, ids=str)
+def test_gradients(fmt):
+    check_gradients(activation(3, 70), quant(fmt, 70, 5))
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (4, 13, 1), (2, 1, 3)])
+def test_gradients_of_odd_shapes(m, k, n):
+    check_gradients(activation(m, k), quant(lb.bcq(2, 8, offset=True), k, n))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_gradients_of_narrow_activations_under_jit(dtype):
+    check_gradients(activation(3, 40, dtype=dtype), quant(lb.bcq(2, 16, offset=True), 40, 5, dims=("n", "k")), compile_=True)
+
+
+def test_gradients_with_a_split_field():
+    fmt = lb.bcq(3, 16, scale_dtype="float16")
+    t = QuantType((("k", 40), ("n", 5)), "f32", fmt, (("alpha", "p", 1),))
+    w = QuantArray.of(environment(t.decode, 0, exact=False), t)
+    assert set(w.fields) == {"planes", "alpha_first", "alpha_rest"}
+    check_matmul(activation(3, 40), w)
+    check_gradients(activation(3, 40), w)
+
+
+def test_grad_through_a_loss_and_an_empty_batch():
+    w, x = quant(lb.bcq(2, 16), 40, 3), jnp.asarray(activation(2, 40))
+
+    def loss(alpha: jax.Array, x: jax.Array) -> jax.Array:
+        return (lb.matmul(x, QuantArray({**w.fields, "alpha": alpha}, w.type)) ** 2).sum()
+
+    once, again = jax.jit(jax.grad(loss))(w.fields["alpha"], x), jax.grad(loss)(w.fields["alpha"], x)
+    assert once.shape == w.fields["alpha"].shape and jnp.isfinite(once).all() and jnp.any(once != 0)
+    assert np.allclose(once, again, rtol=0, atol=float(jnp.abs(again).max()) * 256 * unit("f32"))
+    assert not jnp.any(jax.grad(loss)(w.fields["alpha"], x[:0]))
+
+
+def test_forward_mode_is_refused():
+    w, x = quant(lb.bcq(2, 16), 40, 3), jnp.asarray(activation(2, 40))
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(lambda x: lb.matmul(x, w), (x,), (x,))
+
+
+# ---------------------------------------------------------------- transformations
+
+
+def test_vmap_over_x_is_a_batch():
+    w, x = quant(lb.bcq(3, 16, offset=True), 40, 5), jnp.asarray(activation(4, 2, 40))
+    term = lb.plan((2, 40), w.type).term
+    got = jax.vmap(lambda x: lb.matmul(x, w))(x)
+    for i in range(4):
+        exact = np.asarray(x[i], np.float64) @ dense(w)
+        _, bound = ordered(term, {**stored(w), "x": np.asarray(x[i])}, ("m", "n"))
+        assert_within(got[i], exact, rounded(exact, bound, "f32"))
+
+
+def test_vmap_over_stacked_weights_and_its_gradient():
+    ws = [quant(lb.bcq(2, 16, offset=True), 40, 5, seed=s) for s in range(3)]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *ws)
+    x = activation(3, 2, 40)
+    got = jax.jit(jax.vmap(lb.matmul))(jnp.asarray(x), stacked)
+
+    def loss(alpha: jax.Array) -> jax.Array:
+        return jax.vmap(lb.matmul)(jnp.asarray(x), QuantArray({**stacked.fields, "alpha": alpha}, stacked.type)).sum()
+
+    slope = jax.grad(loss)(stacked.fields["alpha"])
+    term = lb.plan((2, 40), ws[0].type).term
+    leaf, dy = params(product(2, ws[0].type, "f32"))["alpha"], param("dy", "f32", None, m=2, n=5)
+    down = choose(transpose(product(2, ws[0].type, "f32"), leaf, dy), MACHINES["cpu"])
+    for i, w in enumerate(ws):
+        env = {**stored(w), "x": x[i], "dy": np.ones((2, 5), np.float32)}
+        for value, form, dims in ((got, term, ("m", "n")), (slope, down, tuple(leaf.dims))):
+            exact, bound = ordered(form, env, dims)
+            assert_within(value[i], exact, rounded(exact, bound, "f32"))
+
+
+def test_a_second_call_does_not_trace_again(monkeypatch):
+    traces = []
+    fmt = lb.bcq(2, 8)
+    monkeypatch.setattr("lowbit.ops.emit", lambda term, env: traces.append(1) or emit(term, env))
+    a, b = (quant(fmt, 24, 7, seed=s) for s in (0, 1))
+    x = jnp.asarray(activation(2, 24))
+    first = lb.matmul(x, a)
+    assert len(traces) == 1
+    assert not np.array_equal(lb.matmul(x, b), first)
+    assert np.array_equal(lb.matmul(x.reshape(1, 2, 24), a)[0], first) and len(traces) == 1
+
+
+# ---------------------------------------------------------------- errors
+
+W = quant(lb.bcq(2, 16), 40, 3)
+
+
+@pytest.mark.parametrize("shape", [(2, 41), (40, 2), (3,), (0, 39)])
+def test_wrong_k(shape):
+    message = f"x has shape {shape}, but w is f32[k=40 n=3] as bcq(bits=2, group=16): x's last dim must be k = 40"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        lb.matmul(jnp.ones(shape), W)
+
+
+def test_scalar_x():
+    with pytest.raises(ValueError, match=r"^x has shape \(\), but w is "):
+        lb.matmul(jnp.float32(1), W)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64"])
+def test_x_not_floating(dtype):
+    message = f"x is {dtype}[2, 40]; matmul takes floating activations: cast it"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        lb.matmul(jnp.ones((2, 40), dtype), W)
+
+
+# ---------------------------------------------------------------- take
+
+TABLES = [lb.bcq(3, 16, offset=True), lb.uniform(4, 33, scale_dtype="float16")]
+
+
+@pytest.mark.parametrize("fmt", TABLES, ids=str)
+def test_take_is_rows_of_the_dense_table(fmt):
+    w = quant(fmt, 40, 300, dims=("n", "k"))
+    ids = np.array([[0, 299, 7], [-1, 7, -300]], np.int32)
+    got = take(w, jnp.asarray(ids))
+    exact, bound = ordered(w.type.decode, stored(w), ("n", "k"))
+    assert got.shape == (2, 3, 40) and got.dtype == np.float32
+    assert_within(got, exact[ids], rounded(exact, bound, "f32")[ids])
+    assert np.array_equal(jax.jit(take)(w, jnp.asarray(ids)), got)
+    assert np.array_equal(take(w, 7), got[0, 2])
+
+
+@pytest.mark.parametrize("ids", [[300], [-301], [2**31 - 1], [-(2**31)]])
+def test_take_out_of_range_is_nan(ids):
+    w = quant(lb.bcq(2, 16), 40, 300, dims=("n", "k"))
+    got = take(w, jnp.asarray([*ids, 5], jnp.int32))
+    assert np.isnan(got[0]).all() and np.isfinite(got[1]).all()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "uint32"])
+def test_take_by_narrow_or_unsigned_ids(dtype):
+    """A table longer than the id type counts: neither the comparison nor the wrap may overflow."""
+    w = quant(lb.bcq(2, 16), 40, 300, dims=("n", "k"))
+    ids = [0, 100, 127]
+    assert np.array_equal(take(w, jnp.asarray(ids, dtype)), take(w, jnp.asarray(ids, jnp.int32)))
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0, 3)])
+def test_take_nothing(shape):
+    w = quant(lb.bcq(2, 16), 40, 300, dims=("n", "k"), dtype=jnp.bfloat16)
+    got = take(w, jnp.zeros(shape, jnp.int32))
+    assert got.shape == (*shape, 40) and got.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bool"])
+def test_take_by_what_is_no_integer(dtype):
+    with pytest.raises(TypeError, match=rf"^ids are {dtype}\[2\]; rows are taken by integer ids$"):
+        take(W, jnp.ones(2, dtype))
+
+
+@pytest.mark.parametrize("fmt", TABLES, ids=str)
+def test_gradient_of_take(fmt):
+    """Each scale collects the cotangents of the rows that were taken, repeated ids twice; other rows get zero."""
+    w = quant(fmt, 40, 30, dims=("n", "k"))
+    ids, dy = np.array([3, 7, 3, -1]), activation(4, 40)
+    name = "scale" if fmt.name == "uniform" else "alpha"
+
+    def loss(scale: jax.Array) -> jax.Array:
+        return (take(QuantArray({**w.fields, name: scale}, w.type), jnp.asarray(ids)) * dy).sum()
+
+    got = np.asarray(jax.grad(loss)(w.fields[name])).astype(np.float64)
+    spread = np.zeros((30, 40), np.float32)
+    np.add.at(spread, ids, dy)  # the two of row 3 meet here in float32: one of the roundings below
+    leaf = w.type.fields[name]
+    down = transpose(w.type.decode, leaf, param("dy", "f32", None, n=30, k=40))
+    exact, _ = ordered(down, {**stored(w), "dy": spread}, tuple(leaf.dims))
+    # Per weight |d w / d scale| is 1 for a plane and |code - zero| else; a group's are summed in float32, then rounded
+    # to the scale's type, in which the rows meet.
+    slope = np.abs(dense(w).T) / np.repeat(np.abs(stored(w)[name]), fmt["group"], 1)[:, :40] if name == "scale" else 1.0
+    size = np.pad(np.abs(spread) * slope, ((0, 0), (0, -40 % fmt["group"]))).reshape(30, -1, fmt["group"]).sum(-1)
+    bound = size * ((1 + gamma(2 * fmt["group"] + 3, "f32")) * (1 + gamma(3, leaf.dtype)) - 1) + 3 * tiny(leaf.dtype)
+    assert_within(got, exact, np.broadcast_to(bound, got.shape), name)
+    untouched = [i for i in range(30) if i not in (3, 7, 29)]
+    assert not np.any(np.take(got, untouched, list(leaf.dims).index("n")))
