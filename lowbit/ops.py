@@ -90,6 +90,8 @@ def take(w: QuantArray, ids: jax.Array) -> jax.Array:
         return jnp.zeros((*ids.shape, sizes["k"]), w.dtype)
     few = w.type.resized(n=ids.size)
     flat = ids.reshape(-1)
+    if jnp.iinfo(flat.dtype).max < sizes["n"]:
+        flat = flat.astype(jnp.int32)  # or comparing with n, and adding it, would wrap
     flat = jnp.where(flat < 0, flat + sizes["n"], flat)
     fields = {
         name: w.fields[name] if "n" not in leaf.dims

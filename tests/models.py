@@ -146,4 +146,3 @@ def product_bound(x: Any, w: QuantArray, out: Any) -> Array:
     terms = k * (2 * bits + 4) + 2 * bits + 4
     # 3: the planes b = (s + 1) / 2 apart from their affine are at most three times the signed sum.
     return size * (3 * gamma(terms, "float32") * (1 + unit(out)) + unit(out))
-

@@ -86,6 +86,7 @@ class Kernel(nnx.Module):
         )
 
 
+@jax.jit
 def error_stats(w: jax.Array, array: QuantArray) -> jax.Array:
     """(sum (w - decoded)^2, sum w^2) in float32."""
     dense = w.astype(jnp.float32)

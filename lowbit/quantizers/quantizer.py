@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -165,10 +166,12 @@ def _check_weight(w: jax.Array, name: str) -> None:
             raise ValueError(f"{name} has {bad} NaN or inf among its {w.size} entries: it cannot be quantized")
 
 
+@partial(jax.jit, static_argnums=1)
 def _groups(w: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
     return to_groups(w, group_size(w.shape[1], fmt["group"]))
 
 
+@partial(jax.jit, static_argnums=1)
 def _pack(bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Solver bits [n g, p, t] to stored planes [p, n, g, j]."""
     n, g, t = shape

@@ -15,11 +15,14 @@ from lowbit.ir import (
     Call,
     CallSpec,
     Cast,
+    Concat,
     Contract,
     Expr,
     Gather,
+    Merge,
     Param,
     Type,
+    Unpack,
     const,
     contract,
     param,
@@ -122,6 +125,17 @@ def test_pointwise_product_in_a_cheaper_order_keeps_its_dims_apart():
     a, b, c = param("a", "f32", None, n=3, m=2), param("b", "f32", None, m=2), param("c", "f32")
     for e in (contract((c, a, b), ()), contract((a, b, c), ()), contract((c, a, b, b), ()), contract((c, a, b, b), ("n",))):
         assert check(e, values(e))
+
+
+def test_passes_respect_steps_along_a_dim():
+    """A step that its type does not show is no function of one word, and sees the order of its operand's dims."""
+    fields = Unpack(param("w", "u8", None, n=3), 4, "v", 2) * 2 + -1
+    x = param("x", "f32", None, n=3, m=2)
+    for moved in (fields, Merge(fields, ("n",), "n"), Concat((fields,), "n")):
+        reversed_ = Call("reverse", (moved,))
+        for e in (reversed_, Call("reverse", (contract((x, reversed_), ("n",)),))):
+            for name, pipeline in PIPELINES.items():
+                assert check(run(e, pipeline), values(e), e), name
 
 
 def test_many_factors_are_taken_from_left_to_right():

@@ -269,9 +269,7 @@ def test_eval_shape_gives_the_same_types() -> None:
     q = small()
     for path, kernel in lb.nn.kernels(q).items():
         assert lb.nn.kernels(abstract)[path].type == kernel.type
-    for (p, a), (r, b) in zip(
-        nnx.to_flat_state(nnx.state(abstract)), nnx.to_flat_state(nnx.state(q)), strict=True
-    ):
+    for (p, a), (r, b) in zip(nnx.to_flat_state(nnx.state(abstract)), nnx.to_flat_state(nnx.state(q)), strict=True):
         assert p == r and type(a) is type(b) and (a.shape, a.dtype) == (b.shape, b.dtype)
         assert isinstance(a.get_value(), jax.ShapeDtypeStruct)
 

@@ -279,9 +279,7 @@ def other_layers() -> nnx.Dict:
 def test_skipped_layers_are_logged_and_reported(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "absl"):
         q = lb.quantize(other_layers(), fast({"d": BCQ}))
-    assert [r.getMessage() for r in caplog.records] == [
-        "lowbit: quantized 1 layers, left dense: a, b (Sub), c (Conv)"
-    ]
+    assert [r.getMessage() for r in caplog.records] == ["lowbit: quantized 1 layers, left dense: a, b (Sub), c (Conv)"]
     assert type(q.b).__name__ == "Sub" and type(q.b.kernel) is nnx.Param
     assert formats(q) == {
         "d": "bcq(bits=2, group=8)", "a": "dense float32", "b": "dense float32 (Sub)", "c": "dense float32 (Conv)",

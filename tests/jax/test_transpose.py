@@ -17,9 +17,7 @@ from lowbit.ir import (
     Bitcast,
     Bucket,
     Call,
-    Cast,
     Concat,
-    Const,
     Contract,
     Expr,
     Gather,
@@ -30,7 +28,6 @@ from lowbit.ir import (
     Slice,
     Split,
     cast,
-    const,
     contract,
     param,
     params,
@@ -39,7 +36,7 @@ from lowbit.ir import (
 )
 from lowbit.ir.dtypes import is_float
 from lowbit.passes.lower_xla import emit
-from tests.terms import environment, terms
+from tests.terms import environment, in_float64, terms
 from tests.tolerance import assert_within, exact_and_bound, gamma
 
 LINEAR = {Add, Bucket, Concat, Contract, Gather, Merge, Pad, Slice, Split}
