@@ -143,9 +143,10 @@ def test_a_model_in_the_middle_of_tuning(path: Path) -> None:
     tuning = lb.tune.alpha_tuning(net(), offsets=True)
     optimizer = tuning.optimizer(optax.sgd(1.0))
 
+    gradient = nnx.jit(nnx.grad(lambda m: jnp.mean(m(TOKENS) ** 2), argnums=nnx.DiffState(0, lb.Scale)))
+
     def step(model: Net, optimizer: nnx.Optimizer[Net]) -> None:
-        grads = nnx.grad(lambda m: jnp.mean(m(TOKENS) ** 2), argnums=nnx.DiffState(0, lb.Scale))(model)
-        optimizer.update(model, grads)
+        optimizer.update(model, gradient(model))
 
     step(tuning.model, optimizer)
     lb.save(tuning.model, path)

@@ -153,13 +153,13 @@ def test_a_tied_head_is_one_array() -> None:
     q = small()
     fields = [v for _, v in nnx.to_flat_state(nnx.state(q, lb.Code)) if v.shape == q.embed.embedding.planes.shape]
     assert len(fields) == 1
-    before = q(TOKENS)
+    before = call(q, TOKENS)
     q.embed.embedding.scale[...] *= 2
-    assert not np.allclose(before, q(TOKENS))
+    assert not np.allclose(before, call(q, TOKENS))
     # The gradient is the sum of what the look-up and the head each give.
     w, x = q.embed, inputs(1, 16)
     both, table, head = (
-        nnx.grad(f, argnums=nnx.DiffState(0, lb.Scale))(w).embedding.scale[...]
+        nnx.jit(nnx.grad(f, argnums=nnx.DiffState(0, lb.Scale)))(w).embedding.scale[...]
         for f in (
             lambda m: jnp.sum(m.attend(x)) + jnp.sum(m(jnp.array([3]))),
             lambda m: jnp.sum(m(jnp.array([3]))),
@@ -193,7 +193,7 @@ def test_the_kernel_explains_itself() -> None:
 
 def test_grad_reaches_floats_and_no_codes() -> None:
     q = small()
-    grads = nnx.grad(loss)(q)
+    grads = nnx.jit(nnx.grad(loss))(q)
     types = {type(v) for _, v in nnx.to_flat_state(grads)}
     assert types == {nnx.Param, lb.Scale}
     assert {p for p, _ in nnx.to_flat_state(grads)} == {p for p, _ in nnx.to_flat_state(nnx.state(q, nnx.Param))}
@@ -217,18 +217,19 @@ def test_jit_takes_the_model_as_argument() -> None:
 
 
 def test_vmap_over_stacked_models_and_over_inputs() -> None:
+    @nnx.jit
     @partial(nnx.vmap, in_axes=0)
     def make(key: jax.Array) -> lb.nn.Linear:
         return lb.quantize(nnx.Linear(16, 8, rngs=nnx.Rngs(key)), fast(lb.bcq(2, group=8)))
 
     keys = jax.random.split(jax.random.key(0), 3)
-    stacked = make(keys)
+    stacked = make(keys)  # in one trace, with `lb.quantize` inside
     assert stacked.kernel.alpha.shape == (3, 2, 8, 2)
     x = inputs(3, 4, 16)
-    each = nnx.vmap(lambda m, x: m(x), in_axes=(0, 0))(stacked, x)
+    each = nnx.jit(nnx.vmap(lambda m, x: m(x), in_axes=(0, 0)))(stacked, x)
     one = lb.quantize(nnx.Linear(16, 8, rngs=nnx.Rngs(keys[1])), fast(lb.bcq(2, group=8)))
     assert_within(each[1], one(x[1]), 2 * product_bound(x[1], one.kernel.array, "float32"))
-    same = nnx.vmap(lambda m, x: m(x), in_axes=(None, 0))(one, x)
+    same = nnx.jit(nnx.vmap(lambda m, x: m(x), in_axes=(None, 0)))(one, x)
     bound = product_bound(x.reshape(12, 16), one.kernel.array, "float32").reshape(3, 4, 8)
     assert_within(same, one(x), 2 * bound)
 
@@ -239,6 +240,7 @@ def test_scan_over_stacked_layers() -> None:
     states = [nnx.split(layer)[1] for layer in layers]
     stacked = nnx.merge(graph, jax.tree.map(lambda *a: jnp.stack(a), first, *states[1:]))
 
+    @nnx.jit
     @partial(nnx.scan, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
     def forward(x: jax.Array, layer: lb.nn.Linear) -> jax.Array:
         return layer(x)
@@ -260,7 +262,7 @@ def test_split_merge_and_filters() -> None:
     assert not {type(v) for _, v in nnx.to_flat_state(rest)} & {lb.Code, lb.Scale}
     again = nnx.merge(graph, codes, scales, rest)
     assert_same(arrays(again), arrays(q))
-    np.testing.assert_array_equal(again(TOKENS), q(TOKENS))
+    np.testing.assert_array_equal(call(again, TOKENS), call(q, TOKENS))
     assert {type(v) for _, v in nnx.to_flat_state(nnx.state(q, lb.Codebook))} == set()
 
 
@@ -349,4 +351,4 @@ def test_orbax_round_trip(tmp_path) -> None:
     nnx.replace_by_pure_dict(state, restored)
     back = nnx.merge(graph, state)
     assert_same(arrays(back), arrays(q))
-    np.testing.assert_array_equal(back(TOKENS), q(TOKENS))
+    np.testing.assert_array_equal(call(back, TOKENS), call(q, TOKENS))

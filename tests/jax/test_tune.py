@@ -112,7 +112,7 @@ def test_gradients_are_those_of_the_scales_by_hand() -> None:
     bound = 3 * gamma(32 + 8, "float32") * size
     for which, offsets, planes_trained in (("first", True, 1), ("all", False, 3)):
         tuning = lb.tune.alpha_tuning(q, which, offsets)
-        grads = nnx.grad(objective, argnums=nnx.DiffState(0, lb.Scale))(tuning.model)
+        grads = nnx.jit(nnx.grad(objective, argnums=nnx.DiffState(0, lb.Scale)))(tuning.model)
         assert_within(grads.kernel.alpha_first[...], alpha[:planes_trained], np.stack([bound] * planes_trained))
         assert ("beta_first" in grads.kernel) == offsets
         if offsets:
@@ -121,7 +121,7 @@ def test_gradients_are_those_of_the_scales_by_hand() -> None:
 
 def test_an_sgd_step_divides_by_the_group() -> None:
     tuning = lb.tune.alpha_tuning(net(), offsets=True)
-    grads = nnx.grad(loss, argnums=nnx.DiffState(0, lb.Scale))(tuning.model)
+    grads = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, lb.Scale)))(tuning.model)
     before = arrays(tuning.model)
     raw = {"/".join(map(str, p)): np.asarray(v.get_value()) for p, v in nnx.to_flat_state(grads)}
     optimizer = tuning.optimizer(optax.sgd(0.5))
@@ -149,7 +149,8 @@ def test_names_that_end_like_a_field_do_not_matter() -> None:
         (Shared(nnx.Rngs(0)), 16),
     ):
         tuning = lb.tune.alpha_tuning(lb.quantize(model, fast(lb.bcq(2, group=64))))
-        grads = nnx.grad(lambda m: jnp.mean(m(inputs(3, 16)) ** 2), argnums=nnx.DiffState(0, lb.Scale))(tuning.model)
+        gradient = nnx.grad(lambda m: jnp.mean(m(inputs(3, 16)) ** 2), argnums=nnx.DiffState(0, lb.Scale))
+        grads = nnx.jit(gradient)(tuning.model)
         updates, _ = tuning.scaling.update(grads, tuning.scaling.init(grads))
         for scaled, raw in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
             np.testing.assert_array_equal(scaled, raw / group)  # a power of two: exact
@@ -187,7 +188,7 @@ def test_narrow_scales_train_in_float32(dtype: str) -> None:
 
     optimizer = tuning.optimizer(optax.adam(1e-4))
     target = inputs(4, 8, seed=1)
-    f = nnx.value_and_grad(lambda m: jnp.mean((m(x) - target) ** 2), argnums=nnx.DiffState(0, lb.Scale))
+    f = nnx.jit(nnx.value_and_grad(lambda m: jnp.mean((m(x) - target) ** 2), argnums=nnx.DiffState(0, lb.Scale)))
     losses = []
     for _ in range(5):
         value, grads = f(tuning.model)
@@ -214,7 +215,8 @@ def test_adam_in_float16_would_not() -> None:
     """Why scales are split off in float32: Adam's epsilon of 1e-8 is zero in float16."""
     q = lb.quantize(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), fast(lb.bcq(3, group=8, scale_dtype="float16")))
     q_again = nnx.clone(q)
-    gradient = nnx.grad(lambda m: 1e-6 * jnp.mean(m(inputs(4, 32)) ** 2), argnums=nnx.DiffState(0, lb.Scale))
+    tiny = nnx.grad(lambda m: 1e-6 * jnp.mean(m(inputs(4, 32)) ** 2), argnums=nnx.DiffState(0, lb.Scale))
+    gradient = nnx.jit(tiny)
     nnx.Optimizer(q, optax.adam(1e-4), wrt=lb.Scale).update(q, gradient(q))
     assert not np.isfinite(np.asarray(q.kernel.alpha[...], np.float32)).all()
     tuning = lb.tune.alpha_tuning(q_again)
