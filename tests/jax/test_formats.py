@@ -208,7 +208,7 @@ def test_unknown_format():
         Format("no_such").decode(8, 8)
     text = str(err.value)
     assert text.startswith("format 'no_such' is not registered (known: bcq, ")
-    assert text.endswith("uniform): import the module that has it")
+    assert text.endswith("uniform): import the module that defines it")
 
 
 # ---------------------------------------------------------------- uniform as binary coding
