@@ -13,8 +13,8 @@ from examples.tinylm.model import TinyLM
 
 __all__ = ["STEPS", "fit"]
 
-STEPS = 60
-BATCH = 8
+STEPS = 50
+BATCH = 6
 
 
 @nnx.jit(static_argnames="wrt")

@@ -55,12 +55,13 @@ def _nats(model: TinyLM, inputs: jax.Array, targets: jax.Array, counts: jax.Arra
     return -jnp.sum(picked, where=counts)
 
 
-def bits_per_byte(model: TinyLM, text: bytes, batch: int = 16) -> float:
+def bits_per_byte(model: TinyLM, text: bytes, *, every: int = 1, batch: int = 16) -> float:
     """Mean -log2 p(byte | the bytes before it) over `text`, in windows of the model's context (see `windows`).
 
     Args:
         model: anything that maps int [B, T] to logits [B, T, 256] and has `config.context`.
         text: at least one byte.
+        every: reads only each `every`-th window: a sample spread over the whole text, each byte in its true context.
         batch: windows a call; the last batch is filled up with windows that do not count.
 
     Raises:
@@ -68,14 +69,14 @@ def bits_per_byte(model: TinyLM, text: bytes, batch: int = 16) -> float:
     """
     if not text:
         raise ValueError("bits_per_byte of an empty text is undefined; give at least one byte")
-    parts = windows(text, model.config.context)
+    parts = tuple(part[::every] for part in windows(text, model.config.context))
     missing = -len(parts[0]) % batch
     inputs, targets, counts = (np.concatenate([p, np.zeros((missing, p.shape[1]), p.dtype)]) for p in parts)
     # Summed in float64 here: a float32 running sum over all batches would lose the digits that get reported.
     total = 0.0
     for i in range(0, len(inputs), batch):
         total += float(_nats(model, *(jnp.asarray(part[i : i + batch]) for part in (inputs, targets, counts))))
-    return total / math.log(2) / len(text)
+    return total / math.log(2) / counts.sum()
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from examples.tinylm import corpus, demo, weights
 from examples.tinylm.evaluate import bits_per_byte
 from examples.tinylm.model import TinyLM
 
-TEXT = corpus.match_listed("code").text[: demo.SAMPLE]
+TEXT = corpus.match_listed("code").text
 VARIANTS = {v.name: v for v in demo.variants()}
 
 
