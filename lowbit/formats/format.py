@@ -101,7 +101,8 @@ def register_format(name: str, *, version: int = 1) -> Callable[[Decode], Callab
 def definition(name: str) -> Definition:
     if name not in _DEFINITIONS:
         known = ", ".join(sorted(_DEFINITIONS)) or "none"
-        raise UnknownFormatError(f"format {name!r} is not registered (known: {known}): import the module that defines it")
+        what = f"format {name!r} is not registered (known: {known})"
+        raise UnknownFormatError(f"{what}: import the module that defines it")
     return _DEFINITIONS[name]
 
 
