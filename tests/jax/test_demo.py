@@ -43,10 +43,6 @@ def test_4_bits_are_close_to_float(bits: dict[str, float]) -> None:
     assert bits["bcq alternating 4-bit"] < bits["fp32"] + 0.05
 
 
-def test_the_float_model_beats_xz(model: TinyLM) -> None:
-    assert bits_per_byte(model, TEXT) < corpus.xz_bits(TEXT)
-
-
 def test_scales_alone_close_half_of_the_gap_to_full_tuning(model: TinyLM) -> None:
     held = corpus.match_listed("topics").text
     tuned = demo.tune(model, VARIANTS["bcq alternating 3-bit"], corpus.tune_prose(), held)
