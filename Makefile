@@ -36,6 +36,7 @@ test-all:  ## every test, and 2,000 random terms for each property
 lint:  ## ruff, mypy, import floors, names, sizes
 	@tools/venv.sh $(VENV) lint
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_names.py

@@ -168,4 +168,3 @@ def _cotangent_term(m: int, t: QuantType, dtype: Any, dy_dtype: Any, name: str, 
     dy = param("dy", dy_dtype, None, m=m, n=dict(t.dims)["n"])
     term = transpose(product, leaf, dy)
     return forms(term, MACHINES.get(platform, MACHINES["gpu"]))[0].term, leaf
-

@@ -81,9 +81,8 @@ def assert_within(actual: Any, exact: Any, bound: Any, what: object = "") -> Non
         excess = np.where(wrong, np.abs(a - v) - b, -np.inf)
         at = np.unravel_index(int(np.argmax(np.where(np.isnan(excess), np.inf, excess))), a.shape)
         limit = np.broadcast_to(b, a.shape)[at]
-        raise AssertionError(
-            f"{what}: {wrong.sum()} of {a.size} differ; at {tuple(map(int, at))}: {a[at]!r}, not {v[at]!r} +- {limit:.3g}"
-        )
+        where = f"{wrong.sum()} of {a.size} differ; at {tuple(map(int, at))}"
+        raise AssertionError(f"{what}: {where}: {a[at]!r}, not {v[at]!r} +- {limit:.3g}")
 
 
 def _replay(e: Expr, values: Mapping[Expr, Array]) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lowbit.ir.dims import Shape, fresh_all
-from lowbit.ir.dtypes import DType, converts_exactly, is_float, numpy_dtype
+from lowbit.ir.dtypes import DType, converts_exactly, exactly, is_float
 from lowbit.ir.expr import CONST_LIMIT, Add, Cast, Const, Contract, Expr, Merge, Pad, Param, Ring, Slice, Split
 from lowbit.ir.walk import rename
 
@@ -21,10 +21,7 @@ def param(name: str, dtype: DType, within: tuple[int, int] | None = None, /, **d
 
 def const(values: Any, dtype: DType, *dims: str) -> Const:
     """A compile-time table; every value must be one of `dtype`."""
-    given = np.asarray(values)
-    array = given.astype(numpy_dtype(dtype))
-    if not np.array_equal(array.astype(np.float64), given.astype(np.float64), equal_nan=True):
-        raise ValueError(f"const: {given.tolist()} has values that {dtype} cannot hold")
+    array = exactly(values, dtype)
     shape = tuple(zip(dims, array.shape, strict=True))
     return Const(shape, dtype, array.astype(array.dtype.newbyteorder("<")).tobytes())
 
@@ -75,9 +72,8 @@ def contract(factors: Iterable[Expr], over: Iterable[str], ring: Ring = "real", 
         new = fresh_all(sorted(f.over), used)
         flat += [rename(g, new) for g in f.factors]
         over |= {new.get(d, d) for d in f.over}
-    if len(flat) == 1 and not over and flat[0].dtype == acc:
-        return flat[0]
-    return Contract(tuple(flat), frozenset(over), ring, acc)
+    product = Contract(tuple(flat), frozenset(over), ring, acc)  # checks the factors, also of a product of one
+    return flat[0] if len(flat) == 1 and not over and flat[0].dtype == acc else product
 
 
 def _accumulator(factors: tuple[Expr, ...]) -> DType:

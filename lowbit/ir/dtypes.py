@@ -75,3 +75,13 @@ def converts_exactly(source: DType, bounds: Bounds | None, target: DType) -> boo
     if bounds is not None:
         return holds(target, bounds)
     return source in _WIDER.get(target, frozenset())
+
+
+def exactly(values: Any, d: DType) -> np.ndarray[Any, Any]:
+    """`values` as an array of `d`; raises ValueError when one of them is not a value of `d`."""
+    given = np.asarray(values)
+    with np.errstate(invalid="ignore", over="ignore"):  # what overflows is found by looking at the result
+        array = given.astype(_NUMPY[d])
+    if not np.array_equal(array.astype(np.float64), given.astype(np.float64), equal_nan=True):
+        raise ValueError(f"{given.tolist()} has values that {d} cannot hold")
+    return array

@@ -7,10 +7,8 @@ import binascii
 import re
 from typing import cast
 
-import numpy as np
-
 from lowbit.ir.dims import Shape
-from lowbit.ir.dtypes import DTYPES, DType, numpy_dtype
+from lowbit.ir.dtypes import DTYPES, DType, exactly
 from lowbit.ir.expr import (
     Add,
     Bitcast,
@@ -147,6 +145,5 @@ def _data(m: re.Match[str], dtype: DType) -> bytes:
             return base64.b64decode(m[2], validate=True)
         except binascii.Error as err:
             raise ParseError(f"bad base64 ({err})") from err
-    numbers = np.array([float(v) for v in m[1].split(",")])
-    array = numbers.astype(numpy_dtype(dtype))
+    array = exactly([float(v) for v in m[1].split(",")], dtype)
     return array.astype(array.dtype.newbyteorder("<")).tobytes()

@@ -60,14 +60,15 @@ def rewrite(root: Expr, rule: Rule, *, top_down: bool = False) -> Expr:
 
 
 def rename(e: Expr, to: Mapping[str, str]) -> Expr:
-    """The same array under other, unused dim names, pushed towards the leaves so that patterns still see the nodes.
+    """The same array under other dim names, pushed towards the leaves so that patterns still see the nodes.
 
-    Bound dims that a new name would capture are renamed out of the way first.
+    All dims change at once, so one may take the name that another gives up. Bound dims that a new name would capture
+    are renamed out of the way first.
     """
     to = {a: b for a, b in to.items() if a in e.dims}
     if not to:
         return e
-    if clash := e.dims.keys() & set(to.values()):
+    if clash := (e.dims.keys() - to.keys()) & set(to.values()):
         raise ValueError(f"rename {to}: {e.type} already has {sorted(clash)}")
     match e:
         case Const(shape, element, data):
@@ -84,6 +85,7 @@ def rename(e: Expr, to: Mapping[str, str]) -> Expr:
         case Add() | Cast():
             return e.map(lambda a: rename(a, to))
         case _:
-            for a, b in to.items():
+            via = fresh_all(to, {*e.dims, *to.values()}) if e.dims.keys() & set(to.values()) else {}
+            for a, b in [*via.items(), *((via.get(a, a), b) for a, b in to.items())]:
                 e = Split(e, a, ((b, e.dims[a]),))
             return e

@@ -92,7 +92,7 @@ def test_json_round_trip():
     for t in (type_of(BCQ), type_of(lb.uniform(4)), type_of(codebook(8)), type_of(BCQ, splits=(("alpha", "p", 1),))):
         assert type_from_json(type_to_json(t)) == t
     data = type_to_json(type_of(BCQ))
-    with pytest.raises(ValueError, match="^format 'bcq' has version 2, this library reads version 1$"):
+    with pytest.raises(ValueError, match=r"^format 'bcq' has version 2, this library reads version 1$"):
         type_from_json({**data, "version": 2})
     with pytest.raises(UnknownFormatError, match="'bcqq' is not registered"):
         type_from_json({**data, "format": "bcqq"})
@@ -115,7 +115,7 @@ def test_bits_per_weight(bits, group, s):
 
 
 def test_padding_is_counted():
-    """k=40 in groups of 33 is two groups of 5 bytes a plane, of which 40 bits are weights: 80 bits and 2 scales a row."""
+    """k=40 in groups of 33 is two groups of 5 bytes a plane, 80 bits for 40 weights, and 2 scales a row."""
     t = type_of(lb.bcq(3, group=33), k=40)
     assert t.fields["planes"].dims == {"p": 3, "n": 3, "g": 2, "j": 5}
     assert t.bits_per_weight == 3 * (80 + 2 * 32) / 40
@@ -125,7 +125,11 @@ def test_padding_is_counted():
 
 
 def test_roles():
-    assert {f: type_of(BCQ).role(f) for f in type_of(BCQ).fields} == {"planes": "code", "alpha": "scale", "beta": "scale"}
+    assert {f: type_of(BCQ).role(f) for f in type_of(BCQ).fields} == {
+        "planes": "code",
+        "alpha": "scale",
+        "beta": "scale",
+    }
     uniform = type_of(lb.uniform(4))
     assert {f: uniform.role(f) for f in uniform.fields} == {"planes": "code", "scale": "scale", "zero": "code"}
     for fmt in (codebook(), codebook(half=True)):
@@ -186,9 +190,17 @@ def test_of_takes_exactly_the_fields():
     ("field", "change", "message"),
     [
         ("alpha", lambda a: a[:2], "stores 'alpha' as f32[p=3 n=3 g=3], but the array is float32[2, 3, 3]"),
-        ("alpha", lambda a: a.astype(np.float16), "stores 'alpha' as f32[p=3 n=3 g=3], but the array is float16[3, 3, 3]"),
+        (
+            "alpha",
+            lambda a: a.astype(np.float16),
+            "stores 'alpha' as f32[p=3 n=3 g=3], but the array is float16[3, 3, 3]",
+        ),
         ("beta", lambda a: a[None], "stores 'beta' as f32[n=3 g=3], but the array is float32[1, 3, 3]"),
-        ("planes", lambda a: a.astype(np.int8), "stores 'planes' as u8[p=3 n=3 g=3 j=2], but the array is int8[3, 3, 3, 2]"),
+        (
+            "planes",
+            lambda a: a.astype(np.int8),
+            "stores 'planes' as u8[p=3 n=3 g=3 j=2], but the array is int8[3, 3, 3, 2]",
+        ),
     ],
 )
 def test_of_names_the_field_and_both_types(field, change, message):

@@ -69,7 +69,9 @@ def test_bcq_decodes_its_bytes(bits, offset, group):
     k, n = 70, 3
     fmt = lb.bcq(bits, group=group, offset=offset)
     rng = np.random.default_rng(bits)
-    shape = {name: list(leaf.dims.values()) for name, leaf in lb.QuantType((("k", k), ("n", n)), "f32", fmt).fields.items()}
+    shape = {
+        name: list(leaf.dims.values()) for name, leaf in lb.QuantType((("k", k), ("n", n)), "f32", fmt).fields.items()
+    }
     fields = {name: rng.standard_normal(s).astype(np.float32) for name, s in shape.items()}
     fields["planes"] = rng.integers(0, 256, shape["planes"]).astype(np.uint8)  # padding too: it must not matter
     w = QuantArray.of(fields, lb.QuantType((("k", k), ("n", n)), "f32", fmt))
@@ -172,7 +174,10 @@ def test_own_format_end_to_end():
     k, n, m = 64, 5, 3
     w, x = weights(k, n), weights(m, k, seed=1)
     q = lb.quantize_array(w, nf2(), quantize_nf2)
-    assert q.type.bits_per_weight == 2 + 32 / k and {f: q.type.role(f) for f in q.fields} == {"codes": "code", "scale": "scale"}
+    assert q.type.bits_per_weight == 2 + 32 / k and {f: q.type.role(f) for f in q.fields} == {
+        "codes": "code",
+        "scale": "scale",
+    }
     code = np.stack([np.asarray(q.fields["codes"]) >> 2 * v & 3 for v in range(4)], -1).reshape(n, k)
     levels, scale = 2.0 * code - 3, np.asarray(q.fields["scale"], np.float64)
     assert np.abs(decoded(q) - w.T).max() <= np.asarray(scale).max() * (1 + 8 * unit("f32"))  # half a step of 2 scales
@@ -192,14 +197,16 @@ def test_own_format_needs_a_quantizer_until_it_has_a_default():
     def fmt(n: int, k: int):
         return definition("nf2").decode(n, k)
 
-    with pytest.raises(ValueError, match=r"^format 'nf2_again' has no default quantizer: name one, or set_default_quantizer$"):
+    with pytest.raises(
+        ValueError, match=r"^format 'nf2_again' has no default quantizer: name one, or set_default_quantizer$"
+    ):
         lb.quantize_array(weights(8, 2), fmt())
     set_default_quantizer("nf2_again", quantize_nf2)
     assert lb.quantize_array(weights(8, 2), fmt()).fields["codes"].shape == (2, 2)
 
 
 def test_registering_twice():
-    with pytest.raises(ValueError, match="^format 'bcq' is already registered$"):
+    with pytest.raises(ValueError, match=r"^format 'bcq' is already registered$"):
         lb.register_format("bcq")(lambda n, k: param("w", "f32", n=n, k=k))
 
 
@@ -217,7 +224,7 @@ def test_unknown_format():
 @pytest.mark.parametrize(("group", "scale_dtype"), [(33, "float32"), (33, "float16"), (None, "bfloat16")])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_uniform_to_bcq_is_exact(bits, group, scale_dtype):
-    """alpha is exact. beta is too when the scale has at most 15 bits (24 less the 9 of 2 beta / scale), else rounded once.
+    """alpha is exact; beta too if the scale has at most 15 bits (24 less the 9 of 2 beta / scale), else rounded once.
 
     The planes are the same bytes, so the two decode to the same weights up to that one rounding.
     """
@@ -262,7 +269,9 @@ ALL = [lb.bcq(3, group=16), lb.bcq(2, group=16, offset=True), lb.uniform(4, grou
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_not_finite(fmt, bad):
     w = weights(40, 3).at[7, 1].set(bad).at[8, 2].set(bad)
-    with pytest.raises(ValueError, match=r"^layers/0/kernel has 2 NaN or inf among its 120 entries: it cannot be quantized$"):
+    with pytest.raises(
+        ValueError, match=r"^layers/0/kernel has 2 NaN or inf among its 120 entries: it cannot be quantized$"
+    ):
         lb.quantize_array(w, fmt, name="layers/0/kernel")
 
 
@@ -271,11 +280,27 @@ def test_not_finite(fmt, bad):
     [
         (np.ones((4, 4), np.int8), TypeError, "the weight is int8[4, 4]: only floating weights can be quantized"),
         (np.ones((4, 4), bool), TypeError, "the weight is bool[4, 4]: only floating weights can be quantized"),
-        (np.ones((4, 4), np.complex64), TypeError, "the weight is complex64[4, 4]: only floating weights can be quantized"),
+        (
+            np.ones((4, 4), np.complex64),
+            TypeError,
+            "the weight is complex64[4, 4]: only floating weights can be quantized",
+        ),
         (np.ones(4, np.float32), ValueError, "the weight has shape (4,): a matrix with at least one entry is needed"),
-        (np.ones((2, 2, 2), np.float32), ValueError, "the weight has shape (2, 2, 2): a matrix with at least one entry is needed"),
-        (np.ones((0, 4), np.float32), ValueError, "the weight has shape (0, 4): a matrix with at least one entry is needed"),
-        (np.ones((4, 0), np.float32), ValueError, "the weight has shape (4, 0): a matrix with at least one entry is needed"),
+        (
+            np.ones((2, 2, 2), np.float32),
+            ValueError,
+            "the weight has shape (2, 2, 2): a matrix with at least one entry is needed",
+        ),
+        (
+            np.ones((0, 4), np.float32),
+            ValueError,
+            "the weight has shape (0, 4): a matrix with at least one entry is needed",
+        ),
+        (
+            np.ones((4, 0), np.float32),
+            ValueError,
+            "the weight has shape (4, 0): a matrix with at least one entry is needed",
+        ),
     ],
 )
 def test_not_a_float_matrix(w, error, message):
@@ -304,8 +329,9 @@ def test_zero_groups_decode_to_zero(fmt):
 
 
 @pytest.mark.parametrize("value", [0.3, -2.0, 1e-30, 1e29])
-def test_constant_groups(value, group=16):
+def test_constant_groups(value):
     """An offset holds the constant exactly; RTN has a step of value / 15; one alpha is the mean of 16 equal numbers."""
+    group = 16
     w = jnp.full((40, 3), value, jnp.float32)
     exact = np.float64(np.float32(value))
     # beta is the constant, and the alphas are zero

@@ -116,14 +116,24 @@ def test_buckets_by_comparing_and_by_scatter(size: int):
 @pytest.mark.parametrize("size", [1, UNROLL, UNROLL + 1, 2000])
 def test_sums_short_and_long(size: int):
     a, b = param("a", "f32", None, m=2, k=size, p=2), param("b", "f16", None, k=size, p=2)
-    for e in (a.sum("k"), (a * b).sum("k"), (a * b).sum("k", "p"), (a * param("c", "bf16", None, n=3, k=size)).sum("k")):
+    for e in (
+        a.sum("k"),
+        (a * b).sum("k"),
+        (a * b).sum("k", "p"),
+        (a * param("c", "bf16", None, n=3, k=size)).sum("k"),
+    ):
         assert check(e, values(e))
 
 
 def test_pointwise_product_in_a_cheaper_order_keeps_its_dims_apart():
     """The scalar and b meet first, so the last product finds the dims as m, n: the result is still n, m."""
     a, b, c = param("a", "f32", None, n=3, m=2), param("b", "f32", None, m=2), param("c", "f32")
-    for e in (contract((c, a, b), ()), contract((a, b, c), ()), contract((c, a, b, b), ()), contract((c, a, b, b), ("n",))):
+    for e in (
+        contract((c, a, b), ()),
+        contract((a, b, c), ()),
+        contract((c, a, b, b), ()),
+        contract((c, a, b, b), ("n",)),
+    ):
         assert check(e, values(e))
 
 
@@ -154,7 +164,11 @@ def test_gather_with_batch_dims_and_columns():
 def test_bitcasts_follow_byte_order():
     """Index 0 is the least significant part, whatever the host's byte order."""
     parts = param("b", "u8", None, j=2, n=3)
-    for e in (Bitcast(parts, "u16", "j"), Bitcast(Bitcast(parts, "u16", "j"), "u8", "i"), Bitcast(param("w", "u8"), "i8")):
+    for e in (
+        Bitcast(parts, "u16", "j"),
+        Bitcast(Bitcast(parts, "u16", "j"), "u8", "i"),
+        Bitcast(param("w", "u8"), "i8"),
+    ):
         assert check(e, environment(e, 1))
     joined = lowered(Bitcast(parts, "u16", "j"), {"b": np.array([[1, 0, 255], [0, 1, 255]], np.uint8)})
     assert joined.tolist() == [1, 256, 65535]

@@ -23,7 +23,9 @@ from tests.tolerance import assert_within, exact_and_bound, gamma, tiny, unit
 Array = np.ndarray[Any, Any]
 
 
-def quant(fmt: Format, k: int, n: int, *, dims: tuple[str, str] = ("k", "n"), dtype: Any = "f32", seed: int = 0) -> QuantArray:
+def quant(
+    fmt: Format, k: int, n: int, *, dims: tuple[str, str] = ("k", "n"), dtype: Any = "f32", seed: int = 0
+) -> QuantArray:
     """Random stored arrays, random bits in the padding too: no reading may look at it."""
     t = QuantType(tuple((d, {"k": k, "n": n}[d]) for d in dims), short(dtype), fmt)
     return QuantArray.of(environment(t.decode, seed, exact=False), t)
@@ -151,7 +153,9 @@ def dense_vjp(x: Array, w: QuantArray, dy: Array) -> dict[str, Array]:
         return x @ align(emit(term, {**env, **f}), term.dims, {"k": sizes["k"], "n": sizes["n"]})
 
     with jax.enable_x64(True):
-        dx, fields = jax.vjp(reference, jnp.asarray(x.astype(np.float64)), floats)[1](jnp.asarray(dy.astype(np.float64)))
+        dx, fields = jax.vjp(reference, jnp.asarray(x.astype(np.float64)), floats)[1](
+            jnp.asarray(dy.astype(np.float64))
+        )
         return {"x": np.asarray(dx), **{name.removesuffix("_64"): np.asarray(g) for name, g in fields.items()}}
 
 
@@ -200,7 +204,9 @@ def test_gradients_of_odd_shapes(m, k, n):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
 def test_gradients_of_narrow_activations_under_jit(dtype):
-    check_gradients(activation(3, 40, dtype=dtype), quant(lb.bcq(2, 16, offset=True), 40, 5, dims=("n", "k")), compile_=True)
+    check_gradients(
+        activation(3, 40, dtype=dtype), quant(lb.bcq(2, 16, offset=True), 40, 5, dims=("n", "k")), compile_=True
+    )
 
 
 def test_gradients_with_a_split_field():
