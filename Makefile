@@ -11,7 +11,7 @@ export PYTHON JAX
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-all lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,10 @@ lint:  ## ruff, mypy, import floors, names, sizes
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_names.py
 	$(BIN)/python tools/check_sizes.py
+
+bench:  ## time everything in benchmarks/ on this machine; writes benchmarks/results/
+	@tools/venv.sh $(VENV) bench
+	$(BIN)/python -m benchmarks.cpu_matmul --json benchmarks/results/cpu_matmul.json
 
 clean:  ## remove environments, builds, caches and what the demo wrote
 	rm -rf .venv .venv-* build dist *.egg-info demo-out

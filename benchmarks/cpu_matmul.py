@@ -1,0 +1,61 @@
+"""Time of x @ w in few bits beside dense float32: `python -m benchmarks.cpu_matmul --json out.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import lowbit as lb
+from benchmarks.harness import Row, interleaved, main, row
+
+SHAPES = ((4096, 4096), (4096, 14336))
+BATCHES = (1, 4, 16, 64, 256)
+FORMATS = {
+    "bcq2_g128": lb.bcq(2, group=128),
+    "bcq3_g128": lb.bcq(3, group=128),
+    "bcq4_g128": lb.bcq(4, group=128),
+    "uniform4_g128": lb.uniform(4, group=128),
+}
+
+
+def weights(k: int, n: int) -> dict[str, lb.QuantArray]:
+    """One random matrix in every format. Greedy codes: how good they are does not change the time."""
+    w = jax.random.normal(jax.random.key(0), (k, n))
+    return {
+        name: lb.quantize_array(w, fmt, lb.greedy() if fmt.name == "bcq" else None) for name, fmt in FORMATS.items()
+    }
+
+
+def programs(k: int, n: int, batch: int, quantized: dict[str, lb.QuantArray]) -> dict[str, Callable[[], Any]]:
+    """The products to time: dense in both layouts, each format, and 3 bits decoded before an ordinary product."""
+    x = jax.random.normal(jax.random.key(1), (batch, k))
+    w = jax.random.normal(jax.random.key(0), (k, n))
+    out: dict[str, Callable[[], Any]] = {
+        "dense x @ W": partial(jax.jit(jnp.matmul), x, w),
+        "dense x @ W.T": partial(jax.jit(lambda x, wt: x @ wt.T), x, w.T.copy()),
+    }
+    product = jax.jit(lb.matmul)
+    out |= {name: partial(product, x, q) for name, q in quantized.items()}
+    decoded = jax.jit(lambda x, q: x @ lb.dequantize(q))
+    out["decode_then_dot_bcq3"] = partial(decoded, x, quantized["bcq3_g128"])
+    return out
+
+
+def measure() -> Iterator[Row]:
+    for k, n in SHAPES:
+        quantized = weights(k, n)
+        for batch in BATCHES:
+            times = interleaved(programs(k, n, batch, quantized))
+            dense = min(times.pop("dense x @ W"), times.pop("dense x @ W.T"))
+            size = "" if n == k else f"_{k}x{n}"
+            yield row(f"dense{size}_batch{batch}", 1e3 * dense, "ms", "itself", 1e3 * dense)
+            for name, seconds in times.items():
+                yield row(f"{name}{size}_batch{batch}", 1e3 * seconds, "ms", "dense float32", 1e3 * dense)
+
+
+if __name__ == "__main__":
+    main("x @ w on this machine's default device", lambda: list(measure()))

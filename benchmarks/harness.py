@@ -1,0 +1,67 @@
+"""Timing several programs side by side, and writing what came out."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, Any]
+
+EVICT = 1 << 28
+"""Bytes read between two timings: several last-level caches, so that weights come from memory as they do in a model."""
+
+
+def row(name: str, value: float, unit: str, baseline: str, base: float) -> Row:
+    """One figure: `ratio` is the value over that of `baseline`, measured in the same run."""
+    return {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": value / base}
+
+
+def interleaved(programs: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
+    """Median seconds a call of each program: one call of each in turn, after two that do not count, caches cold."""
+    cold = jnp.ones(EVICT // 4, jnp.float32)
+    evict = jax.jit(jnp.sum)
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for at in range(rounds + 2):
+        for name, program in programs.items():
+            jax.block_until_ready(evict(cold))
+            start = time.perf_counter()
+            jax.block_until_ready(program())
+            if at >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: median(t) for name, t in times.items()}
+
+
+def machine() -> str:
+    """The device, the cores and the versions, for the head of a table."""
+    device = jax.devices()[0].device_kind
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = f"Python {platform.python_version()}, jax {jax.__version__}"
+    return f"{device} ({platform.machine()}, {cores} cores), {versions}, {datetime.date.today()}"
+
+
+def main(title: str, measure: Callable[[], list[Row]]) -> None:
+    """The command line of a benchmark: measure, print, and write the rows where `--json` says."""
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--json", type=pathlib.Path, help="file to write the rows to")
+    target = parser.parse_args().json
+    rows = measure()
+    table = Table("name", "value", "unit", "baseline", "ratio", title=f"{title}\n{machine()}")
+    for r in rows:
+        table.add_row(r["name"], f"{r['value']:.4g}", r["unit"], r["baseline"], f"{r['ratio']:.3f}")
+    Console(width=110).print(table)
+    if target:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(rows, indent=1) + "\n")
