@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lowbit.formats import bcq as bcq
     from lowbit.formats import register_format as register_format
     from lowbit.formats import uniform as uniform
+    from lowbit.io import CheckpointError as CheckpointError
     from lowbit.nn import Code as Code
     from lowbit.nn import Codebook as Codebook
     from lowbit.nn import Rule as Rule
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lowbit.quantizers import greedy as greedy
     from lowbit.quantizers import quantize_array as quantize_array
     from lowbit.quantizers import round_to_nearest as round_to_nearest
+    from lowbit.quantizers import set_default_quantizer as set_default_quantizer
     from lowbit.quantizers import to_bcq as to_bcq
 
 __version__ = "0.1.0"
@@ -41,11 +43,11 @@ _HOME = {
     "QuantArray": "array", "QuantType": "array", "dequantize": "array",
     "Format": "formats", "bcq": "formats", "register_format": "formats", "uniform": "formats",
     "matmul": "ops", "plan": "ops",
-    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "explain": "nn", "quantize": "nn",
-    "load": "nn", "report": "nn",
-    "save": "nn",
+    "CheckpointError": "io",
+    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "explain": "nn", "load": "nn", "quantize": "nn",
+    "report": "nn", "save": "nn",
     "alternating": "quantizers", "greedy": "quantizers", "quantize_array": "quantizers",
-    "round_to_nearest": "quantizers", "to_bcq": "quantizers",
+    "round_to_nearest": "quantizers", "set_default_quantizer": "quantizers", "to_bcq": "quantizers",
 }  # fmt: skip
 __all__ = [*_HOME, "nn", "tune"]
 

@@ -175,15 +175,25 @@ class QuantArray:
         return cls(dict(zip(names, leaves, strict=True)), type_)
 
 
+def expect_array(w: Any, who: str) -> QuantArray:
+    """`w` itself; raises TypeError for what is no QuantArray, such as a layer's kernel, which holds one."""
+    if not isinstance(w, QuantArray):
+        instead = "pass its .array" if isinstance(getattr(w, "array", None), QuantArray) else "see lb.quantize_array"
+        raise TypeError(f"{who} takes a QuantArray, not a {type(w).__name__}: {instead}")
+    return w
+
+
 def dequantize(w: QuantArray) -> jax.Array:
     """The dense array that `w` stands for, in its logical shape and dtype. Differentiable in scales and codebooks.
+
+    Raises TypeError for what is no QuantArray.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> w = lb.quantize_array(jnp.ones((8, 4)), lb.uniform(4))
     >>> lb.dequantize(w).shape
     (8, 4)
     """
-    return _dequantize(w.type, w.fields)
+    return _dequantize(expect_array(w, "dequantize").type, w.fields)
 
 
 def _dequantize(t: QuantType, fields: Mapping[str, jax.Array]) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit.array import QuantArray, QuantType
+from lowbit.array import QuantArray, QuantType, expect_array
 from lowbit.ir.build import contract, param
 from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.ir.expr import Expr, Param
@@ -54,9 +54,11 @@ class Plan:
 def matmul(x: jax.Array, w: QuantArray) -> jax.Array:
     """`x @ w` for x [..., k] and a quantized w with dims k and n: [..., n], accumulated in float32.
 
-    The result has x's dtype. Gradients reach x and every float field of `w`; codes have none.
+    The result has x's dtype. Gradients reach x and every float field of `w`; codes have none. Forward mode is not
+    supported. A batch of symbolic size, as in `jax.export`, is computed as rows, each in the form chosen for one row.
 
-    Raises TypeError for an x that is not floating, ValueError when its last dim is not w's k (both sizes are named).
+    Raises TypeError for an x that is not floating or a w that is no QuantArray, ValueError when x's last dim is not w's
+    k (both sizes are named).
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> w = lb.quantize_array(jnp.eye(8, 4), lb.bcq(2, group=8))
@@ -64,28 +66,42 @@ def matmul(x: jax.Array, w: QuantArray) -> jax.Array:
     (3, 4)
     """
     x = jnp.asarray(x)
-    sizes = dict(w.type.dims)
+    sizes = dict(expect_array(w, "matmul").type.dims)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x is {x.dtype}[{', '.join(map(str, x.shape))}]; matmul takes floating activations: cast it")
-    if x.ndim == 0 or x.shape[-1] != sizes["k"]:
-        raise ValueError(f"x has shape {x.shape}, but w is {w.type}: x's last dim must be k = {sizes['k']}")
-    batch = x.shape[:-1]
-    if prod(batch) == 0:
+    _check_last_dim(x.shape, w.type)
+    batch, rows = x.shape[:-1], prod(x.shape[:-1])
+    if rows == 0:
         return jnp.zeros((*batch, sizes["n"]), x.dtype)
-    y = _matmul(w.type, x.reshape(-1, sizes["k"]), w.fields)
+    flat = x.reshape(rows, sizes["k"])
+    if isinstance(rows, int):
+        y = _matmul(w.type, flat, w.fields)
+    else:
+        y = jax.vmap(lambda row: _matmul(w.type, row[None], w.fields)[0])(flat)
     return y.reshape(*batch, sizes["n"])
+
+
+def _check_last_dim(shape: Sequence[int], t: QuantType) -> None:
+    k = dict(t.dims)["k"]
+    if not shape or shape[-1] != k:
+        raise ValueError(f"x has shape {tuple(shape)}, but w is {t}: x's last dim must be k = {k}")
 
 
 def take(w: QuantArray, ids: jax.Array) -> jax.Array:
     """Rows of a quantized table with dims n and k: ids [...] to [..., k] in w's dtype. Only those rows are decoded.
 
-    Raises TypeError for ids that are not integers. As in `jnp.take`, negative ids
-    count from the end and an id out of range gives NaN.
+    Raises TypeError for ids that are not integers or a w that is no QuantArray. As in `jnp.take`, negative ids count
+    from the end and an id out of range gives NaN.
+
+    >>> import jax.numpy as jnp, lowbit as lb, lowbit.ops
+    >>> table = lb.quantize_array(jnp.ones((8, 4)), lb.uniform(4), dims=("n", "k"))
+    >>> lb.ops.take(table, jnp.array([[0, 7], [3, 3]])).shape
+    (2, 2, 4)
     """
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"ids are {ids.dtype}[{', '.join(map(str, ids.shape))}]; rows are taken by integer ids")
-    sizes = dict(w.type.dims)
+    sizes = dict(expect_array(w, "take").type.dims)
     if ids.size == 0:
         return jnp.zeros((*ids.shape, sizes["k"]), w.dtype)
     few = w.type.resized(n=ids.size)
@@ -104,8 +120,29 @@ def take(w: QuantArray, ids: jax.Array) -> jax.Array:
 
 
 def plan(x_shape: Sequence[int], t: QuantType, platform: str | None = None, dtype: Any = "float32") -> Plan:
-    """The candidate forms of x @ w for an x of that shape and dtype, on a platform (the default backend's if None)."""
-    return _plan(prod(x_shape[:-1]), t, short(dtype), platform or jax.default_backend())
+    """The candidate forms of x @ w, cheapest first.
+
+    Args:
+      x_shape: of the activations, [..., k]; at least one row.
+      t: the type of w.
+      platform: "cpu", "gpu" (also "cuda", "rocm") or "tpu"; the default backend's if None.
+      dtype: of the activations.
+
+    Raises ValueError for a shape that does not fit, no rows, or an unknown platform.
+
+    >>> import jax.numpy as jnp, lowbit as lb
+    >>> w = lb.quantize_array(jnp.eye(8, 4), lb.bcq(2, group=8))
+    >>> lb.plan((1, 8), w.type, "cpu").forms[0].cost.bytes  # x, 2 planes of 4 bytes, 2 scales for each of 4 outputs
+    72
+    """
+    _check_last_dim(x_shape, t)
+    rows = prod(x_shape[:-1])
+    if rows < 1:
+        raise ValueError(f"x has shape {tuple(x_shape)}: a plan needs at least one row")
+    name = {"cuda": "gpu", "rocm": "gpu"}.get(str(platform), platform)
+    if name is not None and name not in MACHINES:
+        raise ValueError(f"platform {platform!r} has no costs here: use one of {', '.join(MACHINES)}")
+    return _plan(rows, t, short(dtype), name or jax.default_backend())
 
 
 @lru_cache(maxsize=4096)

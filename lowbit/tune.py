@@ -77,7 +77,7 @@ def alpha_tuning(model: M, which: Literal["first", "all"] = "first", offsets: bo
     tuned: M = nnx.recursive_map(prepare, nnx.clone(model))
     if not trained:
         name = type(model).__name__
-        raise ValueError(f"{name} has no layer with a field {ALPHA!r}: quantize it with lb.bcq(...) first")
+        raise ValueError(f"{name} has no layer with a field {ALPHA!r} of planes p: quantize it with lb.bcq(...) first")
     count = sum(prod(v.shape) for v in jax.tree.leaves(nnx.state(tuned, Scale)))
     return AlphaTuning(tuned, count, _divide_by_group(tuned))
 
@@ -86,6 +86,13 @@ def fold(model: M) -> M:
     """The tuned model in its canonical form: split scales joined, in their format's scale dtype, and none frozen.
 
     A copy: the tuned model is left as it is, and can be tuned further.
+
+    >>> from flax import nnx
+    >>> import lowbit as lb
+    >>> small = lb.quantize(nnx.Linear(256, 64, rngs=nnx.Rngs(0)), lb.bcq(3))
+    >>> tuned = lb.tune.alpha_tuning(small).model
+    >>> sorted(tuned.kernel.type.fields), sorted(lb.tune.fold(tuned).kernel.type.fields)
+    (['alpha_first', 'alpha_rest', 'planes'], ['alpha', 'planes'])
     """
 
     def join(_: tuple[Any, ...], node: Any) -> Any:
@@ -109,7 +116,7 @@ def _prepare(kernel: Kernel, which: str, offsets: bool) -> tuple[Kernel, list[st
     """The kernel with what trains split off in float32, and the names of the fields that train."""
     canonical = replace(kernel.type, splits=())
     splits = []
-    if ALPHA in canonical.fields:
+    if "p" in (canonical.fields[ALPHA].dims if ALPHA in canonical.fields else ()):
         dims = canonical.fields[ALPHA].dims
         splits.append((ALPHA, "p", 1 if which == "first" else dims["p"]))
     if offsets and BETA in canonical.fields:
@@ -143,4 +150,5 @@ def _divide_by_group(model: nnx.Module) -> optax.GradientTransformation:
 
 def _group(t: QuantType) -> int:
     """Inputs that share one scale."""
-    return group_size(dict(t.dims)["k"], t.format["group"])
+    options: dict[str, Any] = dict(t.format.options)
+    return group_size(dict(t.dims)["k"], options.get("group"))

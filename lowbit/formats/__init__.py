@@ -4,5 +4,4 @@ from lowbit.formats.bcq import bcq as bcq
 from lowbit.formats.format import Format as Format
 from lowbit.formats.format import UnknownFormatError as UnknownFormatError
 from lowbit.formats.format import register_format as register_format
-from lowbit.formats.format import registered as registered
 from lowbit.formats.uniform import uniform as uniform

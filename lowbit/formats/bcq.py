@@ -32,6 +32,8 @@ def bcq(
     bcq(bits=3, group=128)
     """
     check_bits(bits)
+    if type(offset) is not bool:
+        raise ValueError(f"offset must be True or False, not {offset!r}")
     dtype, g = scale_type(scale_dtype), groups(k, group)
     sign = plane_bits(bits, n, k, group) * 2 - 1
     w = contract((param("alpha", dtype, p=bits, n=n, g=g), sign), ("p",))

@@ -7,7 +7,7 @@ term; its gradients, lowerings, costs and files follow from the term.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,10 +104,6 @@ def definition(name: str) -> Definition:
         what = f"format {name!r} is not registered (known: {known})"
         raise UnknownFormatError(f"{what}: import the module that defines it")
     return _DEFINITIONS[name]
-
-
-def registered() -> Mapping[str, Definition]:
-    return dict(_DEFINITIONS)
 
 
 class UnknownFormatError(KeyError):

@@ -59,10 +59,3 @@ def pack_planes(bits: jax.Array) -> jax.Array:
     padded = jnp.pad(bits.astype(jnp.uint8), [(0, 0)] * (bits.ndim - 1) + [(0, -t % 8)])
     fields = padded.reshape(*bits.shape[:-1], -1, 8) << jnp.arange(8, dtype=jnp.uint8).reshape([1] * bits.ndim + [8])
     return fields.sum(-1, dtype=jnp.uint8)
-
-
-def unpack_planes(planes: jax.Array, t: int) -> jax.Array:
-    """Bytes [p, n, g, j] to bits [p, n, g, t] as uint8: the inverse of `pack_planes`."""
-    shifts = jnp.arange(8, dtype=jnp.uint8).reshape([1] * planes.ndim + [8])
-    bits = (planes[..., None] >> shifts) & jnp.uint8(1)
-    return bits.reshape(*planes.shape[:-1], -1)[..., :t]

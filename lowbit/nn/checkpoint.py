@@ -6,13 +6,16 @@ from os import PathLike
 from typing import Any, TypeVar, overload
 
 import jax
+import numpy as np
 from flax import nnx
 
 from lowbit.array import QuantArray
 from lowbit.io import CheckpointError, read, write
-from lowbit.nn.kernel import kernels
+from lowbit.nn.kernel import expect_module, kernels
 
 M = TypeVar("M", bound=nnx.Module)
+NUMBERS = (bool, int, float, complex)
+"""What a Variable may hold instead of an array; stored as an array without dims."""
 
 
 def save(model: nnx.Module, path: str | PathLike[str]) -> None:
@@ -20,8 +23,21 @@ def save(model: nnx.Module, path: str | PathLike[str]) -> None:
 
     The file appears whole or not at all: it is written aside, synced and renamed, so a killed save leaves the old one.
 
-    Raises ValueError for a model without Variables or with abstract ones, OSError when the path cannot be written.
+    Raises ValueError for a model without Variables or with abstract ones, TypeError for what is no module or for a
+    Variable that holds neither arrays nor a number, OSError when the path cannot be written.
+
+    >>> import os, tempfile
+    >>> import lowbit as lb
+    >>> from flax import nnx
+    >>> small = lb.quantize(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), lb.bcq(2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "small.safetensors")
+    ...     lb.save(small, path)
+    ...     again = lb.load(path, into=nnx.eval_shape(lambda: small))
+    >>> bool((again.kernel.alpha[...] == small.kernel.alpha[...]).all())
+    True
     """
+    expect_module(model, "save")
     quantized = kernels(model)
     entries: dict[str, Any] = {name: k.array for name, k in quantized.items()}
     fields = {f"{name}/{field}" for name, k in quantized.items() for field in k.type.fields}
@@ -48,8 +64,10 @@ def load(path: str | PathLike[str], into: nnx.Module | None = None) -> Any:
     Returns a model like `into` with the stored arrays, or without `into` a dict from names to arrays and QuantArrays.
 
     Raises CheckpointError for a file that is damaged, of a newer version, or that does not fit `into`: the message
-    names the file, the layer, and what both sides hold.
+    names the file, the layer, and what both sides hold. TypeError when `into` is no module. See `save` for an example.
     """
+    if into is not None:
+        expect_module(into, "load into")
     entries = read(path)
     if into is None:
         return entries
@@ -74,6 +92,8 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, jax.ShapeDtypeStruct):
         shape = list(value.shape)
         raise ValueError(f"{name!r} is abstract ({value.dtype}{shape}): only a model with arrays can be saved")
+    if isinstance(value, NUMBERS):
+        return np.asarray(value)
     is_key = isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(value) if is_key else value
 
@@ -115,6 +135,10 @@ def _restore(where: str, variable: Any, value: Any) -> Any:
     """The Variable with a stored value. `where` begins the message: the file and the name."""
     want = variable.get_value()
     kind = type(variable).__name__
+    if isinstance(want, NUMBERS):
+        if value.shape != ():
+            raise CheckpointError(f"{where} is stored as {value.dtype}{list(value.shape)}, but the model's is {want!r}")
+        return variable.replace(type(want)(value.item()))
     if jax.numpy.issubdtype(want.dtype, jax.dtypes.prng_key):
         try:
             value = jax.random.wrap_key_data(jax.numpy.asarray(value), impl=_key_impl(want))
@@ -126,7 +150,7 @@ def _restore(where: str, variable: Any, value: Any) -> Any:
             f"{where} is stored as {value.dtype}{list(value.shape)}, "
             f"but the model's {kind} is {want.dtype}{list(want.shape)}"
         )
-    return variable.replace(jax.numpy.asarray(value))
+    return variable.replace(value)  # as read: 64-bit arrays that jax would narrow stay numpy
 
 
 def _key_impl(keys: Any) -> Any:

@@ -29,7 +29,8 @@ class Frozen(nnx.Variable[jax.Array]):
 
 
 class Stats(nnx.Variable[jax.Array]):
-    """float32 [2]: the squared error of quantization and the squared norm of the weight, summed when it was made."""
+    """float32 [2]: the squared error of quantization and the squared norm of the weight, in units of its largest
+    magnitude, summed when it was made. Not counted in reports."""
 
 
 VARIABLES: Mapping[str, type[nnx.Variable[Any]]] = {
@@ -52,6 +53,10 @@ class Kernel(nnx.Module):
     def __init__(self, array: QuantArray, stats: jax.Array, frozen: frozenset[str] = frozenset()) -> None:
         self.type = array.type
         for name, value in array.fields.items():
+            if name in ("type", "stats") or hasattr(Kernel, name):
+                raise ValueError(
+                    f"format {array.type.format} stores {name!r}, an attribute of Kernel: rename the field"
+                )
             role = "frozen" if name in frozen else array.type.role(name)
             setattr(self, name, VARIABLES[role](value))
         self.stats = Stats(stats)
@@ -88,10 +93,19 @@ class Kernel(nnx.Module):
 
 @jax.jit
 def error_stats(w: jax.Array, array: QuantArray) -> jax.Array:
-    """(sum (w - decoded)^2, sum w^2) in float32."""
+    """(sum (w - decoded)^2, sum w^2) in float32, in units of the largest |w|, so that squares stay in range."""
     dense = w.astype(jnp.float32)
-    difference = dense - dequantize(array).astype(jnp.float32)
-    return jnp.stack([jnp.sum(difference**2), jnp.sum(dense**2)])
+    decoded = dequantize(array).astype(jnp.float32)
+    largest = jnp.abs(dense).max()
+    unit = jnp.where(largest > 0, largest, 1.0)
+    return jnp.stack([jnp.sum((dense / unit - decoded / unit) ** 2), jnp.sum((dense / unit) ** 2)])
+
+
+def expect_module(model: Any, what: str) -> None:
+    """Raises TypeError unless `model` is an NNX module, not a class of one or a state."""
+    if not isinstance(model, nnx.Module):
+        name = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"cannot {what} {name}: give an nnx.Module")
 
 
 def kernels(model: Any) -> dict[str, Kernel]:

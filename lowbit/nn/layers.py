@@ -27,6 +27,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
+        """[..., in_features] -> [..., out_features]. Raises ValueError for another last dim."""
         bias = None if self.bias is None else self.bias.get_value()
         dtype = _dtype(self.dtype, inputs, self.kernel, bias)
         y = matmul(jnp.asarray(inputs, dtype), self.kernel.array)
@@ -45,10 +46,12 @@ class Embed(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Integer ids [...] -> rows [..., features]; an id out of range gives NaN."""
         rows = take(self.embedding.array, inputs)
         return rows if self.dtype is None else jnp.asarray(rows, self.dtype)
 
     def attend(self, query: jax.Array) -> jax.Array:
+        """The product with every row: [..., features] -> [..., num_embeddings]."""
         return matmul(jnp.asarray(query, _dtype(self.dtype, query, self.embedding, None)), self.embedding.array)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -16,10 +16,10 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import Progress
 
-from lowbit.nn.kernel import Kernel, error_stats
+from lowbit.nn.kernel import Kernel, error_stats, expect_module
 from lowbit.nn.layers import Embed, Linear
 from lowbit.nn.rules import Rule, Rules, as_rules, assign
-from lowbit.quantizers import quantize_array
+from lowbit.quantizers.quantizer import check_weight, quantize_array
 
 M = TypeVar("M", bound=nnx.Module)
 WEIGHT: Mapping[Any, tuple[str, tuple[str, str]]] = {
@@ -44,11 +44,13 @@ def quantize(model: M, rules: Rules, *, donate: bool = False, progress: bool | N
         weight that a part left dense uses too is kept.
       progress: show a progress bar; by default when standard error is a terminal.
 
-    Layers that no rule matches stay dense and are logged, and so are other modules with a matrix, such as nnx.Conv or
-    a subclass of nnx.Linear, which may compute something else; `lb.report` lists them too.
+    Layers that no rule matches stay dense, and so do other modules with a matrix, such as nnx.Conv or a subclass of
+    nnx.Linear, which may compute something else: a logged warning names them, and `lb.report` lists them.
 
-    Raises ValueError for a rule that is never used, a weight with NaN or inf (named by its path), a layer that cannot
-    be quantized, or a model with nothing to quantize; TypeError for a weight that is not floating.
+    Raises ValueError for a rule that is never used, a weight with NaN or inf (named by its path; under `jax.jit` it
+    cannot be seen), a layer that cannot be quantized, or a model with nothing to quantize; TypeError for a weight that
+    is not floating. These are found before any layer is quantized or freed; scales that do not fit their `scale_dtype`
+    are found on the way, and with `donate` the layers before that one are then gone.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb
@@ -57,14 +59,17 @@ def quantize(model: M, rules: Rules, *, donate: bool = False, progress: bool | N
     >>> small(jnp.ones((2, 256))).shape
     (2, 8)
     """
+    expect_module(model, "quantize")
     found, rest = layers(model), others(model)
     if not found:
         raise ValueError(f"{type(model).__name__} holds no nnx.Linear or nnx.Embed: there is nothing to quantize")
     assigned = assign(as_rules(rules), list(found), _hints(model, found, rest))
     chosen = {p: r for p, r in assigned.items() if r.format is not None}
-    for path in chosen:
-        if reason := refusal(found[path]):
+    keys = {_join(keys): keys for keys, _ in nnx.iter_modules(model)}
+    for path in chosen:  # all before any is freed, or solved for minutes
+        if reason := refusal(found[path]) or _fixed(model, keys[path]):
             raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
+        check_weight(_weight(found[path]), f"layer {path!r}")
     job = _Job(_holders(model) if donate else None)
     with _bar(progress, len(chosen)) as advance:
 
@@ -78,8 +83,9 @@ def quantize(model: M, rules: Rules, *, donate: bool = False, progress: bool | N
 
         # The clone has new Variables over the same arrays: training one model leaves the other alone.
         out: M = nnx.recursive_map(replace, nnx.clone(model))
-    dense = [p for p in found if p not in chosen] + [f"{p} ({type(m).__name__})" for p, m in rest.items()]
-    logging.info("lowbit: quantized %d layers%s", len(chosen), f", left dense: {', '.join(dense)}" if dense else "")
+    skipped = [p for p in found if p not in assigned] + [f"{p} ({type(m).__name__})" for p, m in rest.items()]
+    if skipped:
+        logging.warning("lowbit: no rule quantizes %s: left dense", ", ".join(skipped))
     return out
 
 
@@ -134,10 +140,23 @@ def refusal(layer: Any) -> str | None:
     for name in ("dot_general", "promote_dtype", "preferred_element_type"):
         if name in usual and getattr(layer, name) is not usual[name].default:
             return f"its {name} is not the default one; leave it dense with a rule for its path with the format None"
-    weight = getattr(layer, WEIGHT[type(layer)][0]).get_value()
-    if isinstance(weight, jax.ShapeDtypeStruct):
-        return "its weight is abstract; for an abstract result call nnx.eval_shape(lambda: lb.quantize(model, rules))"
+    if isinstance(_weight(layer), jax.ShapeDtypeStruct):
+        return "its weight is abstract; nnx.eval_shape(lambda m: lb.quantize(m, rules), model) gives an abstract result"
     return None
+
+
+def _fixed(model: nnx.Module, keys: tuple[Any, ...]) -> str | None:
+    """Why the layer under these keys cannot be replaced: its container takes no new items."""
+    holder: Any = model
+    for key in keys[:-1]:
+        holder = holder[key] if isinstance(holder, Mapping | Sequence) else getattr(holder, key)
+    if not keys or isinstance(holder, nnx.Module | MutableSequence | MutableMapping):
+        return None
+    return f"it sits in a {type(holder).__name__}, which takes no new items; use nnx.List or nnx.Dict"
+
+
+def _weight(layer: Any) -> Any:
+    return getattr(layer, WEIGHT[type(layer)][0]).get_value()
 
 
 class _Job:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowbit.array import QuantArray
-from lowbit.nn.kernel import Kernel, Stats, kernels
+from lowbit.nn.kernel import Kernel, Stats, expect_module, kernels
 from lowbit.nn.layers import Embed, Linear
 from lowbit.nn.quantize import layers, matrices, others
 from lowbit.ops import plan
@@ -96,6 +96,7 @@ def report(model: nnx.Module) -> Report:
     >>> lb.report(small).rows[0].bits_per_weight
     3.375
     """
+    expect_module(model, "report on")
     rows = [_quantized_row(path.rpartition("/")[0], k) for path, k in kernels(model).items()]
     seen: set[int] = set()  # a weight that two layers share is stored, and counted, once
     for path, layer in (layers(model) | others(model)).items():
@@ -139,6 +140,14 @@ def explain(layer: Any, batch: int = 1, platform: str | None = None) -> str:
       layer: an `lb.nn.Linear`, `lb.nn.Embed` (its `attend`), their kernel, or a QuantArray.
       batch: rows of activations.
       platform: "cpu", "gpu" or "tpu"; the default backend's if None.
+
+    Raises TypeError for a layer that is not quantized, ValueError for a batch below 1 or an unknown platform.
+
+    >>> from flax import nnx
+    >>> import lowbit as lb
+    >>> small = lb.quantize(nnx.Linear(256, 64, rngs=nnx.Rngs(0)), lb.bcq(3))
+    >>> print(lb.explain(small, batch=1, platform="cpu").splitlines()[0])
+    x[1, k] @ f32[k=256 n=64] as bcq(bits=3) on cpu
     """
     held = layer.kernel if isinstance(layer, Linear) else layer.embedding if isinstance(layer, Embed) else layer
     array = held.array if isinstance(held, Kernel) else held

@@ -20,6 +20,11 @@ class Rule:
       path: a pattern over paths such as "layers/0/mlp/up": `*` and `?` match within a part, `**` any number of parts.
       format: such as `lb.bcq(3, group=128)`; None leaves the layer dense.
       quantizer: how codes and scales are found; the format's default when None.
+
+    >>> import lowbit as lb
+    >>> rule = lb.Rule("layers/*/mlp/**", lb.bcq(3, group=128), lb.greedy())
+    >>> rule.matches("layers/0/mlp/up"), rule.matches("layers/0/attention/query")
+    (True, False)
     """
 
     path: str
@@ -45,10 +50,14 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
     """Rules from a format for every layer, a dict of path to format, or Rules. Raises TypeError for anything else."""
     if isinstance(rules, Format):
         return (Rule("**", rules),)
+    if isinstance(rules, Rule) or not isinstance(rules, Iterable):
+        raise TypeError(f"{rules!r} is not a list of rules: give a format, a dict of path to format, or [lb.Rule(...)]")
     given = [Rule(path, fmt) for path, fmt in rules.items()] if isinstance(rules, Mapping) else list(rules)
     for rule in given:
-        if not isinstance(rule, Rule) or not isinstance(rule.format, Format | None):
+        if not (isinstance(rule, Rule) and isinstance(rule.path, str) and isinstance(rule.format, Format | None)):
             raise TypeError(f"{rule!r} is not a rule: give lb.Rule(path, format), or a dict of path to format or None")
+        if rule.quantizer is not None and not callable(rule.quantizer):
+            raise TypeError(f"{rule!r}: {rule.quantizer!r} is not a quantizer such as lb.greedy()")
     if not given:
         raise ValueError("no rules were given: nothing would be quantized")
     return tuple(given)

@@ -65,7 +65,7 @@ def solve(
     """Finds scales and signs of small squared error for each group, `sum_k f_k (w_k - decoded_k)^2`.
 
     Args:
-      values: floating `[R, g]`, finite and below 1e30; one group a row. Computed in float32.
+      values: floating `[R, g]`, finite; one group a row. Computed in float32.
       bits: planes, 1 to 8.
       rounds: 0 is greedy, 1 refined greedy, 2 and more alternating. The best round is kept, so more never hurts.
       offset: also learn `beta`, starting from the mean.
@@ -152,8 +152,10 @@ def _normalize(w: jax.Array, f: jax.Array | None, offset: bool) -> tuple[jax.Arr
         )
         center = jnp.where(counts.any(), center, 0.0)
         w = jnp.where(counts, w - center, 0.0)
-    # A power of two divides without rounding: keep the exponent bits of the largest magnitude.
+    # A power of two divides without rounding: keep the exponent bits of the largest magnitude, at most 2^126, for the
+    # division may become a product with the reciprocal, and that of 2^127 is flushed to zero.
     exponent = lax.bitcast_convert_type(jnp.abs(w).max(), jnp.int32) & jnp.int32(0x7F800000)
+    exponent = jnp.minimum(exponent, jnp.int32(0x7E800000))
     scale = lax.bitcast_convert_type(exponent, jnp.float32)
     scale = jnp.where(scale > 0, scale, 1.0)
     return w / scale, weights, center, scale

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from lowbit.formats.planes import check_bits
+
 
 def to_groups(w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
     """Cuts each row of `w` into groups of `group` consecutive inputs.
@@ -37,8 +39,7 @@ def to_groups(w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
 
 def check_rows(values: jax.Array, bits: int, weights: jax.Array | None) -> None:
     """Raises unless `values [R, g]` is floating, `bits` is 1 to 8 and `weights` is None or `[P, g]`, P dividing R."""
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be from 1 to 8, got {bits}")
+    check_bits(bits)
     if values.ndim != 2 or values.size == 0:
         raise ValueError(f"values must be [R, g], one group a row and at least one weight, got shape {values.shape}")
     if not jnp.issubdtype(values.dtype, jnp.floating):

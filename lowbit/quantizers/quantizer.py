@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowbit.array import QuantArray, QuantType
+from lowbit.array import QuantArray, QuantType, expect_array
 from lowbit.formats.bcq import bcq
 from lowbit.formats.format import Format
 from lowbit.formats.planes import group_size, pack_planes
@@ -71,17 +71,34 @@ class RoundToNearest:
 
 
 def greedy() -> BinarySolver:
-    """The greedy solver: what AlphaTuning uses."""
+    """The greedy solver, as in AlphaTuning: plane by plane, the sign of the residual and the mean of its magnitude.
+
+    >>> import jax.numpy as jnp, lowbit as lb
+    >>> lb.dequantize(lb.quantize_array(jnp.array([[1.0], [-3.0]]), lb.bcq(1), lb.greedy())).tolist()
+    [[2.0], [-2.0]]
+    """
     return BinarySolver(rounds=0)
 
 
 def alternating(rounds: int = 15) -> BinarySolver:
-    """The alternating solver: the default for `bcq`."""
+    """The alternating solver, the default for `bcq`: at most `rounds` rounds after the greedy start, the best one kept.
+
+    >>> import jax.numpy as jnp, lowbit as lb
+    >>> w = jnp.array([[-3.0], [-1.0], [1.0], [3.0]])
+    >>> bool(jnp.allclose(lb.dequantize(lb.quantize_array(w, lb.bcq(2), lb.alternating())), w))  # signs of 2 and 1
+    True
+    """
     return BinarySolver(rounds)
 
 
 def round_to_nearest() -> RoundToNearest:
-    """Round to nearest: the default for `uniform`."""
+    """Round to nearest: the default for `uniform`.
+
+    >>> import jax.numpy as jnp, lowbit as lb
+    >>> w = jnp.array([[-1.0], [0.0], [0.5], [2.0]])
+    >>> lb.dequantize(lb.quantize_array(w, lb.uniform(2), lb.round_to_nearest())).tolist()
+    [[-1.0], [0.0], [0.0], [2.0]]
+    """
     return RoundToNearest()
 
 
@@ -89,7 +106,11 @@ _DEFAULTS: dict[str, Quantizer] = {"bcq": BinarySolver(), "uniform": RoundToNear
 
 
 def set_default_quantizer(format_name: str, quantizer: Quantizer) -> None:
-    """Use `quantizer` for a format when a rule names none: how a format of your own joins `lb.quantize`."""
+    """Use `quantizer` for a format when a rule names none: how a format of your own joins `lb.quantize`.
+
+    >>> import lowbit as lb
+    >>> lb.set_default_quantizer("bcq", lb.alternating(15))  # the one it has
+    """
     _DEFAULTS[format_name] = quantizer
 
 
@@ -116,16 +137,15 @@ def quantize_array(
     >>> lb.quantize_array(jnp.ones((256, 4)), lb.bcq(3, group=128))
     QuantArray(f32[k=256 n=4] as bcq(bits=3, group=128), 3.75 bits/weight)
     """
+    if not isinstance(fmt, Format):
+        raise TypeError(f"{fmt!r} is not a format such as lb.bcq(3, group=128)")
     w = jnp.asarray(w)
-    _check_weight(w, name)
+    check_weight(w, name)
     type_ = QuantType(tuple(zip(dims, w.shape, strict=True)), short(w.dtype), fmt)
     solver = quantizer or _default(fmt)
     rows = w if dims[0] == "n" else w.T
     array = QuantArray.of(solver(rows, fmt), type_)
-    for field, value in array.fields.items():
-        floating = jnp.issubdtype(value.dtype, jnp.floating)
-        if floating and not isinstance(value, jax.core.Tracer) and not bool(jnp.isfinite(value).all()):
-            raise ValueError(f"{name}: {field!r} overflows {value.dtype}; use scale_dtype='float32' or 'bfloat16'")
+    _check_range(array, w, name)
     return array
 
 
@@ -133,9 +153,16 @@ def to_bcq(w: QuantArray) -> QuantArray:
     """A uniform array as binary-coding planes with an offset, exactly: the same planes under other scales.
 
     From q = sum_p 2^p b_p: alpha_p = scale 2^p / 2 and beta = scale ((2^bits - 1) / 2 - zero), stored in float32.
+
+    Raises TypeError for an array of another format.
+
+    >>> import jax.numpy as jnp, lowbit as lb
+    >>> lb.to_bcq(lb.quantize_array(jnp.ones((256, 4)), lb.uniform(4, group=128)))
+    QuantArray(f32[k=256 n=4] as bcq(bits=4, group=128, offset=True), 5.25 bits/weight)
     """
-    fmt = w.type.format
-    _expect(fmt, "uniform", "to_bcq")
+    fmt = expect_array(w, "to_bcq").type.format
+    if fmt.name != "uniform":
+        raise TypeError(f"to_bcq converts uniform arrays; this one is {fmt}")
     new = bcq(fmt["bits"], fmt["group"], offset=True, scale_dtype="float32")
     scale, zero = w.fields["scale"].astype(jnp.float32), w.fields["zero"].astype(jnp.float32)
     half = jnp.array([2.0 ** (p - 1) for p in range(fmt["bits"])], jnp.float32)[:, None, None]
@@ -146,24 +173,44 @@ def to_bcq(w: QuantArray) -> QuantArray:
 
 def _default(fmt: Format) -> Quantizer:
     if fmt.name not in _DEFAULTS:
-        raise ValueError(f"format {fmt.name!r} has no default quantizer: name one, or set_default_quantizer")
+        raise ValueError(f"format {fmt.name!r} has no default quantizer: name one, or use lb.set_default_quantizer")
     return _DEFAULTS[fmt.name]
 
 
 def _expect(fmt: Format, names: str | tuple[str, ...], who: Any) -> None:
     if fmt.name not in (names if isinstance(names, tuple) else (names,)):
-        raise TypeError(f"{who} makes {names}, not {fmt}")
+        raise TypeError(f"{who} makes {names if isinstance(names, str) else ' or '.join(names)}, not {fmt}")
 
 
-def _check_weight(w: jax.Array, name: str) -> None:
+def check_weight(w: jax.Array, name: str) -> None:
+    """Raises TypeError or ValueError for what no quantizer takes; traced values are not seen."""
+    dense = "or leave it dense, in a model by a rule with the format None"
     if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise TypeError(f"{name} is {w.dtype}{list(w.shape)}: only floating weights can be quantized")
+        raise TypeError(f"{name} is {w.dtype}{list(w.shape)}: cast it to a floating type, {dense}")
     if w.ndim != 2 or w.size == 0:
-        raise ValueError(f"{name} has shape {w.shape}: a matrix with at least one entry is needed")
+        raise ValueError(f"{name} has shape {w.shape}: give a matrix with at least one entry, {dense}")
     if not isinstance(w, jax.core.Tracer):
         bad = w.size - int(jnp.isfinite(w).sum())
         if bad:
-            raise ValueError(f"{name} has {bad} NaN or inf among its {w.size} entries: it cannot be quantized")
+            raise ValueError(f"{name} has {bad} NaN or inf among its {w.size} entries: repair it, {dense}")
+
+
+def _check_range(array: QuantArray, w: jax.Array, name: str) -> None:
+    """Raises ValueError when the scales do not fit their dtype.
+
+    They may not overflow, and the largest must be a normal number. A smaller one may then be subnormal: its absolute
+    error is below the rounding error of the largest.
+    """
+    scales = {f: v for f, v in array.fields.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+    if any(isinstance(v, jax.core.Tracer) for v in (*scales.values(), w)):
+        return
+    for field, v in scales.items():
+        if not bool(jnp.isfinite(v).all()):
+            raise ValueError(f"{name}: {field!r} overflows {v.dtype}; use scale_dtype='float32' or 'bfloat16'")
+    normal = {f: bool(jnp.abs(v).max() >= jnp.finfo(v.dtype).smallest_normal) for f, v in scales.items()}
+    if scales and not any(normal.values()) and bool(w.any()):
+        field, v = next(iter(scales.items()))
+        raise ValueError(f"{name}: {field!r} underflows {v.dtype}; use scale_dtype='float32' or scale the weights up")
 
 
 @partial(jax.jit, static_argnums=1)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowbit.formats.planes import check_bits
 from lowbit.quantizers.binary import BinaryCode
 from lowbit.quantizers.groups import check_rows
 
@@ -84,8 +85,7 @@ def to_binary(code: UniformCode, bits: int) -> BinaryCode:
     >>> binary.decode(to_binary(code, 2)).tolist() == decode(code).tolist()
     True
     """
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be from 1 to 8, got {bits}")
+    check_bits(bits)
     planes = jnp.arange(bits, dtype=jnp.uint8)
     halves = jnp.array([2.0 ** (p - 1) for p in range(bits)], jnp.float32)
     beta = code.scale * ((2**bits - 1) / 2 - code.zero.astype(jnp.float32))

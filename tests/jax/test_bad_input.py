@@ -3,15 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import lowbit as lb
+from lowbit.ir import Expr, param
 from tests.models import Net, fast, inputs
 
 BCQ = lb.bcq(2, group=8)
+DENSE = "or leave it dense, in a model by a rule with the format None"
 
 
 def raises(error: type[Exception], text: str, call: Callable[[], Any]) -> None:
@@ -46,13 +49,13 @@ def test_weights_that_are_not_finite(bad: float, dtype: str) -> None:
     model.down.kernel = nnx.Param(w.at[0, 3].set(bad).at[7, 15].set(bad))
     raises(
         ValueError,
-        "layer 'down' has 2 NaN or inf among its 128 entries: it cannot be quantized",
+        f"layer 'down' has 2 NaN or inf among its 128 entries: repair it, {DENSE}",
         lambda: lb.quantize(model, fast(BCQ)),
     )
     lb.quantize(model, fast({"up": BCQ}))
     raises(
         ValueError,
-        "the weight has 2 NaN or inf among its 128 entries: it cannot be quantized",
+        f"the weight has 2 NaN or inf among its 128 entries: repair it, {DENSE}",
         lambda: lb.quantize_array(model.down.kernel[...], BCQ),
     )
 
@@ -63,7 +66,7 @@ def test_weights_that_are_integers(dtype: str) -> None:
     model.up.kernel = nnx.Param(jnp.ones((16, 8), dtype))
     raises(
         TypeError,
-        f"layer 'up' is {dtype}[16, 8]: only floating weights can be quantized",
+        f"layer 'up' is {dtype}[16, 8]: cast it to a floating type, {DENSE}",
         lambda: lb.quantize(model, fast({"up": BCQ})),
     )
 
@@ -73,12 +76,12 @@ def test_weights_that_are_no_matrices() -> None:
     model.up.kernel = nnx.Param(jnp.ones((0, 8)))
     raises(
         ValueError,
-        "layer 'up' has shape (0, 8): a matrix with at least one entry is needed",
+        f"layer 'up' has shape (0, 8): give a matrix with at least one entry, {DENSE}",
         lambda: lb.quantize(model, fast({"up": BCQ})),
     )
     raises(
         ValueError,
-        "the weight has shape (4,): a matrix with at least one entry is needed",
+        f"the weight has shape (4,): give a matrix with at least one entry, {DENSE}",
         lambda: lb.quantize_array(jnp.ones(4), BCQ),
     )
 
@@ -90,6 +93,120 @@ def test_weights_whose_scales_overflow() -> None:
         ValueError,
         "layer 'up': 'alpha' overflows float16; use scale_dtype='float32' or 'bfloat16'",
         lambda: lb.quantize(model, fast({"up": lb.bcq(2, group=8, scale_dtype="float16")})),
+    )
+
+
+def test_weights_whose_scales_underflow() -> None:
+    model = pair()
+    tiny = lb.bcq(2, group=8, scale_dtype="float16")
+    model.up.kernel[...] = jnp.full((16, 8), 1e-6)
+    raises(
+        ValueError,
+        "layer 'up': 'alpha' underflows float16; use scale_dtype='float32' or scale the weights up",
+        lambda: lb.quantize(model, fast({"up": tiny})),
+    )
+    model.up.kernel[...] = jnp.full((16, 8), 1e-6).at[0].set(1.0)  # one group of normal size, and the rest is nothing
+    lb.quantize(model, fast({"up": tiny}))
+    model.up.kernel[...] = jnp.zeros((16, 8))
+    lb.quantize(model, fast({"up": tiny}))
+
+
+@pytest.mark.parametrize("fmt", [lb.bcq(2), lb.bcq(2, offset=True), lb.uniform(8)], ids=str)
+@pytest.mark.parametrize("size", [2e38, 1e-35])
+def test_weights_at_the_ends_of_float32_are_not_lost(fmt: lb.Format, size: float) -> None:
+    w = size * jnp.array([[1.0], [-0.5], [0.5], [0.25]])
+    if fmt.name == "uniform" and size > 1:
+        w = jnp.abs(w)  # the range of a group must be a float32 too
+    rows = lb.report(lb.quantize(nnx.Dict(a=linear(w)), fmt)).rows
+    assert rows[0].relative_error is not None
+    assert 0 < rows[0].relative_error < 0.3
+    assert jnp.abs(lb.dequantize(lb.quantize_array(w, fmt))).max() > size / 2
+
+
+def linear(w: jax.Array) -> nnx.Linear:
+    layer = nnx.Linear(*w.shape, use_bias=False, rngs=nnx.Rngs(0))
+    layer.kernel[...] = w
+    return layer
+
+
+def test_donated_models_survive_weights_that_cannot_be_quantized() -> None:
+    model = pair()
+    model.up.kernel[...] = jnp.full((16, 8), jnp.nan)
+    with pytest.raises(ValueError, match="layer 'up' has 128 NaN"):
+        lb.quantize(model, BCQ, donate=True)
+    assert not model.down.kernel.get_value().is_deleted()
+
+
+def test_layers_that_cannot_be_replaced_where_they_are() -> None:
+    class Tuple(nnx.Module):
+        def __init__(self) -> None:
+            self.both = nnx.data(tuple(pair().values()))
+
+    says = "it sits in a tuple, which takes no new items; use nnx.List or nnx.Dict"
+    raises(ValueError, f"layer 'both/0' cannot be quantized: {says}", lambda: lb.quantize(Tuple(), BCQ))
+
+
+def test_what_is_no_model() -> None:
+    q = lb.quantize(pair(), fast(BCQ))
+    array = q.up.kernel.array
+    raises(TypeError, "cannot quantize the class Linear: give an nnx.Module", lambda: lb.quantize(nnx.Linear, BCQ))
+    raises(TypeError, "cannot report on a QuantArray: give an nnx.Module", lambda: lb.report(array))
+    raises(TypeError, "cannot save a dict: give an nnx.Module", lambda: lb.save({"w": array}, "unused"))
+    raises(TypeError, "cannot load into the class Linear: give an nnx.Module", lambda: lb.load("unused", nnx.Linear))
+
+
+def test_what_is_no_quantized_array() -> None:
+    kernel = lb.quantize(pair(), fast(BCQ)).up.kernel
+    for name, call in (("matmul", lambda w: lb.matmul(jnp.ones((2, 16)), w)), ("dequantize", lb.dequantize)):
+        raises(TypeError, f"{name} takes a QuantArray, not a Kernel: pass its .array", lambda call=call: call(kernel))
+        text = f"{name} takes a QuantArray, not a ndarray: see lb.quantize_array"
+        raises(TypeError, text, lambda call=call: call(np.ones((16, 8))))
+    raises(
+        TypeError,
+        "to_bcq converts uniform arrays; this one is bcq(bits=2, group=8)",
+        lambda: lb.to_bcq(kernel.array),
+    )
+    raises(
+        TypeError,
+        "'bcq' is not a format such as lb.bcq(3, group=128)",
+        lambda: lb.quantize_array(inputs(16, 8), "bcq"),
+    )
+
+
+def test_what_is_no_rule() -> None:
+    many = "is not a list of rules: give a format, a dict of path to format, or [lb.Rule(...)]"
+    one = "is not a rule: give lb.Rule(path, format), or a dict of path to format or None"
+    for rules in (None, 3, lb.Rule("up", BCQ)):
+        raises(TypeError, f"{rules!r} {many}", lambda rules=rules: lb.quantize(pair(), rules))
+    for rule in ("up", lb.Rule(3, BCQ), lb.Rule("up", "bcq")):
+        raises(TypeError, f"{rule!r} {one}", lambda rule=rule: lb.quantize(pair(), [rule]))
+    rule = lb.Rule("up", BCQ, "greedy")
+    text = f"{rule!r}: 'greedy' is not a quantizer such as lb.greedy()"
+    raises(TypeError, text, lambda: lb.quantize(pair(), [rule]))
+
+
+def test_plans_that_cannot_be() -> None:
+    t = lb.quantize(pair(), fast(BCQ)).up.kernel.type
+    text = f"x has shape (1, 999), but w is {t}: x's last dim must be k = 16"
+    raises(ValueError, text, lambda: lb.plan((1, 999), t))
+    raises(ValueError, "x has shape (0, 16): a plan needs at least one row", lambda: lb.plan((0, 16), t))
+    text = "platform 'abacus' has no costs here: use one of cpu, gpu, tpu"
+    raises(ValueError, text, lambda: lb.plan((1, 16), t, "abacus"))
+    assert lb.plan((1, 16), t, "cuda") is lb.plan((1, 16), t, "gpu")
+
+
+def test_fields_that_a_kernel_has_already() -> None:
+    @lb.register_format("test_has_stats")
+    def has_stats(n: int, k: int) -> Expr:
+        return param("stats", "f32", n=n) * param("codes", "i8", n=n, k=k)
+
+    def quantizer(w: jax.Array, _: lb.Format) -> dict[str, jax.Array]:
+        return {"stats": jnp.ones(w.shape[0]), "codes": jnp.round(w).astype(jnp.int8)}
+
+    raises(
+        ValueError,
+        "format test_has_stats() stores 'stats', an attribute of Kernel: rename the field",
+        lambda: lb.quantize(pair(), [lb.Rule("**", has_stats(), quantizer)]),
     )
 
 
@@ -134,6 +251,10 @@ def test_bits_and_groups_that_do_not_exist(make: Callable[..., Any]) -> None:
         assert make(bits)["bits"] == bits
 
 
+def test_an_offset_is_a_bool() -> None:
+    raises(ValueError, "offset must be True or False, not 'yes'", lambda: lb.bcq(3, offset="yes"))
+
+
 def test_formats_and_quantizers_that_do_not_go_together() -> None:
     w = inputs(16, 8)
     raises(
@@ -160,9 +281,10 @@ def test_models_without_arrays() -> None:
     abstract = nnx.eval_shape(pair)
     raises(
         ValueError,
-        "layer 'down' cannot be quantized: its weight is abstract; for an abstract result call "
-        "nnx.eval_shape(lambda: lb.quantize(model, rules))",
+        "layer 'down' cannot be quantized: its weight is abstract; "
+        "nnx.eval_shape(lambda m: lb.quantize(m, rules), model) gives an abstract result",
         lambda: lb.quantize(abstract, BCQ),
     )
-    result = nnx.eval_shape(lambda model: lb.quantize(model, BCQ), abstract)
+    model, rules = abstract, BCQ
+    result = nnx.eval_shape(lambda m: lb.quantize(m, rules), model)  # as it says
     assert lb.nn.kernels(result)["up/kernel"].type.bits_per_weight == 10

@@ -117,6 +117,28 @@ def test_narrow_dtypes(path: Path, dtype: str) -> None:
     assert_same(arrays(back), arrays(model))
 
 
+def test_64_bits_are_not_narrowed(path: Path) -> None:
+    model = nnx.Dict(i=nnx.Variable(np.array([2**40 + 7, 5])), f=nnx.Variable(np.array([1e300])))
+    lb.save(model, path)
+    back = lb.load(path, into=model)
+    assert back.i.get_value().tolist() == [2**40 + 7, 5]
+    assert back.f.get_value().tolist() == [1e300]
+
+
+def test_numbers_stay_numbers(path: Path) -> None:
+    model = nnx.Dict(step=nnx.Variable(3), rate=nnx.Variable(0.5), on=nnx.Variable(True))
+    lb.save(model, path)
+    into = nnx.Dict(step=nnx.Variable(0), rate=nnx.Variable(0.0), on=nnx.Variable(False))
+    back = lb.load(path, into=into)
+    assert [v.get_value() for v in (back.step, back.rate, back.on)] == [3, 0.5, True]
+    assert [type(v.get_value()) for v in (back.step, back.rate, back.on)] == [int, float, bool]
+    lb.save(nnx.Dict(step=nnx.Variable(jnp.zeros(2))), path)
+    refused(
+        f"{path}: 'step' is stored as float32[2], but the model's is 0",
+        lambda: lb.load(path, into=nnx.Dict(step=nnx.Variable(0))),
+    )
+
+
 @pytest.mark.parametrize("impl", [None, "rbg"])
 def test_random_keys_go_on_where_they_were(path: Path, impl: str | None) -> None:
     def make() -> Dropped:
@@ -295,8 +317,8 @@ def test_models_that_cannot_be_saved(path: Path) -> None:
         ValueError,
     )
     refused(
-        "'n' is a int; only numpy or jax arrays and QuantArrays can be stored",
-        lambda: lb.save(nnx.Dict(n=nnx.Variable(3)), path),
+        "'n' is a str; only numpy or jax arrays and QuantArrays can be stored",
+        lambda: lb.save(nnx.Dict(n=nnx.Variable("three")), path),
         TypeError,
     )
     with pytest.raises(TypeError, match=r"is traced: write files outside of jax\.jit"):
@@ -324,7 +346,7 @@ def test_a_failed_save_leaves_the_old_file(path: Path) -> None:
     lb.save(pair(), path)
     before = path.read_bytes()
     model = pair()
-    model.down.bias = nnx.Variable(3)
+    model.down.bias = nnx.Variable("three")
     with pytest.raises(TypeError):
         lb.save(model, path)
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]

@@ -17,7 +17,7 @@ import lowbit as lb
 from lowbit.array import QuantArray
 from lowbit.formats import Format, UnknownFormatError
 from lowbit.formats.format import definition
-from lowbit.formats.planes import groups, pack_planes, unpack_planes
+from lowbit.formats.planes import groups, pack_planes
 from lowbit.ir import Unpack, cast, evaluate, merge, param
 from lowbit.quantizers.quantizer import RoundToNearest, set_default_quantizer
 from tests.tolerance import assert_within, dot_tolerance, gamma, unit
@@ -101,12 +101,11 @@ def test_uniform_decodes_its_bytes(bits, group):
 @pytest.mark.parametrize("t", [1, 7, 8, 9, 33])
 @given(data=st.data())
 @settings(max_examples=20)
-def test_packing_is_inverted_by_unpacking(t, data):
+def test_packing_is_that_of_numpy(t, data):
     bits = data.draw(hnp.arrays(np.uint8, (3, 2, 2, t), elements=st.integers(0, 1)))
     packed = pack_planes(jnp.asarray(bits))
     assert packed.shape == (3, 2, 2, -(-t // 8)) and packed.dtype == np.uint8
     assert np.array_equal(packed, np.packbits(bits, axis=-1, bitorder="little"))  # and padding is zero
-    assert np.array_equal(unpack_planes(packed, t), bits)
 
 
 @pytest.mark.parametrize(("k", "group", "count"), [(70, 128, 1), (70, 33, 3), (70, 1, 70), (70, None, 1), (64, 32, 2)])
@@ -198,7 +197,7 @@ def test_own_format_needs_a_quantizer_until_it_has_a_default():
         return definition("nf2").decode(n, k)
 
     with pytest.raises(
-        ValueError, match=r"^format 'nf2_again' has no default quantizer: name one, or set_default_quantizer$"
+        ValueError, match=r"^format 'nf2_again' has no default quantizer: name one, or use lb.set_default_quantizer$"
     ):
         lb.quantize_array(weights(8, 2), fmt())
     set_default_quantizer("nf2_again", quantize_nf2)
@@ -252,7 +251,7 @@ def test_round_to_nearest_makes_bcq_directly(bits):
 
 
 def test_conversion_errors():
-    with pytest.raises(TypeError, match=r"^to_bcq makes uniform, not bcq\(bits=2\)$|^to_bcq takes uniform"):
+    with pytest.raises(TypeError, match=r"^to_bcq converts uniform arrays; this one is bcq\(bits=2\)$"):
         lb.to_bcq(lb.quantize_array(weights(8, 2), lb.bcq(2), lb.greedy()))
     with pytest.raises(ValueError, match=r"not symmetric about zero: use bcq\(\.\.\., offset=True\)$"):
         lb.quantize_array(weights(8, 2), lb.bcq(2), RoundToNearest())
@@ -270,42 +269,26 @@ ALL = [lb.bcq(3, group=16), lb.bcq(2, group=16, offset=True), lb.uniform(4, grou
 def test_not_finite(fmt, bad):
     w = weights(40, 3).at[7, 1].set(bad).at[8, 2].set(bad)
     with pytest.raises(
-        ValueError, match=r"^layers/0/kernel has 2 NaN or inf among its 120 entries: it cannot be quantized$"
+        ValueError, match=r"^layers/0/kernel has 2 NaN or inf among its 120 entries: repair it, or leave it dense"
     ):
         lb.quantize_array(w, fmt, name="layers/0/kernel")
 
 
-@pytest.mark.parametrize(
-    ("w", "error", "message"),
-    [
-        (np.ones((4, 4), np.int8), TypeError, "the weight is int8[4, 4]: only floating weights can be quantized"),
-        (np.ones((4, 4), bool), TypeError, "the weight is bool[4, 4]: only floating weights can be quantized"),
-        (
-            np.ones((4, 4), np.complex64),
-            TypeError,
-            "the weight is complex64[4, 4]: only floating weights can be quantized",
-        ),
-        (np.ones(4, np.float32), ValueError, "the weight has shape (4,): a matrix with at least one entry is needed"),
-        (
-            np.ones((2, 2, 2), np.float32),
-            ValueError,
-            "the weight has shape (2, 2, 2): a matrix with at least one entry is needed",
-        ),
-        (
-            np.ones((0, 4), np.float32),
-            ValueError,
-            "the weight has shape (0, 4): a matrix with at least one entry is needed",
-        ),
-        (
-            np.ones((4, 0), np.float32),
-            ValueError,
-            "the weight has shape (4, 0): a matrix with at least one entry is needed",
-        ),
-    ],
-)
-def test_not_a_float_matrix(w, error, message):
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        lb.quantize_array(w, lb.bcq(2))
+DENSE = "or leave it dense, in a model by a rule with the format None"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64"])
+def test_not_floating(dtype):
+    message = f"the weight is {dtype}[4, 4]: cast it to a floating type, {DENSE}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        lb.quantize_array(np.ones((4, 4), dtype), lb.bcq(2))
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2, 2), (0, 4), (4, 0)])
+def test_not_a_matrix(shape):
+    message = f"the weight has shape {shape}: give a matrix with at least one entry, {DENSE}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        lb.quantize_array(np.ones(shape, np.float32), lb.bcq(2))
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lowbit import io
-from lowbit.array import QuantArray, QuantType
+from lowbit.array import QuantArray, QuantType, dequantize
 from lowbit.formats import bcq, format, register_format, uniform
 from lowbit.io.header import DIGEST, KEY, pack
 from lowbit.io.tensors import DTYPES
-from lowbit.ir import Gather, const, param, text
+from lowbit.ir import Gather, const, evaluate, param, params, text
 from lowbit.ir.dtypes import is_float, numpy_dtype
 from lowbit.ir.parse import MAX_CHARS, parse
+from tests.tolerance import assert_within, exact_and_bound
 
 CheckpointError = io.CheckpointError
 
@@ -223,6 +224,21 @@ def test_no_entries_and_metadata(path):
     io.write(path, {}, metadata={"note": "å\n", "": ""})
     assert io.read(path) == {}
     assert io.read_header(path)["metadata"] == {"note": "å\n", "": ""}
+
+
+@pytest.mark.parametrize("fmt", [bcq(3, group=8, offset=True), uniform(4, group=16)], ids=str)
+def test_the_text_in_the_file_decodes_its_tensors(path, fmt):
+    """What a reader needs that has never heard of the format: the numpy oracle, and the plain tensors."""
+    w = random_quantized(fmt)
+    io.write(path, {"w": w})
+    decode = parse(io.read_header(path)["entries"]["w"]["decode"])
+    tensors = load_file(path)
+    value = evaluate(decode, {name: tensors[f"w/{name}"] for name in params(decode)})
+    names = [k for k, _ in w.type.dims]
+    exact, bound = exact_and_bound(w.type.decode, w.fields)
+    order = [list(decode.dims).index(k) for k in names]
+    np.testing.assert_array_equal(value, exact)
+    assert_within(dequantize(w), exact.transpose(order), bound.transpose(order))
 
 
 def test_the_header_can_be_read_without_the_format(path, a_format, monkeypatch):

@@ -237,6 +237,19 @@ def test_forward_mode_is_refused():
 # ---------------------------------------------------------------- transformations
 
 
+@pytest.mark.parametrize("fmt", [lb.bcq(3, 16), lb.uniform(4, 16)], ids=str)
+def test_a_batch_of_symbolic_size(fmt):
+    w = quant(fmt, 40, 3)
+    shape = jax.export.symbolic_shape("b, 2, 40")
+    exported = jax.export.export(jax.jit(lambda x: lb.matmul(x, w)))(jax.ShapeDtypeStruct(shape, jnp.float32))
+    term = lb.plan((1, 40), w.type).term
+    for b in (1, 5):
+        x = activation(b, 2, 40)
+        y = np.asarray(exported.call(x))
+        for row, got in zip(x.reshape(-1, 1, 40), y.reshape(-1, 1, 3), strict=True):
+            assert_within(got, *ordered(term, {**stored(w), "x": row}, ("m", "n")))
+
+
 def test_vmap_over_x_is_a_batch():
     w, x = quant(lb.bcq(3, 16, offset=True), 40, 5), jnp.asarray(activation(4, 2, 40))
     term = lb.plan((2, 40), w.type).term

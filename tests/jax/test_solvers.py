@@ -401,16 +401,16 @@ def test_memory_is_a_small_multiple_of_the_weight(bits: int, size: int):
 
 
 BAD = [
-    (lambda w: binary.solve(w, 9), ValueError, "bits must be from 1 to 8, got 9"),
-    (lambda w: binary.solve(w, 0), ValueError, "bits must be from 1 to 8, got 0"),
+    (lambda w: binary.solve(w, 9), ValueError, "bits must be an int from 1 to 8, not 9"),
+    (lambda w: binary.solve(w, 0), ValueError, "bits must be an int from 1 to 8, not 0"),
     (lambda w: binary.solve(w, 3, rounds=-1), ValueError, "rounds must be 0 .greedy. or more, got -1"),
     (lambda w: binary.solve(w[0], 3), ValueError, r"\[R, g\].*\(8,\)"),
     (lambda w: binary.solve(w[:0], 3), ValueError, r"at least one weight, got shape \(0, 8\)"),
     (lambda w: binary.solve(w.astype(jnp.int32), 3), TypeError, "floating point, got int32"),
     (lambda w: binary.solve(w, 3, importance=w[:3]), ValueError, r"\(4, 8\); got \(3, 8\)"),
     (lambda w: uniform.rtn(w, 3, jnp.ones((1, 7), bool)), ValueError, r"\(4, 8\); got \(1, 7\)"),
-    (lambda w: uniform.rtn(w, 12), ValueError, "bits must be from 1 to 8, got 12"),
-    (lambda w: uniform.to_binary(uniform.rtn(w, 2), 9), ValueError, "bits must be from 1 to 8, got 9"),
+    (lambda w: uniform.rtn(w, 12), ValueError, "bits must be an int from 1 to 8, not 12"),
+    (lambda w: uniform.to_binary(uniform.rtn(w, 2), 9), ValueError, "bits must be an int from 1 to 8, not 9"),
     (lambda w: to_groups(w[0], 4), ValueError, r"matrix \[N, K\], got shape \(8,\)"),
     (lambda w: to_groups(w, 0), ValueError, "group must be at least 1, got 0"),
     (lambda w: to_groups(w[:, :0], 4), ValueError, r"at least one input.*\(4, 0\)"),

@@ -241,7 +241,7 @@ def test_tuning_goes_on_from_a_tuned_model() -> None:
 def test_what_cannot_be_tuned() -> None:
     with pytest.raises(ValueError, match=r"^which must be 'first' or 'all', not 'second'$"):
         lb.tune.alpha_tuning(net(), "second")  # type: ignore[arg-type]
-    text = "Net has no layer with a field 'alpha': quantize it with lb.bcq(...) first"
+    text = "Net has no layer with a field 'alpha' of planes p: quantize it with lb.bcq(...) first"
     for model in (Net(nnx.Rngs(0)), lb.quantize(Net(nnx.Rngs(0)), {"embed": lb.uniform(4, group=8)})):
         with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
             lb.tune.alpha_tuning(model)
