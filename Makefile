@@ -44,7 +44,8 @@ lint:  ## ruff, mypy, import floors, names, sizes
 
 bench:  ## time everything in benchmarks/ on this machine; writes benchmarks/results/
 	@tools/venv.sh $(VENV) bench
-	$(BIN)/python -m benchmarks.cpu_matmul --json benchmarks/results/cpu_matmul.json
+	@for name in cpu_matmul gradient_memory quantize_speed; do \
+		$(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; done
 
 clean:  ## remove environments, builds, caches and what the demo wrote
 	rm -rf .venv .venv-* build dist *.egg-info demo-out

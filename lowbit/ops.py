@@ -21,9 +21,9 @@ from lowbit.ir.walk import params
 from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.lower_xla import align, emit
 
-# name, byte, dot, pointwise, field, lookup, far_lookup, scatter, cache
+# name, byte, dot, pointwise, field, lookup, far_lookup, scatter, cache, part
 MACHINES = {
-    "cpu": Machine("cpu", 0.05, 0.011, 0.2, 0.2, 1.0, 10, 20, 1 << 20),
+    "cpu": Machine("cpu", 0.05, 0.011, 0.2, 0.2, 1.0, 10, 20, 1 << 20, 1 << 23),
     "gpu": Machine("gpu", 4e-4, 3e-6, 5e-5, 5e-5, 2e-3, 2e-2, 0.05, 1 << 15),
     "tpu": Machine("tpu", 6e-4, 5e-6, 2e-4, 2e-4, 0.5, 5, 5, 1 << 15),
 }
@@ -168,7 +168,8 @@ def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Ar
 
 
 def _emit_in_order(term: Expr, env: dict[str, jax.Array], order: Sequence[str], dtype: Any) -> jax.Array:
-    return align(emit(term, env), term.dims, {d: term.dims[d] for d in order}).astype(dtype)
+    limit = MACHINES.get(jax.default_backend(), MACHINES["gpu"]).part
+    return align(emit(term, env, limit), term.dims, {d: term.dims[d] for d in order}).astype(dtype)
 
 
 Residuals = tuple[jax.Array, dict[str, jax.Array]]

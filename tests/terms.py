@@ -200,7 +200,7 @@ def lookup(s: Source, depth: int) -> Expr:
     dim = free_name(s, index.dims)
     size = index.bounds[1] + 1 + s.below(2) if index.bounds else 1
     own = [k for k in s.names(2) if k != dim and index.dims.get(k, SIZES[k]) == SIZES[k]]
-    while prod({**index.dims, **{k: SIZES[k] for k in own}}.values()) > LIMIT or size * 8 ** len(own) > 2048:
+    while own and (prod({**index.dims, **{k: SIZES[k] for k in own}}.values()) > LIMIT or size * 8 ** len(own) > 2048):
         own = own[:-1]
     t: Expr = leaf(s.pick(("f32", "f16", "bf16")), own, **{dim: size})
     if size <= 16 and s.below(3) == 1:

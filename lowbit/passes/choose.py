@@ -26,7 +26,7 @@ class Machine:
       far_lookup: the same from a larger table.
       scatter: an element added into a bucket.
       cache: bytes.
-      largest: bytes an intermediate array may have at all.
+      part: bytes of an array in between above which a product is made in parts (see `tile`).
     """
 
     name: str
@@ -38,12 +38,10 @@ class Machine:
     far_lookup: float
     scatter: float
     cache: int
-    largest: float = inf
+    part: float = inf
 
     def nanoseconds(self, c: Cost) -> float:
-        """Predicted time; infinite when an intermediate array is larger than the machine allows."""
-        if c.largest > self.largest:
-            return inf
+        """Predicted time."""
         lookup = self.lookup if c.table <= self.cache else self.far_lookup
         arithmetic = c.dot * self.dot + (c.fma - c.dot) * self.pointwise + c.fields * self.field
         return c.bytes * self.byte + arithmetic + c.lookups * lookup + c.scattered * self.scatter

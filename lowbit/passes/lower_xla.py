@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import reduce
-from math import prod
+from math import inf, prod
 from typing import assert_never
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lowbit.ir.call import call_spec
 from lowbit.ir.dims import Dims, drop, union
@@ -37,7 +38,8 @@ from lowbit.ir.expr import (
     Unpack,
 )
 from lowbit.ir.order import Step, contraction_order
-from lowbit.ir.walk import topo
+from lowbit.ir.walk import params, topo
+from lowbit.passes.tile import Tiles, tile
 
 UNROLL = 8
 """Terms up to which a sum over one dim is written as additions: planes are few."""
@@ -45,18 +47,52 @@ COMPARE = 16
 """Bucket counts up to which sums are made by comparing, in a fixed order; beyond, by scatter-add."""
 
 
-def emit(root: Expr, env: Mapping[str, jax.Array]) -> jax.Array:
+def emit(root: Expr, env: Mapping[str, jax.Array], limit: float = inf) -> jax.Array:
     """The value of a term; call it under `jax.jit`. Dims in the order of `root.dims`, dtype that of `root`.
+
+    With a `limit`, what would write larger arrays in between, in bytes, is made in a loop over parts (see `tile`).
 
     Raises KeyError for a leaf that `env` lacks, ValueError for one of another shape or dtype, and NotImplementedError
     for an opaque step without a jnp reading or for float64 without `jax_enable_x64`.
     """
+    if (tiles := tile(root, limit)) is not None:
+        outer = {name: emit(e, env, limit) for name, e in tiles.outer.items()}
+        return _in_parts(tiles, {**env, **outer}, limit)
     val: dict[Expr, jax.Array] = {}
     for e in topo(root):
         if e.dtype == "f64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
             raise NotImplementedError(f"{e.type}: float64 terms need jax_enable_x64")
         val[e] = _value(e, env, val)
     return val[root]
+
+
+def _in_parts(tiles: Tiles, env: Mapping[str, jax.Array], limit: float) -> jax.Array:
+    """One part after the other, and then what remains when the part does not divide the whole."""
+    count, rest = divmod(tiles.total, tiles.size)
+    term, whole = tiles.part(tiles.size), count * tiles.size
+    cut = {name: list(p.dims).index(tiles.dim) for name, p in params(tiles.term).items() if tiles.dim in p.dims}
+    # A part is an index of a dim of its own: a slice at a computed start would not vectorize where it is fused.
+    parted = {
+        name: lax.slice_in_dim(env[name], 0, whole, axis=axis).reshape(
+            *env[name].shape[:axis], count, tiles.size, *env[name].shape[axis + 1 :]
+        )
+        for name, axis in cut.items()
+    }
+
+    def one(i: jax.Array) -> jax.Array:
+        return emit(
+            term, {**env, **{n: lax.dynamic_index_in_dim(parted[n], i, a, False) for n, a in cut.items()}}, limit
+        )
+
+    last = {n: lax.slice_in_dim(env[n], whole, tiles.total, axis=a) for n, a in cut.items()} if rest else {}
+    if tiles.sums:
+        zero = jnp.zeros(list(term.dims.values()), numpy_dtype(term.dtype))
+        value: jax.Array = lax.fori_loop(0, count, lambda i, sum_: sum_ + one(i), zero)
+        return value + emit(tiles.part(rest), {**env, **last}, limit) if rest else value
+    axis = list(term.dims).index(tiles.dim)
+    parts = jnp.moveaxis(lax.map(one, jnp.arange(count)), 0, axis)
+    value = parts.reshape(*parts.shape[:axis], whole, *parts.shape[axis + 2 :])
+    return jnp.concatenate([value, emit(tiles.part(rest), {**env, **last}, limit)], axis) if rest else value
 
 
 def align(a: jax.Array, have: Dims, want: Dims) -> jax.Array:
@@ -142,7 +178,9 @@ def _gather(e: Gather, table: jax.Array, index: jax.Array, dim: str) -> jax.Arra
     if batch:
         first = np.arange(prod(batch.values()), dtype=np.int32) * t[dim]
         number = number + align(jnp.asarray(first.reshape(list(batch.values()))), batch, i)
-    out = rows.at[number.reshape(-1)].get(mode="promise_in_bounds")  # proven by the index's range at birth
+    out = rows.at[number.reshape(-1)].get(
+        mode="promise_in_bounds", wrap_negative_indices=False
+    )  # proven by the index's range at birth
     have = {**i, **columns}
     return align(out.reshape(list(have.values())), have, e.dims)
 
@@ -198,7 +236,8 @@ def _unrolled(factors: list[jax.Array], axis: int, size: int) -> jax.Array:
 
 
 def _dot(step: Step, operands: list[tuple[jax.Array, Dims]], acc: DType) -> jax.Array:
-    (a, a_dims), (b, b_dims) = operands
+    # The larger operand on the left, with its rows as they are stored: a CPU multiplies that without a copy of it.
+    (a, a_dims), (b, b_dims) = sorted(operands, key=lambda o: -o[0].size)
     letter = {k: chr(97 + i) for i, k in enumerate(step.full)}
     spec = ",".join("".join(letter[k] for k in d) for d in (a_dims, b_dims))
     same = a.dtype == b.dtype and is_float(acc)

@@ -1,12 +1,13 @@
 """`emit` under jit against the numpy oracle, on random terms and on every form of random products."""
 
 from collections import Counter
+from math import inf
 from typing import get_args
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lowbit.ir import (
@@ -32,17 +33,18 @@ from lowbit.ir import (
 from lowbit.ir.dtypes import DTYPES, is_float, short
 from lowbit.passes import PIPELINES, run
 from lowbit.passes.lower_xla import COMPARE, UNROLL, emit
+from lowbit.passes.tile import tile, written
 from tests.terms import environment, matmuls, terms
 from tests.tolerance import assert_within, exact_and_bound
 
 Env = dict[str, np.ndarray]
 
 
-def lowered(e: Expr, env: Env) -> jax.Array:
-    return jax.jit(lambda env: emit(e, env))(env)
+def lowered(e: Expr, env: Env, limit: float = inf) -> jax.Array:
+    return jax.jit(lambda env: emit(e, env, limit))(env)
 
 
-def check(e: Expr, env: Env, source: Expr | None = None) -> bool:
+def check(e: Expr, env: Env, source: Expr | None = None, limit: float = inf) -> bool:
     """`emit(e)` is the exact value of `source` (`e` if None), up to the rounding of `e`, in its dtype; integers equal.
 
     False, and nothing is checked, if the term overflows: a lowering may do so earlier or later than the oracle.
@@ -53,7 +55,7 @@ def check(e: Expr, env: Env, source: Expr | None = None) -> bool:
         exact = value.transpose([list(source.dims).index(d) for d in e.dims])
     if not (np.isfinite(exact).all() and np.isfinite(bound).all()):
         return False
-    got = lowered(e, env)
+    got = lowered(e, env, limit)
     assert short(got.dtype) == e.dtype
     assert is_float(e.dtype) or not bound.any()
     assert_within(got, exact, bound, e)
@@ -91,6 +93,32 @@ def test_random_products_in_every_form():
 
     property_()
     assert changed["decode"] == 0 and all(changed[name] for name in PIPELINES if name != "decode")
+
+
+def test_random_products_in_parts():
+    """A loop over parts is bounded like the whole: the bound holds for any order of the sums."""
+    ways: Counter[bool] = Counter()
+
+    @settings(max_examples=60)
+    @given(matmuls(), st.sampled_from([*PIPELINES]), st.integers(1, 8), st.integers(0, 9))
+    def property_(e: Expr, name: str, parts: int, seed: int) -> None:
+        form = run(e, PIPELINES[name])
+        limit = written(form) / parts - 1
+        tiles = tile(form, limit)
+        assume(tiles and check(form, values(e, seed), e, limit))
+        ways[tiles.sums] += 1
+
+    property_()
+    assert ways[True] > 5 and ways[False] > 5
+
+
+@pytest.mark.parametrize("rows", [96, 97])
+def test_parts_that_do_not_divide_the_whole(rows: int):
+    w = param("w", "u8", None, n=rows, j=4)
+    e = contract((param("x", "f32", None, m=3, j=4, v=8), Unpack(w, 1, "v", 8)), ("j", "v"))
+    tiles = tile(e, 10 * 4 * 8 * 4)  # ten rows of floats
+    assert tiles is not None and (tiles.dim, tiles.size) == ("n", 8 if rows == 96 else 10)
+    assert check(e, values(e), limit=10 * 4 * 8 * 4)
 
 
 def test_float64_needs_x64():

@@ -1,0 +1,87 @@
+"""Time, memory and error of the binary-coding solver: `python -m benchmarks.quantize_speed --json out.json`.
+
+The baseline is the alternation as it is published: for every weight the nearest of all levels, for every group the
+normal equations over all its weights. It runs on a share of the rows, and its time is scaled up.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import lowbit as lb
+from benchmarks.harness import Row, main, row
+
+K = N = 4096
+BITS, GROUP, ROUNDS = 3, 128, 15
+SHARE = 16
+"""One row in so many is given to the baseline."""
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def published(w: jax.Array, bits: int, rounds: int) -> tuple[jax.Array, jax.Array]:
+    """Alternating binary coding of groups [R, g], weight by weight: scales [R, bits] and signs [R, bits, g]."""
+    scales, signs, rest = [], [], w
+    for _ in range(bits):
+        signs.append(jnp.where(rest >= 0, 1.0, -1.0))
+        scales.append(jnp.abs(rest).mean(1))
+        rest = rest - scales[-1][:, None] * signs[-1]
+    patterns = ((jnp.arange(2**bits)[:, None] >> jnp.arange(bits)[None]) & 1) * 2.0 - 1.0
+
+    def step(_: int, b: jax.Array) -> jax.Array:
+        alpha = solve(b)
+        levels = alpha @ patterns.T
+        nearest = jnp.abs(w[:, :, None] - levels[:, None, :]).argmin(-1)
+        return jnp.take(patterns, nearest, axis=0).swapaxes(1, 2)
+
+    def solve(b: jax.Array) -> jax.Array:
+        normal = jnp.einsum("rpg,rqg->rpq", b, b) + 1e-4 * jnp.eye(bits)[None]
+        return jnp.linalg.solve(normal, jnp.einsum("rpg,rg->rp", b, w)[..., None])[..., 0]
+
+    b = jax.lax.fori_loop(0, rounds, step, jnp.stack(signs, 1))
+    return solve(b), b
+
+
+def seconds(run: Callable[[], Any], calls: int = 3) -> float:
+    """The fastest of a few calls, compilation left out."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def resident() -> int:
+    """Peak resident bytes of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure() -> Iterator[Row]:
+    w = jax.block_until_ready(jax.random.normal(jax.random.key(0), (K, N)))
+    fmt = lb.bcq(BITS, group=GROUP)
+    # Memory first: the peak of a process only grows. The first call compiles, which counts here.
+    before = resident()
+    array = jax.block_until_ready(lb.quantize_array(w, fmt, lb.alternating(ROUNDS)))
+    yield row("bcq3_alternating_peak", resident() - before, "bytes", "the float32 weight", w.nbytes)
+    ours = seconds(lambda: lb.quantize_array(w, fmt, lb.alternating(ROUNDS)))
+    groups = w.T.reshape(-1, GROUP)[::SHARE]
+    direct = SHARE * seconds(lambda: published(groups, BITS, ROUNDS), 1)
+    yield row("bcq3_alternating", ours, "s", "weight by weight, as published", direct)
+    alpha, signs = published(groups, BITS, ROUNDS)
+    theirs = float(jnp.mean((jnp.einsum("rp,rpg->rg", alpha, signs) - groups) ** 2))
+    error = float(jnp.mean((lb.dequantize(array) - w) ** 2))
+    yield row("bcq3_alternating_mse", error, "per weight of N(0, 1)", "weight by weight, as published", theirs)
+    greedy = lb.quantize_array(w, fmt, lb.greedy())
+    yield row("bcq3_greedy_mse", float(jnp.mean((lb.dequantize(greedy) - w) ** 2)), "per weight", "alternating", error)
+
+
+if __name__ == "__main__":
+    main(f"Binary coding of {K}x{N}, {BITS} bits, groups of {GROUP}, {ROUNDS} rounds", lambda: list(measure()))

@@ -1,0 +1,146 @@
+"""e = the sum, or the stack, of e over slices of one dim: made part by part, no array in between is large.
+
+    e = sum_i e[d = slice i]       when the root sums over d, and every other node keeps d as it gets it
+    e = stack_i e[d = slice i]     when the root keeps d too
+
+An identity like the others, but with a loop in it, which no term can say: lowerings apply it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from lowbit.ir.cost import nbytes
+from lowbit.ir.dims import Dims, fresh
+from lowbit.ir.dtypes import bits
+from lowbit.ir.expr import Bitcast, Bucket, Call, Concat, Const, Contract, Expr, Gather, Merge, Pad, Param, Slice, Split
+from lowbit.ir.order import contraction_order, slot_dims
+from lowbit.ir.walk import params, substitute, topo
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A term in parts.
+
+    Attributes:
+      dim: the dim that is cut.
+      size: of a part along it; the last part has what remains.
+      sums: whether the parts are summed; else they are stacked along the dim.
+      outer: what does not depend on the part, by the name of the leaf that stands for it in `term`: computed once.
+      term: the whole term over those leaves.
+    """
+
+    dim: str
+    size: int
+    sums: bool
+    outer: Mapping[str, Expr]
+    term: Expr
+
+    @property
+    def total(self) -> int:
+        return next(p.dims[self.dim] for p in params(self.term).values() if self.dim in p.dims)
+
+    def part(self, size: int) -> Expr:
+        """The term over leaves that have `size` along the dim."""
+        new: dict[Expr, Expr] = {
+            p: Param(p.name, tuple((k, size if k == self.dim else n) for k, n in p.shape), p.element, p.within)
+            for p in params(self.term).values()
+            if self.dim in p.dims
+        }
+        return substitute(self.term, new)
+
+
+def tile(e: Expr, limit: float) -> Tiles | None:
+    """The parts in which to make `e` so that no array in between has more than `limit` bytes, as far as one dim goes.
+
+    None when nothing is that large, or no dim can be cut. A part may be too large still: tile it again.
+    """
+    if written(e) <= limit:
+        return None
+    return next((t for dim in _candidates(e) if (t := _along(e, dim, limit)) is not None), None)
+
+
+def written(e: Expr) -> int:
+    """Bytes of the largest array below the root that a lowering has to write: the others fuse into their consumer."""
+    largest = 0
+    for n in topo(e):
+        if isinstance(n, Gather | Bucket) and n is not e:
+            largest = max(largest, nbytes(n))
+        if isinstance(n, Contract):
+            dims = slot_dims(n)
+            for at, step in enumerate(contraction_order(n), len(n.factors)):
+                if step.is_dot([dims[s] for s in step.slots]):
+                    computed = [s for s in step.slots if s >= len(n.factors) or n.factors[s].args]
+                    result = [at] if n is not e or at < len(dims) - 1 else []
+                    largest = max([largest, *(_size(dims[s], n) for s in (*computed, *result))])
+    return largest
+
+
+def _size(dims: Dims, e: Contract) -> int:
+    return prod(dims.values()) * bits(e.acc) // 8
+
+
+def _candidates(e: Expr) -> list[str]:
+    """Dims to cut, the outermost of the largest stored integer array first: its slices are contiguous."""
+    codes = [p for p in params(e).values() if p.bounds is not None] or list(params(e).values())
+    stored = max(codes, key=nbytes, default=None)
+    return list(stored.dims) if stored is not None else []
+
+
+def _along(e: Expr, dim: str, limit: float) -> Tiles | None:
+    sums = dim not in e.dims
+    if sums and not (isinstance(e, Contract) and e.ring == "real" and dim in e.over):
+        return None
+    nodes = topo(e)
+    if not all(_keeps(n, dim) for n in nodes if not (sums and n is e)):
+        return None
+    outer = dict(_invariant(e, dim, {n.name for n in nodes if isinstance(n, Param)}))
+    term = substitute(e, {whole: leaf for leaf, whole in outer.items()})
+    tiles = Tiles(dim, 1, sums, {leaf.name: whole for leaf, whole in outer.items()}, term)
+    if written(tiles.part(1)) >= written(e):
+        return None
+    return Tiles(dim, _part_size(tiles.total, written(e), limit), sums, tiles.outer, term)
+
+
+def _keeps(e: Expr, dim: str) -> bool:
+    """Whether a slice of `e` along `dim` is `e` over the same slice of its operands."""
+    if isinstance(e, Param):
+        return True
+    comes = any(dim in a.dims for a in e.args)
+    if comes != (dim in e.dims):
+        return False
+    match e:
+        case Split(_, d, _) | Slice(_, d, _, _) | Pad(_, d, _, _) | Concat(_, d) | Bitcast(_, _, d) | Bucket(_, _, d):
+            return d != dim
+        case Merge(_, parts, into):
+            return dim not in (*parts, into)
+        case Call():
+            return not comes
+        case _:
+            return True
+
+
+def _invariant(e: Expr, dim: str, taken: set[str]) -> Iterator[tuple[Param, Expr]]:
+    """The maximal computed subterms without the dim, each with the leaf to stand for it."""
+    seen: set[Expr] = set()
+    stack = [e]
+    while stack:
+        n = stack.pop()
+        if n in seen or isinstance(n, Param | Const):
+            continue
+        seen.add(n)
+        if any(isinstance(p, Param) and dim in p.dims for p in topo(n)):
+            stack += n.args
+        elif params(n):
+            name = fresh("outer", taken)
+            taken.add(name)
+            yield Param(name, tuple(n.dims.items()), n.dtype, n.bounds), n
+
+
+def _part_size(total: int, size: int, limit: float) -> int:
+    """The largest part within the limit, rounded down to a divisor of the whole if one is near."""
+    count = min(total, -(-size // max(1, int(limit))))
+    divisor = next((c for c in range(count, min(total, 2 * count) + 1) if total % c == 0), None)
+    return total // divisor if divisor else -(-total // count)

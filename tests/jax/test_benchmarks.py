@@ -1,0 +1,63 @@
+"""The benchmarks run, at sizes that take no time: what they print is what the README and the results quote."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cpu_matmul, gradient_memory, harness, quantize_speed
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "EVICT", 1 << 10)
+    monkeypatch.setattr(cpu_matmul, "SHAPES", ((256, 256), (256, 384)))
+    monkeypatch.setattr(cpu_matmul, "BATCHES", (1, 3))
+    for module in (gradient_memory, quantize_speed):
+        monkeypatch.setattr(module, "K", 256)
+        monkeypatch.setattr(module, "N", 256)
+    monkeypatch.setattr(quantize_speed, "SHARE", 2)
+
+
+def named(rows: list[harness.Row]) -> dict[str, harness.Row]:
+    out = {r["name"]: r for r in rows}
+    assert len(out) == len(rows)
+    for r in rows:
+        assert set(r) == {"name", "value", "unit", "baseline", "ratio"}
+    return out
+
+
+def test_products() -> None:
+    found = named(list(cpu_matmul.measure()))
+    assert {"bcq3_g128_batch1", "uniform4_g128_256x384_batch3", "dense_batch3"} <= set(found)
+    assert all(r["value"] > 0 for r in found.values())
+    assert found["dense_batch1"]["ratio"] == 1
+
+
+def test_gradients() -> None:
+    found = named(list(gradient_memory.measure()))
+    for name in ("scale_gradient", "autodiff_scale_gradient"):
+        assert found[f"{name}_temp"]["ratio"] == found[f"{name}_temp"]["value"] / (256 * 256 * 4)
+        assert found[f"{name}_time"]["value"] > 0
+
+
+def test_solver_is_as_good_as_the_published_one() -> None:
+    found = named(list(quantize_speed.measure()))
+    assert 0.02 < found["bcq3_alternating_mse"]["value"] < 0.04
+    # Half of the rows each: the two errors differ by what the halves differ.
+    assert found["bcq3_alternating_mse"]["ratio"] == pytest.approx(1, abs=0.05)
+    assert found["bcq3_greedy_mse"]["ratio"] > 1
+
+
+def test_rows_are_written_where_json_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "new" / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--json", str(target)])
+    harness.main("title", lambda: [harness.row("a", 3.0, "ms", "b", 2.0)])
+    rows = json.loads(target.read_text())
+    assert rows == [{"name": "a", "value": 3.0, "unit": "ms", "baseline": "b", "ratio": 1.5}]
+    assert "1.500" in capsys.readouterr().out
