@@ -144,7 +144,9 @@ def meet(operands: Iterable[Expr]) -> list[Expr]:
 
 
 def total(x: Expr, over: Iterable[str]) -> Expr:
-    return contract((x,), over) if over else x
+    if not over:
+        return x
+    return contract((x,), over) if factor(x) is x else factor(x)
 
 
 def factor(x: Expr) -> Expr:
@@ -370,7 +372,7 @@ def matmuls(*, wide: bool = False) -> st.SearchStrategy[Expr]:
 
 def _matmul(s: Source) -> Expr:
     n = s.pick(("n", "n", "c", "c_1"))
-    w = s.pick((_planes, _xor_planes, _affine, _codebook, _row_table, _joined))(s, n)
+    w = s.pick((_planes, _xor_planes, _affine, _digits, _codebook, _row_table, _joined))(s, n)
     if s.below(3) == 1:
         w = w + leaf(s.pick(("f16", "f32")), ("g",), **{n: 3})
     k = s.pick(("k", "k", "g", "v", "j"))
@@ -413,6 +415,14 @@ def _affine(s: Source, n: str) -> Expr:
     code = Unpack(_words(n, "g", "j"), width, "v", 8 // width)
     zero = cast(leaf("u8", (), (0, 15), **{n: 3}, g=2), "i32")
     return leaf("f16", (), **{n: 3}, g=2) * (cast(code, "i32") - zero)
+
+
+def _digits(s: Source, n: str) -> Expr:
+    planes = 2 + s.below(2)
+    place_values = const([1 << i for i in range(planes)], "i32", "p")
+    code = contract((Unpack(_words(n, "p", "g", "j", planes=planes), 1, "v", 8), place_values), ("p",))
+    zero = cast(leaf("u8", (), (0, 15), **{n: 3}, g=2), "i32")
+    return leaf("f16", (), **{n: 3}, g=2) * (code - zero if s.below(2) else code)
 
 
 def _codebook(s: Source, n: str) -> Expr:

@@ -11,6 +11,7 @@ from lowbit.ir.walk import Rule, rewrite
 from lowbit.passes.bucket import bucket
 from lowbit.passes.commute_gather import commute_gather
 from lowbit.passes.distribute import distribute
+from lowbit.passes.flatten import flatten
 from lowbit.passes.fold import fold
 from lowbit.passes.hoist_merge import hoist_merge
 from lowbit.passes.hoist_slice import hoist_slice
@@ -34,6 +35,7 @@ class Pass:
 
 
 HOIST = Pass("hoist_merge", (hoist_merge, hoist_slice))
+FLATTEN = Pass("flatten", (flatten,))
 TABULATE = Pass("tabulate", (tabulate,), top_down=True)
 JOIN = Pass("join_planes", (join_planes,))
 DISTRIBUTE = Pass("distribute", (distribute,))
@@ -46,11 +48,12 @@ Pipeline = tuple[Pass, ...]
 PIPELINES: Mapping[str, Pipeline] = {
     "decode": (),
     "table": (HOIST, TABULATE, DISTRIBUTE, COMMUTE, FOLD),
+    "planes": (HOIST, DISTRIBUTE, FLATTEN, TABULATE, COMMUTE, FOLD),
     "join": (HOIST, JOIN, DISTRIBUTE, FOLD),
     "bucket": (HOIST, JOIN, DISTRIBUTE, FOLD, BUCKET),
 }
-"""The forms that `choose` compares: decode first, or look partial sums up, or make one index of the planes (and add
-up the activations that share it)."""
+"""The forms that `choose` compares: decode first; look partial sums up; the same with zero points and place values as
+terms and factors of their own; or make one index of the planes (and add up the activations that share it)."""
 
 
 def run(e: Expr, pipeline: Pipeline, dump: Callable[[str], None] | None = None) -> Expr:

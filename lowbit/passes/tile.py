@@ -28,7 +28,8 @@ class Tiles:
       dim: the dim that is cut.
       size: of a part along it; the last part has what remains.
       sums: whether the parts are summed; else they are stacked along the dim.
-      outer: what does not depend on the part, by the name of the leaf that stands for it in `term`: computed once.
+      outer: what is computed once, by the name of the leaf that stands for it in `term`: all that does not depend on
+        the part, and constants that are cut like stored arrays.
       term: the whole term over those leaves.
     """
 
@@ -106,7 +107,7 @@ def _along(e: Expr, dim: str, limit: float) -> Tiles | None:
 
 def _keeps(e: Expr, dim: str) -> bool:
     """Whether a slice of `e` along `dim` is `e` over the same slice of its operands."""
-    if isinstance(e, Param):
+    if isinstance(e, Param | Const):  # a Const with the dim becomes a leaf
         return True
     comes = any(dim in a.dims for a in e.args)
     if comes != (dim in e.dims):
@@ -123,17 +124,17 @@ def _keeps(e: Expr, dim: str) -> bool:
 
 
 def _invariant(e: Expr, dim: str, taken: set[str]) -> Iterator[tuple[Param, Expr]]:
-    """The maximal computed subterms without the dim, each with the leaf to stand for it."""
+    """The maximal computed subterms without the dim, and the Consts with it, each with the leaf to stand for it."""
     seen: set[Expr] = set()
     stack = [e]
     while stack:
         n = stack.pop()
-        if n in seen or isinstance(n, Param | Const):
+        if n in seen:
             continue
         seen.add(n)
-        if any(isinstance(p, Param) and dim in p.dims for p in topo(n)):
+        if n.args and any(not p.args and dim in p.dims for p in topo(n)):
             stack += n.args
-        elif params(n):
+        elif dim in n.dims if isinstance(n, Const) else n.args and params(n):
             name = fresh("outer", taken)
             taken.add(name)
             yield Param(name, tuple(n.dims.items()), n.dtype, n.bounds), n

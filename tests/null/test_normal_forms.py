@@ -75,6 +75,13 @@ def affine() -> Expr:
     return product(merge(w, "g", "j", "v", into="k"))
 
 
+def integer_planes() -> Expr:
+    """Three-bit integers stored as bit planes, scale and zero point."""
+    q = contract((Unpack(STORED, 1, "v", V), const([1, 2, 4], "i32", "p")), ("p",))
+    w = param("s", "f32", n=N, g=G) * (q - cast(param("z", "u8", n=N, g=G), "i32"))
+    return product(merge(w, "g", "j", "v", into="k"))
+
+
 def row_table() -> Expr:
     """SqueezeLLM: a table of 16 numbers a row."""
     return product(Gather(param("t", "f32", n=N, c=16), param("code", "u8", (0, 15), n=N, k=K), "c"))
@@ -86,7 +93,7 @@ def index_planes() -> Expr:
     return product(merge(Gather(param("t", "f32", n=N, c=8), index, "c"), "g", "j", "v", into="k"))
 
 
-TERMS = (binary_coding, offset, ragged, additive_codebooks, affine, row_table, index_planes)
+TERMS = (binary_coding, offset, ragged, additive_codebooks, affine, integer_planes, row_table, index_planes)
 
 
 def arrays(e: Expr) -> dict[str, np.ndarray]:
@@ -139,6 +146,13 @@ def test_xor_network_ends_as_the_same_term():
 
 def test_an_xor_network_that_does_nothing_is_the_very_same_object():
     assert run(xor_network(np.eye(V, dtype=int)), PIPELINES["table"]) is run(binary_coding(), PIPELINES["table"])
+
+
+def test_bit_planes_of_integers_end_as_a_psumbook_too():
+    """Place values and scale are factors, like the scales of binary coding; the zero point is a product of its own."""
+    g = psumbook(run(integer_planes(), PIPELINES["planes"]))
+    assert g.index is STORED
+    assert g.table.dims[g.dim] == 256
 
 
 def test_codebooks_end_as_a_psumbook():

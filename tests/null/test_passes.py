@@ -18,6 +18,7 @@ from lowbit.passes import (
     choose,
     commute_gather,
     distribute,
+    flatten,
     fold,
     forms,
     hoist_merge,
@@ -29,7 +30,8 @@ from lowbit.passes import (
 from tests.terms import environment, matmuls, terms
 
 EXAMPLES = 2000
-HOIST, TABULATE, JOIN = PIPELINES["table"][0], PIPELINES["table"][1], PIPELINES["join"][1]
+HOIST, TABULATE, DISTRIBUTE = PIPELINES["table"][:3]
+JOIN = PIPELINES["join"][1]
 # Before a pass can fire, the pipeline has brought the term into the shape that it looks for.
 PASSES: dict[str, tuple[Pass, tuple[Pass, ...], float]] = {
     "hoist_merge": (Pass("hoist_merge", (hoist_merge,)), (), 0.3),
@@ -39,6 +41,7 @@ PASSES: dict[str, tuple[Pass, tuple[Pass, ...], float]] = {
     "distribute": (Pass("distribute", (distribute,)), (HOIST,), 0.2),
     "commute_gather": (Pass("commute_gather", (commute_gather,)), (HOIST, TABULATE), 0.2),
     "bucket": (Pass("bucket", (bucket,)), (HOIST, JOIN), 0.1),
+    "flatten": (Pass("flatten", (flatten,)), (HOIST, DISTRIBUTE), 0.05),
     "fold": (Pass("fold", (fold,)), (), 0.0),
 }
 MACHINE = Machine("test", 1, 1, 1, 1, 1, 1, 1, 1 << 20)
