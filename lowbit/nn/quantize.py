@@ -16,6 +16,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import Progress
 
+from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.kernel import Kernel, error_stats, expect_module
 from lowbit.nn.layers import Embed, Linear
 from lowbit.nn.rules import Rule, Rules, as_rules, assign
@@ -29,7 +30,14 @@ WEIGHT: Mapping[Any, tuple[str, tuple[str, str]]] = {
 """Layers that can be quantized: the attribute that holds the weight, and its dims (k is summed in products)."""
 
 
-def quantize(model: M, rules: Rules, *, donate: bool = False, progress: bool | None = None) -> M:
+def quantize(
+    model: M,
+    rules: Rules,
+    *,
+    stats: Mapping[str, LayerStats] | None = None,
+    donate: bool = False,
+    progress: bool | None = None,
+) -> M:
     """A copy of a model with the layers that rules name quantized; the rest is shared, not copied.
 
     Works on any NNX model whose weights sit in `nnx.Linear` and `nnx.Embed`, nested in modules, lists or dicts. A layer
@@ -40,6 +48,8 @@ def quantize(model: M, rules: Rules, *, donate: bool = False, progress: bool | N
       model: left as it is, unless `donate`.
       rules: a format for all layers; a dict from path patterns to formats (None: leave dense); or `Rule`s, which can
         also name the quantizer. Ordered, the first match wins.
+      stats: what `lb.calibrate` measured. Binary-coding solvers then weigh the error of each input by its second
+        moment, which is the expected error of the layer's output; round to nearest has no use for it.
       donate: free each dense weight of `model` as soon as it is quantized. The old model is unusable afterwards. A
         weight that a part left dense uses too is kept.
       progress: show a progress bar; by default when standard error is a terminal.
@@ -61,6 +71,8 @@ def quantize(model: M, rules: Rules, *, donate: bool = False, progress: bool | N
     """
     expect_module(model, "quantize")
     found, rest = layers(model), others(model)
+    if unknown := sorted((stats or {}).keys() - found.keys()):
+        raise ValueError(f"stats has {unknown[0]!r}, which is no layer of this {type(model).__name__}: calibrate it")
     if not found:
         raise ValueError(f"{type(model).__name__} holds no nnx.Linear or nnx.Embed: there is nothing to quantize")
     assigned = assign(as_rules(rules), list(found), _hints(model, found, rest))
@@ -70,7 +82,7 @@ def quantize(model: M, rules: Rules, *, donate: bool = False, progress: bool | N
         if reason := refusal(found[path]) or _fixed(model, keys[path]):
             raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
         check_weight(_weight(found[path]), f"layer {path!r}")
-    job = _Job(_holders(model) if donate else None)
+    job = _Job(_holders(model) if donate else None, stats or {})
     with _bar(progress, len(chosen)) as advance:
 
         def replace(path: tuple[Any, ...], node: Any) -> Any:
@@ -162,8 +174,9 @@ def _weight(layer: Any) -> Any:
 class _Job:
     """One run over a model: what is shared or freed, and when."""
 
-    def __init__(self, holders: Counter[int] | None) -> None:
+    def __init__(self, holders: Counter[int] | None, stats: Mapping[str, LayerStats]) -> None:
         self.holders = holders
+        self.stats = stats
         self.made: dict[Any, Kernel] = {}
 
     def quantized(self, layer: Any, rule: Rule, path: str) -> Linear | Embed:
@@ -174,7 +187,10 @@ class _Job:
         if key not in self.made:
             weight = variable.get_value()
             assert rule.format is not None
-            array = quantize_array(weight, rule.format, rule.quantizer, dims=dims, name=f"layer {path!r}")
+            importance = self.stats[path].second_moment if path in self.stats else None
+            array = quantize_array(
+                weight, rule.format, rule.quantizer, dims=dims, name=f"layer {path!r}", importance=importance
+            )
             self.made[key] = Kernel(array, error_stats(jnp.asarray(weight), array))
         self._release(variable.get_value(), self.made[key])
         if isinstance(layer, nnx.Embed):

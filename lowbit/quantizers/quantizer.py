@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +33,15 @@ class BinarySolver:
     """
 
     rounds: int = 15
+    takes_importance: ClassVar[bool] = True
 
-    def __call__(self, w: jax.Array, fmt: Format) -> Fields:
+    def __call__(self, w: jax.Array, fmt: Format, importance: jax.Array | None = None) -> Fields:
+        """The stored arrays; with `importance` [k], the squared error of input k counts that much, all positive."""
         _expect(fmt, "bcq", self)
         values, mask = _groups(w, fmt)
         ragged = w.shape[1] % values.shape[2] != 0
+        if importance is not None:
+            mask, ragged = _groups(importance[None], fmt)[0][0] * mask, True
         code = solve(
             values.reshape(-1, values.shape[2]),
             fmt["bits"],
@@ -121,6 +125,7 @@ def quantize_array(
     *,
     dims: tuple[str, str] = ("k", "n"),
     name: str = "the weight",
+    importance: jax.Array | None = None,
 ) -> QuantArray:
     """Quantize one matrix.
 
@@ -130,6 +135,8 @@ def quantize_array(
       quantizer: how to find codes and scales; the format's default if None.
       dims: the order of w's dims: n outputs (or rows), k summed inputs.
       name: what errors call the weight.
+      importance: nonnegative [k], how much the squared error of each input counts. Only binary-coding solvers, and
+        quantizers with `takes_importance = True`, are given it.
 
     Raises TypeError for a weight that is not floating, ValueError for NaN or inf, or one that is not a matrix.
 
@@ -144,7 +151,10 @@ def quantize_array(
     type_ = QuantType(tuple(zip(dims, w.shape, strict=True)), short(w.dtype), fmt)
     solver = quantizer or _default(fmt)
     rows = w if dims[0] == "n" else w.T
-    array = QuantArray.of(solver(rows, fmt), type_)
+    if importance is None or not getattr(solver, "takes_importance", False):
+        array = QuantArray.of(solver(rows, fmt), type_)
+    else:
+        array = QuantArray.of(solver(rows, fmt, _positive(importance, rows.shape[1], name)), type_)  # type: ignore[call-arg]
     _check_range(array, w, name)
     return array
 
@@ -180,6 +190,13 @@ def _default(fmt: Format) -> Quantizer:
 def _expect(fmt: Format, names: str | tuple[str, ...], who: Any) -> None:
     if fmt.name not in (names if isinstance(names, tuple) else (names,)):
         raise TypeError(f"{who} makes {names if isinstance(names, str) else ' or '.join(names)}, not {fmt}")
+
+
+def _positive(importance: jax.Array, k: int, name: str) -> jax.Array:
+    """No input counts for nothing: its weights would be anything."""
+    if importance.shape != (k,):
+        raise ValueError(f"{name} has {k} inputs, but the importance has shape {importance.shape}")
+    return jnp.maximum(importance, 1e-4 * importance.mean() + jnp.finfo(jnp.float32).tiny)
 
 
 def check_weight(w: jax.Array, name: str) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import lowbit as lb
 from examples.tinylm import corpus, demo, weights
+from examples.tinylm.batches import Windows
 from examples.tinylm.evaluate import bits_per_byte
 from examples.tinylm.model import TinyLM
 
@@ -37,6 +41,17 @@ def test_alternating_beats_rounding_at_3_bits_on_all_of_the_text(model: TinyLM) 
     names = ("bcq alternating 3-bit", "RTN 3-bit")
     alternating, rounding = (bits_per_byte(demo.quantized(model, VARIANTS[n]), TEXT) for n in names)
     assert alternating < rounding
+
+
+@pytest.mark.slow
+def test_weighing_errors_by_calibration_helps_at_2_bits(model: TinyLM) -> None:
+    windows = Windows(np.frombuffer(corpus.train_code(), np.uint8), model.config.context, 0)
+    batches = [jnp.asarray(windows.batch(i, 8)[:, :-1].astype(np.int32)) for i in range(4)]
+    variant = VARIANTS["bcq alternating 2-bit"]
+    rules = [lb.Rule("embed", None), lb.Rule("layers/**", variant.format, variant.quantizer)]
+    weighed = lb.quantize(model, rules, stats=lb.calibrate(model, batches))
+    plain = demo.quantized(model, variant)
+    assert demo.on_sample(weighed, TEXT, "code") < demo.on_sample(plain, TEXT, "code")
 
 
 def test_4_bits_are_close_to_float(bits: dict[str, float]) -> None:
