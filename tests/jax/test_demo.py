@@ -45,7 +45,8 @@ def test_alternating_beats_rounding_at_3_bits_on_all_of_the_text(model: TinyLM) 
 
 @pytest.mark.slow
 def test_weighing_errors_by_calibration_helps_at_2_bits(model: TinyLM) -> None:
-    windows = Windows(np.frombuffer(corpus.train_code(), np.uint8), model.config.context, 0)
+    text = np.frombuffer(b"".join(corpus.train_code().values()), np.uint8)
+    windows = Windows(text, model.config.context, 0)
     batches = [jnp.asarray(windows.batch(i, 8)[:, :-1].astype(np.int32)) for i in range(4)]
     variant = VARIANTS["bcq alternating 2-bit"]
     rules = [lb.Rule("embed", None), lb.Rule("layers/**", variant.format, variant.quantizer)]
