@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lowbit.nn import Rule as Rule
     from lowbit.nn import Scale as Scale
     from lowbit.nn import calibrate as calibrate
+    from lowbit.nn import compare as compare
     from lowbit.nn import explain as explain
     from lowbit.nn import load as load
     from lowbit.nn import quantize as quantize
@@ -45,8 +46,8 @@ _HOME = {
     "Format": "formats", "bcq": "formats", "register_format": "formats", "uniform": "formats",
     "matmul": "ops", "plan": "ops",
     "CheckpointError": "io",
-    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "calibrate": "nn", "explain": "nn", "load": "nn",
-    "quantize": "nn", "report": "nn", "save": "nn",
+    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "calibrate": "nn", "compare": "nn", "explain": "nn",
+    "load": "nn", "quantize": "nn", "report": "nn", "save": "nn",
     "alternating": "quantizers", "greedy": "quantizers", "quantize_array": "quantizers",
     "round_to_nearest": "quantizers", "set_default_quantizer": "quantizers", "to_bcq": "quantizers",
 }  # fmt: skip
