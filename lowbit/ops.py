@@ -167,8 +167,10 @@ def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Ar
     return _emit_in_order(term, {**fields, "x": x}, ("m", "n"), x.dtype)
 
 
-def _emit_in_order(term: Expr, env: dict[str, jax.Array], order: Sequence[str], dtype: Any) -> jax.Array:
-    limit = MACHINES.get(jax.default_backend(), MACHINES["gpu"]).part
+def _emit_in_order(
+    term: Expr, env: dict[str, jax.Array], order: Sequence[str], dtype: Any, share: int = 1
+) -> jax.Array:
+    limit = MACHINES.get(jax.default_backend(), MACHINES["gpu"]).part / share
     return align(emit(term, env, limit), term.dims, {d: term.dims[d] for d in order}).astype(dtype)
 
 
@@ -196,7 +198,8 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 def _cotangent(t: QuantType, name: str, x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array) -> jax.Array:
     term, leaf = _cotangent_term(x.shape[0], t, short(x.dtype), short(dy.dtype), name, jax.default_backend())
     env = {**fields, "x": x, "dy": dy}
-    return _emit_in_order(term, env, tuple(leaf.dims), numpy_dtype(leaf.dtype))
+    # A part of the dense gradient is alive together with what is made of it.
+    return _emit_in_order(term, env, tuple(leaf.dims), numpy_dtype(leaf.dtype), share=4)
 
 
 @lru_cache(maxsize=4096)

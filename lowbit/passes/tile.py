@@ -60,7 +60,14 @@ def tile(e: Expr, limit: float) -> Tiles | None:
     """
     if written(e) <= limit:
         return None
-    return next((t for dim in _candidates(e) if (t := _along(e, dim, limit)) is not None), None)
+    found = [t for dim in _candidates(e) if (t := _along(e, dim, limit)) is not None]
+    enough = max([limit, *sorted(map(_least, found))[:1]])
+    return next((t for t in found if _least(t) <= enough), None)
+
+
+def _least(t: Tiles) -> int:
+    """Bytes of the largest array that the thinnest parts need, what is computed once included."""
+    return max([written(t.part(1)), *(max(nbytes(e), written(e)) for e in t.outer.values())])
 
 
 def written(e: Expr) -> int:
@@ -100,7 +107,7 @@ def _along(e: Expr, dim: str, limit: float) -> Tiles | None:
     outer = dict(_invariant(e, dim, {n.name for n in nodes if isinstance(n, Param)}))
     term = substitute(e, {whole: leaf for leaf, whole in outer.items()})
     tiles = Tiles(dim, 1, sums, {leaf.name: whole for leaf, whole in outer.items()}, term)
-    if written(tiles.part(1)) >= written(e):
+    if _least(tiles) >= written(e):
         return None
     return Tiles(dim, _part_size(tiles.total, written(e), limit), sums, tiles.outer, term)
 

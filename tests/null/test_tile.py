@@ -64,7 +64,7 @@ def test_what_is_small_stays_whole() -> None:
 
 
 def test_a_table_form_is_cut_along_planes_and_makes_its_tables_once() -> None:
-    e = run(binary_coding(), PIPELINES["table"])
+    e = run(Tiles("n", 1, False, {}, binary_coding()).part(512), PIPELINES["table"])  # more to look up than tables hold
     gathered = next(n for n in topo(e) if isinstance(n, Gather))
     t = tile(e, written(e) / 3)
     assert t is not None
