@@ -22,11 +22,11 @@ from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.lower_xla import align, emit
 from lowbit.passes.style import Style
 
-# name, byte, dot, pointwise, field, lookup, far_lookup, scatter, cache, style
+# name, byte, dot, pointwise, moved, field, lookup, far_lookup, scatter, cache, style
 MACHINES = {
-    "cpu": Machine("cpu", 0.05, 0.011, 0.2, 0.2, 1.0, 10, 20, 1 << 20, Style(1 << 22, sums_as_dots=True)),
-    "gpu": Machine("gpu", 4e-4, 3e-6, 5e-5, 5e-5, 2e-3, 2e-2, 0.05, 1 << 15),
-    "tpu": Machine("tpu", 6e-4, 5e-6, 2e-4, 2e-4, 0.5, 5, 5, 1 << 15),
+    "cpu": Machine("cpu", 0.05, 0.0075, 0.03, 2.5, 0.03, 0.3, 1.2, 20, 1 << 20, Style(1 << 22, sums_as_dots=True)),
+    "gpu": Machine("gpu", 4e-4, 3e-6, 5e-5, 2e-3, 5e-5, 2e-3, 2e-2, 0.05, 1 << 15, Style(vectors_as_loops=True)),
+    "tpu": Machine("tpu", 6e-4, 5e-6, 2e-4, 2e-3, 2e-4, 0.5, 5, 5, 1 << 15, Style(vectors_as_loops=True)),
 }
 """Coarse costs by platform: for a CPU fitted to times on 2 cores, for the others estimates, not yet measured."""
 
@@ -172,9 +172,8 @@ def _emit_in_order(
     term: Expr, env: dict[str, jax.Array], order: Sequence[str], dtype: Any, share: int = 1
 ) -> jax.Array:
     style = MACHINES.get(jax.default_backend(), MACHINES["gpu"]).style
-    return align(
-        emit(term, env, replace(style, part=style.part / share)), term.dims, {d: term.dims[d] for d in order}
-    ).astype(dtype)
+    value = emit(term, env, replace(style, part=style.part / share))
+    return align(value, term.dims, {d: term.dims[d] for d in order}).astype(dtype)
 
 
 Residuals = tuple[jax.Array, dict[str, jax.Array]]

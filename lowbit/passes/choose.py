@@ -21,6 +21,7 @@ class Machine:
       byte: reading one stored byte.
       dot: a multiply-add in a matrix product.
       pointwise: a multiply-add anywhere else.
+      moved: an element of an operand whose layout does not suit a batched product.
       field: an element unpacked or converted.
       lookup: an element gathered from a computed table of at most `cache` bytes, or from a stored one.
       far_lookup: the same from a larger table.
@@ -33,6 +34,7 @@ class Machine:
     byte: float
     dot: float
     pointwise: float
+    moved: float
     field: float
     lookup: float
     far_lookup: float
@@ -43,7 +45,7 @@ class Machine:
     def nanoseconds(self, c: Cost) -> float:
         """Predicted time."""
         lookup = self.lookup if c.table <= self.cache else self.far_lookup
-        arithmetic = c.dot * self.dot + (c.fma - c.dot) * self.pointwise + c.fields * self.field
+        arithmetic = c.dot * self.dot + (c.fma - c.dot) * self.pointwise + c.moved * self.moved + c.fields * self.field
         return c.bytes * self.byte + arithmetic + c.lookups * lookup + c.scattered * self.scatter
 
 

@@ -74,7 +74,7 @@ def contract(e: Contract, val: Mapping[Expr, jax.Array], style: Style) -> jax.Ar
     if style.sums_as_dots and (whole := one_loop(e)):
         return align(_one_loop(whole, slots, acc), whole.out, e.dims)
     for step in contraction_order(e):
-        slots.append(Operand(_product(step, [slots[s] for s in step.slots], acc), step.out))
+        slots.append(Operand(_product(step, [slots[s] for s in step.slots], acc, style), step.out))
     value = align(slots[-1].value.astype(numpy_dtype(acc)), slots[-1].dims, e.dims)
     return (value & 1).astype(numpy_dtype(e.dtype)) if e.ring == "gf2" else value
 
@@ -84,15 +84,19 @@ def _operand(e: Expr, val: Mapping[Expr, jax.Array]) -> Operand:
     return Operand(val[e], e.dims, source)
 
 
-def _product(step: Step, operands: list[Operand], acc: DType) -> jax.Array:
+def _product(step: Step, operands: list[Operand], acc: DType, style: Style) -> jax.Array:
     """One or two operands multiplied and summed: a dot when each has dims of its own, else one fused loop."""
-    if step.is_dot([o.dims for o in operands]):
+    if step.is_dot([o.dims for o in operands]) and not (style.vectors_as_loops and _has_vector(*operands)):
         return _dot(step, operands, acc)
     gone = [i for i, k in enumerate(step.full) if k not in step.out]
     if len(gone) == 1 and (short := short_dim(step)):
         return _unrolled(short, step, operands, acc)
     value = _multiplied(operands, step.full, acc)
     return value.sum(axis=tuple(gone), dtype=numpy_dtype(acc)) if gone else value
+
+
+def _has_vector(a: Operand, b: Operand) -> bool:
+    return any(prod(drop(one.dims, other.dims).values()) == 1 for one, other in ((a, b), (b, a)))
 
 
 def _multiplied(operands: list[Operand], full: Dims, acc: DType) -> jax.Array:

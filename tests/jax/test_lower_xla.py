@@ -1,5 +1,6 @@
 """`emit` under jit against the numpy oracle, on random terms and on every form of random products."""
 
+import re
 from collections import Counter
 from math import inf
 from typing import get_args
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from lowbit.formats import bcq
 from lowbit.ir import (
     Bitcast,
     Bucket,
@@ -121,6 +123,15 @@ def test_parts_that_do_not_divide_the_whole(rows: int):
     tiles = tile(e, 10 * 4 * 8 * 4)  # ten rows of floats
     assert tiles is not None and (tiles.dim, tiles.size) == ("n", 8 if rows == 96 else 10)
     assert check(e, values(e), limit=10 * 4 * 8 * 4)
+
+
+def test_a_sum_of_looked_up_terms_is_a_product_with_ones():
+    e = run(
+        contract((param("x", "f32", None, m=1, k=128), bcq(3, group=64).decode(48, 128)), ("k",)), PIPELINES["table"]
+    )
+    program = jax.jit(lambda env: emit(e, env, Style(sums_as_dots=True))).lower(values(e)).as_text()
+    assert len(re.findall(r"= \"?stablehlo.gather", program)) == 3  # one a plane, added up before the sum
+    assert "stablehlo.reduce" not in program
 
 
 def test_float64_needs_x64():

@@ -13,7 +13,7 @@ import lowbit as lb
 from lowbit.array import QuantArray, QuantType
 from lowbit.formats import Format
 from lowbit.ir import Expr, contract, evaluate, param, params, transpose
-from lowbit.ir.dtypes import is_float, short
+from lowbit.ir.dtypes import is_float, numpy_dtype, short
 from lowbit.ops import MACHINES, take
 from lowbit.passes import choose
 from lowbit.passes.lower_xla import align, emit
@@ -122,6 +122,32 @@ def test_every_form_is_the_same_product(fmt):
         got = jax.jit(lambda env, t=form.term: align(emit(t, env), t.dims, {"m": m, "n": n}))(env)
         _, bound = ordered(form.term, env, ("m", "n"))
         assert_within(got, exact, bound, form.name)
+
+
+LARGE = (lb.bcq(3, group=128), lb.bcq(4, group=128, offset=True), lb.uniform(4, group=128))
+
+
+@pytest.mark.parametrize("m", [1, 4, 64, 256])
+@pytest.mark.parametrize("fmt", LARGE, ids=str)
+def test_temporary_memory_of_a_large_product(fmt, m):
+    """16 MiB at 4096 x 4096, where the dense weight has 64 and one 32-bit index for every byte of 3 planes 24."""
+    t = QuantType((("k", 4096), ("n", 4096)), "f32", fmt)
+    fields = {n: jax.ShapeDtypeStruct(tuple(f.dims.values()), numpy_dtype(f.dtype)) for n, f in t.fields.items()}
+    w, x = QuantArray(fields, t), jax.ShapeDtypeStruct((m, 4096), "float32")
+    assert jax.jit(lb.matmul).lower(x, w).compile().memory_analysis().temp_size_in_bytes <= 16 << 20
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("fmt", LARGE, ids=str)
+def test_one_row_on_other_devices_decodes_in_the_loop_that_sums(fmt, platform):
+    """At batch 1 a GPU or TPU reads the stored bytes once: no decoded weight is written for a library's product."""
+    t = QuantType((("k", 512), ("n", 256)), "bf16", fmt)
+    chosen = lb.plan((1, 512), t, platform, "bfloat16").term
+    leaves = params(chosen).values()
+    env = {p.name: jax.ShapeDtypeStruct(tuple(p.dims.values()), numpy_dtype(p.dtype)) for p in leaves}
+    traced = jax.jit(lambda env: emit(chosen, env, MACHINES[platform].style)).trace(env)
+    program = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else "tpu",)).as_text()
+    assert "dot_general" not in program and "gather" not in program and "while" not in program
 
 
 def test_plan_is_sorted_and_printed():

@@ -44,7 +44,7 @@ PASSES: dict[str, tuple[Pass, tuple[Pass, ...], float]] = {
     "flatten": (Pass("flatten", (flatten,)), (HOIST, DISTRIBUTE), 0.05),
     "fold": (Pass("fold", (fold,)), (), 0.0),
 }
-MACHINE = Machine("test", 1, 1, 1, 1, 1, 1, 1, 1 << 20)
+MACHINE = Machine("test", 1, 1, 1, 1, 1, 1, 1, 1, 1 << 20)
 
 
 def same(before: Expr, after: Expr, seed: int) -> None:

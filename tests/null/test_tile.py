@@ -63,12 +63,12 @@ def test_what_is_small_stays_whole() -> None:
     assert tile(param("x", "f32", n=1 << 20), 1) is None
 
 
-def test_a_table_form_is_cut_along_planes_and_makes_its_tables_once() -> None:
+def test_a_table_form_is_cut_along_its_rows_and_makes_its_tables_once() -> None:
     e = run(Tiles("n", 1, False, {}, binary_coding()).part(512), PIPELINES["table"])  # more to look up than tables hold
     gathered = next(n for n in topo(e) if isinstance(n, Gather))
     t = tile(e, written(e) / 3)
     assert t is not None
-    assert (t.dim, t.size, t.sums) == ("p", 1, True)
+    assert (t.dim, t.size, t.sums) == ("n", 128, False)
     assert list(t.outer.values()) == [gathered.table]
 
 
