@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.ir.dims import Shape, fresh_all
+from lowbit.ir.dims import DimError, Shape, fresh_all
 from lowbit.ir.dtypes import DType, converts_exactly, exactly, is_float
 from lowbit.ir.expr import CONST_LIMIT, Add, Cast, Const, Contract, Expr, Merge, Pad, Param, Ring, Slice, Split
 from lowbit.ir.walk import rename
@@ -22,6 +22,8 @@ def param(name: str, dtype: DType, within: tuple[int, int] | None = None, /, **d
 def const(values: Any, dtype: DType, *dims: str) -> Const:
     """A compile-time table; every value must be one of `dtype`."""
     array = exactly(values, dtype)
+    if array.ndim != len(dims):
+        raise DimError(f"const of shape {array.shape} over the dims {dims}: name one dim for each axis")
     shape = tuple(zip(dims, array.shape, strict=True))
     return Const(shape, dtype, array.astype(array.dtype.newbyteorder("<")).tobytes())
 

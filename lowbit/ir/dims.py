@@ -15,6 +15,10 @@ class DimError(TypeError):
     """An ill-formed term: the message names the dim, both sizes and the operands."""
 
 
+class RangeError(DimError):
+    """Integers that outgrow their type."""
+
+
 def check_name(kind: str, name: str) -> None:
     """Names must survive the text form, so they are identifiers."""
     if not isinstance(name, str) or not _NAME.match(name):
@@ -29,6 +33,13 @@ def check_shape(what: str, shape: Shape) -> None:
             raise DimError(f"{what}: dim {name!r} has size {size!r}; sizes are positive ints")
     if len({name for name, _ in shape}) != len(shape):
         raise DimError(f"{what}: a dim occurs twice in {show(dict(shape))}")
+
+
+def check_ints(what: str, *values: int) -> None:
+    """Counts and positions are plain ints: 2.0, True and numpy's would be the same node as 2 and 1."""
+    for value in values:
+        if type(value) is not int:
+            raise DimError(f"{what}: {value!r} is not a plain int")
 
 
 def show(dims: Dims) -> str:

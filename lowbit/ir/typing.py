@@ -9,7 +9,7 @@ from typing import assert_never
 import numpy as np
 
 from lowbit.ir.call import call_spec
-from lowbit.ir.dims import DimError, Dims, Shape, check_name, check_shape, drop, show, union
+from lowbit.ir.dims import DimError, Dims, RangeError, Shape, check_ints, check_name, check_shape, drop, show, union
 from lowbit.ir.dtypes import Bounds, DType, bits, converts_exactly, full_range, holds, is_float, numpy_dtype
 from lowbit.ir.expr import (
     CONST_LIMIT,
@@ -70,6 +70,7 @@ def typeof(e: Expr) -> Type:
             return _cast(e)
         case Slice(x, dim, start, stop):
             size = _size("slice", x.type, dim)
+            check_ints(f"slice {dim!r}", start, stop)
             if not 0 <= start < stop <= size:
                 raise DimError(f"slice {dim!r} {start}..{stop} of {x.type}: needs 0 <= start < stop <= {size}")
             return Type({k: stop - start if k == dim else n for k, n in x.dims.items()}, x.dtype, x.bounds)
@@ -97,6 +98,7 @@ def _param(name: str, shape: Shape, dtype: DType, within: Bounds | None) -> Type
             raise DimError(f"param {name}: a {dtype} array has no value range, but {within} was given")
         return Type(dict(shape), dtype, None)
     bounds = full_range(dtype) if within is None else within
+    check_ints(f"param {name} in a range", *bounds)
     if bounds[0] > bounds[1] or not holds(dtype, bounds):
         raise DimError(f"param {name}: range {bounds[0]}..{bounds[1]} is not one of {dtype}")
     return Type(dict(shape), dtype, bounds)
@@ -115,6 +117,7 @@ def _const(e: Const) -> Type:
 
 def _unpack(e: Unpack) -> Type:
     t = e.x.type
+    check_ints("unpack", e.width, e.count)
     if t.bounds is None or not t.dtype.startswith("u"):
         raise DimError(f"unpack of {t}: words are unsigned integers")
     if e.width < 1 or e.count < 1 or e.width * e.count > bits(t.dtype):
@@ -162,6 +165,7 @@ def _gather(e: Gather) -> Type:
 
 
 def _bucket(e: Bucket) -> Type:
+    check_ints(f"bucket over {e.dim!r}", e.size)
     _index("bucket", e.index.type, e.size, e.dim)
     dims = union("bucket", e.x.dims, e.index.dims)
     if missing := e.over - dims.keys():
@@ -180,7 +184,7 @@ def _bucket(e: Bucket) -> Type:
 
 def _fits(what: str, bounds: Bounds, dtype: DType) -> None:
     if not holds(dtype, bounds):
-        raise DimError(f"{what} reaches {bounds[0]}..{bounds[1]}, more than {dtype} holds: use a wider type")
+        raise RangeError(f"{what} reaches {bounds[0]}..{bounds[1]}, more than {dtype} holds: use a wider type")
 
 
 def _add(a: Type, b: Type) -> Type:
@@ -195,6 +199,8 @@ def _add(a: Type, b: Type) -> Type:
 
 def _contract(e: Contract) -> Type:
     what = "xor" if e.ring == "gf2" else "sum"
+    if e.ring not in ("real", "gf2") or (e.ring == "gf2" and is_float(e.acc)):
+        raise DimError(f"{what} over the ring {e.ring!r} in {e.acc}: use 'real', or 'gf2' with an integer type")
     if not e.factors:
         raise DimError(f"{what} of no factors")
     all_dims = union(what, *(f.dims for f in e.factors))
@@ -216,21 +222,21 @@ def _product_bounds(e: Contract, times: int) -> Bounds | None:
     """The interval of an integer sum; exact entries of a Const are used, so that joined digits stay tight."""
     if is_float(e.acc):
         return None
-    at = next((i for i, f in enumerate(e.factors) if isinstance(f, Const) and f.dims.keys() & e.over), None)
+    tables = [f for f in e.factors if isinstance(f, Const)]
     lo, hi = 1, 1
-    for i, f in enumerate(e.factors):
+    for f in e.factors:
         assert f.bounds is not None  # exact in an integer accumulator, hence an integer
-        if i != at:
+        if f not in tables:
             ends = [a * b for a in (lo, hi) for b in f.bounds]
             lo, hi = min(ends), max(ends)
-    if at is not None:
-        table = e.factors[at]
-        assert isinstance(table, Const)
-        values = table.values.astype(np.int64)
-        axes = tuple(i for i, k in enumerate(table.dims) if k in e.over)
+    for at, table in enumerate(tables):
+        # 4,096 entries of 32 bits times this stay below 63 bits; Python's integers do not overflow.
+        values = table.values.astype(np.int64 if max(-lo, hi) < 1 << 18 else object)
+        later = {k for t in tables[at + 1 :] for k in t.dims}  # these sums wait for the last table that sees them
+        axes = tuple(i for i, k in enumerate(table.dims) if k in e.over - later)
         times //= prod(values.shape[i] for i in axes)
         low, high = np.minimum(values * lo, values * hi), np.maximum(values * lo, values * hi)
-        lo, hi = int(low.sum(axes).min()), int(high.sum(axes).max())
+        lo, hi = int(np.min(low.sum(axes))), int(np.max(high.sum(axes)))
     bounds = lo * times, hi * times
     _fits("sum", bounds, e.acc)
     return bounds
@@ -239,6 +245,8 @@ def _product_bounds(e: Contract, times: int) -> Bounds | None:
 def _split(t: Type, dim: str, into: Shape) -> Type:
     size = _size("split", t, dim)
     check_shape("split", into)
+    if not into:
+        raise DimError(f"split {dim}={size} into nothing: name at least one dim")
     if prod(n for _, n in into) != size:
         raise DimError(f"split {dim}={size} into {show(dict(into))}: the product is {prod(n for _, n in into)}")
     for name, _ in into:
@@ -270,6 +278,7 @@ def _cast(e: Cast) -> Type:
 
 def _pad(t: Type, dim: str, before: int, after: int) -> Type:
     size = _size("pad", t, dim)
+    check_ints(f"pad {dim!r}", before, after)
     if before < 0 or after < 0 or before + after == 0:
         raise DimError(f"pad {dim!r} by {before} and {after}: neither may be negative, nor both zero")
     bounds = None if t.bounds is None else (min(0, t.bounds[0]), max(0, t.bounds[1]))

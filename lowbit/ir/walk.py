@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from lowbit.ir.dims import fresh_all
+from lowbit.ir.dims import RangeError, fresh_all
 from lowbit.ir.expr import Add, Cast, Const, Contract, Expr, Gather, Param, Split, Unpack
 
 Rule = Callable[[Expr], Expr | None]
@@ -45,18 +45,31 @@ def substitute(root: Expr, new: Mapping[Expr, Expr]) -> Expr:
 
 
 def rewrite(root: Expr, rule: Rule, *, top_down: bool = False) -> Expr:
-    """Apply one rule wherever it matches, until it stops matching. The same object when it never did."""
+    """Apply one rule wherever it matches, until it stops matching. The same object when it never did.
+
+    A rule does not apply where its integers would leave the range that the term around them was checked with.
+    """
     done: dict[Expr, Expr] = {}
 
     def go(e: Expr) -> Expr:
         if e not in done:
             here = e if top_down else e.map(go)
-            new = rule(here)
+            new = _in_range(rule, here)
             changed = new is not None and new is not here
             done[e] = go(new) if changed and new is not None else here.map(go) if top_down else here
         return done[e]
 
     return go(root)
+
+
+def _in_range(rule: Rule, e: Expr) -> Expr | None:
+    try:
+        new = rule(e)
+    except RangeError:
+        return None
+    if new is None or new.bounds is None or e.bounds is None:
+        return new
+    return new if e.bounds[0] <= new.bounds[0] and new.bounds[1] <= e.bounds[1] else None
 
 
 def rename(e: Expr, to: Mapping[str, str]) -> Expr:
