@@ -102,7 +102,7 @@ def _along(e: Expr, dim: str, limit: float) -> Tiles | None:
     if sums and not (isinstance(e, Contract) and e.ring == "real" and dim in e.over):
         return None
     nodes = topo(e)
-    if not all(_keeps(n, dim) for n in nodes if not (sums and n is e)):
+    if not all(keeps(n, dim) for n in nodes if not (sums and n is e)):
         return None
     outer = dict(_invariant(e, dim, {n.name for n in nodes if isinstance(n, Param)}))
     term = substitute(e, {whole: leaf for leaf, whole in outer.items()})
@@ -112,7 +112,7 @@ def _along(e: Expr, dim: str, limit: float) -> Tiles | None:
     return Tiles(dim, _part_size(tiles.total, written(e), limit), sums, tiles.outer, term)
 
 
-def _keeps(e: Expr, dim: str) -> bool:
+def keeps(e: Expr, dim: str) -> bool:
     """Whether a slice of `e` along `dim` is `e` over the same slice of its operands."""
     if isinstance(e, Param | Const):  # a Const with the dim becomes a leaf
         return True
