@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
@@ -73,6 +73,10 @@ class QuantType:
             return "frozen"
         tables = (e.table for e in topo(self.decode) if isinstance(e, Gather))
         return "codebook" if any(_is_rows_of(t, leaf) for t in tables) else "scale"
+
+    def resized(self, **sizes: int) -> QuantType:
+        """The same format at another size: `type.resized(n=4)` is the type of four rows."""
+        return replace(self, dims=tuple((k, sizes.get(k, n)) for k, n in self.dims))
 
     def __str__(self) -> str:
         return f"{self.dtype}[{' '.join(f'{k}={n}' for k, n in self.dims)}] as {self.format}"

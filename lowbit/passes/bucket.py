@@ -1,6 +1,7 @@
 """sum_k x[k] * t[i[k]]  =  sum_c t[c] * bucket(x, i)[c]
 
 The dual of commute_gather, for tables of scalars: add up the activations that share a code, then multiply once a code.
+Entries that no code selects are multiplied by zero, so they must be finite.
 """
 
 from __future__ import annotations
