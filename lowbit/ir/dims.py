@@ -27,12 +27,14 @@ def check_name(kind: str, name: str) -> None:
 
 def check_shape(what: str, shape: Shape) -> None:
     """A shape has distinct names and plain positive integer sizes."""
+    seen: dict[str, int] = {}
     for name, size in shape:
         check_name("dim", name)
         if type(size) is not int or size < 1:
             raise DimError(f"{what}: dim {name!r} has size {size!r}; sizes are positive ints")
-    if len({name for name, _ in shape}) != len(shape):
-        raise DimError(f"{what}: a dim occurs twice in {show(dict(shape))}")
+        if name in seen:
+            raise DimError(f"{what}: dim {name!r} occurs twice, with the sizes {seen[name]} and {size}")
+        seen[name] = size
 
 
 def check_ints(what: str, *values: int) -> None:

@@ -8,7 +8,7 @@ from typing import assert_never
 
 import numpy as np
 
-from lowbit.ir.call import call_spec
+from lowbit.ir.call import call_type
 from lowbit.ir.dims import DimError, Dims, RangeError, Shape, check_ints, check_name, check_shape, drop, show, union
 from lowbit.ir.dtypes import Bounds, DType, bits, converts_exactly, full_range, holds, is_float, numpy_dtype
 from lowbit.ir.expr import (
@@ -79,7 +79,7 @@ def typeof(e: Expr) -> Type:
         case Concat(parts, dim):
             return _concat(tuple(p.type for p in parts), dim)
         case Call(name, operands):
-            return call_spec(name).type(*(o.type for o in operands))
+            return call_type(name, *(o.type for o in operands))
         case _:
             assert_never(e)
 

@@ -17,6 +17,8 @@ from lowbit.ir import (
     Add,
     Bitcast,
     Bucket,
+    Call,
+    CallSpec,
     Cast,
     Concat,
     Const,
@@ -29,12 +31,14 @@ from lowbit.ir import (
     Param,
     Slice,
     Split,
+    Type,
     Unpack,
     add,
     cast,
     const,
     contract,
     param,
+    register_call,
 )
 from lowbit.ir.expr import CONST_LIMIT, Interned
 from tests.terms import terms
@@ -109,12 +113,13 @@ def test_operators_lift_numbers_beside_their_operand() -> None:
     assert cast(X, "f32") is X
 
 
+register_call("codes_without_range", CallSpec(lambda t: Type(t.dims, "u8", None), lambda v: v, lambda t: 0))
 FOURS, PAST = const([4, 4], "i32", "k"), param("past", "i32", (-(2**31), 0), k=2)  # 2 * 4 * 2**62 is 0 in 64 bits
 ILL_FORMED: list[tuple[Callable[[], Expr], str]] = [
     (lambda: param("a b", "f32"), "param 'a b' is not a name: use letters, digits and underscores, no digit first"),
     (lambda: param("a", "f32", n=0), "param a: dim 'n' has size 0; sizes are positive ints"),
     (lambda: param("a", "f32", n=True), "param a: dim 'n' has size True; sizes are positive ints"),
-    (lambda: Param("a", (("n", 2), ("n", 3)), "f32"), "param a: a dim occurs twice in [n=3]"),
+    (lambda: Param("a", (("n", 2), ("n", 3)), "f32"), "param a: dim 'n' occurs twice, with the sizes 2 and 3"),
     (lambda: param("a", "f32", (0, 1), n=2), "param a: a f32 array has no value range, but (0, 1) was given"),
     (lambda: param("a", "u8", (0, 256), n=2), "param a: range 0..256 is not one of u8"),
     (lambda: param("a", "u8", (3, 2), n=2), "param a: range 3..2 is not one of u8"),
@@ -189,6 +194,10 @@ ILL_FORMED: list[tuple[Callable[[], Expr], str]] = [
     (lambda: Pad(X, "k", 1, 1.0), "pad 'k': 1.0 is not a plain int"),  # type: ignore[arg-type]
     (lambda: Pad(X, "k", -1, 2), "pad 'k' by -1 and 2: neither may be negative, nor both zero"),
     (lambda: Concat((), "k"), "concat of nothing"),
+    (
+        lambda: Call("codes_without_range", (X,)),
+        "call codes_without_range makes u8[m=2 k=8] in the range None: integers have a range, floats have none",
+    ),
     (lambda: Concat((X, TABLE), "k"), "concat over 'k': the operand is f16[n=3 c=4], which has no such dim"),
 ]
 

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.ir import (
+    Call,
+    CallSpec,
     Cast,
     Concat,
     Expr,
@@ -24,6 +26,7 @@ from lowbit.ir import (
     evaluate,
     param,
     parse,
+    register_call,
     text,
 )
 from lowbit.passes import (
@@ -149,3 +152,11 @@ def test_examples(name: str, applies: bool, e: Expr) -> None:
     after = PASSES[name][0](e)
     assert (after is not e) is applies
     same(e, after, 0)
+
+
+def test_a_constant_is_not_computed_to_find_that_it_is_too_large() -> None:
+    called: list[int] = []
+    register_call("counted", CallSpec(lambda t: t, lambda v: called.append(1) or v, lambda t: 0))
+    ones = const(np.ones(4096), "f32", "n")
+    assert fold(contract((Call("counted", (ones,)), const([1.0, 1.0], "f32", "m")), ())) is None
+    assert not called
