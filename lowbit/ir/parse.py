@@ -62,6 +62,11 @@ def parse(source: str) -> Expr:
 
     Raises ParseError for anything else: an unknown operation, a forward reference, a type that is not the node's,
     more than MAX_CHARS characters or MAX_NODES lines.
+
+    >>> from lowbit.ir import param, parse, text
+    >>> scaled = param("codes", "u8", n=3) * 0.5
+    >>> parse(text(scaled)) is scaled
+    True
     """
     if len(source) > MAX_CHARS:
         raise ParseError(f"the text has {len(source)} characters, at most {MAX_CHARS} are read")

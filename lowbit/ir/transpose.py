@@ -45,6 +45,13 @@ def transpose(e: Expr, leaf: Param, dy: Expr) -> Expr:
       dy: the cotangent of `e`, with the dims of `e`: usually a Param.
 
     Raises NotDifferentiableError for an integer leaf, one that `e` does not hold, or one behind an opaque step.
+
+    >>> from lowbit.ir import param, transpose
+    >>> x, w = param("x", "f32", m=2, k=8), param("w", "f32", k=8)
+    >>> print(transpose((x * w).sum("k"), w, param("dy", "f32", m=2)))
+    %0 = param dy                    : f32[m=2]
+    %1 = param x                     : f32[m=2 k=8]
+    %2 = sum[m] %0 * %1              : f32[k=8]
     """
     if not is_float(leaf.dtype):
         raise NotDifferentiableError(f"{leaf.name!r} is {leaf.type}: integer codes have no cotangent")
