@@ -89,8 +89,8 @@ def register_format(name: str, *, version: int = 1) -> Callable[[Decode], Callab
         def make(*args: Any, **kwargs: Any) -> Format:
             bound = options.bind(*args, **kwargs)
             bound.apply_defaults()
-            _check_storable(name, bound.arguments)
             _check_names(name, decode(*TRIAL, **bound.arguments))  # wrong options are an error here, not layers later
+            _check_storable(name, bound.arguments)
             return Format(name, tuple(sorted(bound.arguments.items())))
 
         make.__name__, make.__doc__ = name, decode.__doc__
