@@ -215,29 +215,31 @@ def _contract(e: Contract) -> Type:
     for f in e.factors:
         if not converts_exactly(f.dtype, f.bounds, e.acc):
             raise DimError(f"{what}: factor {f.type} is not exact in the accumulator {e.acc}: cast it, or widen")
-    return Type(dims, e.acc, _product_bounds(e, prod(all_dims[d] for d in e.over)))
+    return Type(dims, e.acc, _product_bounds(e, all_dims))
 
 
-def _product_bounds(e: Contract, times: int) -> Bounds | None:
-    """The interval of an integer sum; exact entries of a Const are used, so that joined digits stay tight."""
+def _product_bounds(e: Contract, all_dims: Dims) -> Bounds | None:
+    """The interval of an integer sum; exact entries of Consts are used, so that joined digits stay tight."""
     if is_float(e.acc):
         return None
-    tables = [f for f in e.factors if isinstance(f, Const)]
+    tables: list[Const] = []
     lo, hi = 1, 1
     for f in e.factors:
         assert f.bounds is not None  # exact in an integer accumulator, hence an integer
-        if f not in tables:
+        entries = prod(union("sum", *(t.dims for t in tables), f.dims).values())
+        if isinstance(f, Const) and f.dims.keys() & e.over and entries <= CONST_LIMIT:
+            tables.append(f)
+        else:
             ends = [a * b for a in (lo, hi) for b in f.bounds]
             lo, hi = min(ends), max(ends)
-    for at, table in enumerate(tables):
-        # 4,096 entries of 32 bits times this stay below 63 bits; Python's integers do not overflow.
-        values = table.values.astype(np.int64 if max(-lo, hi) < 1 << 18 else object)
-        later = {k for t in tables[at + 1 :] for k in t.dims}  # these sums wait for the last table that sees them
-        axes = tuple(i for i, k in enumerate(table.dims) if k in e.over - later)
-        times //= prod(values.shape[i] for i in axes)
-        low, high = np.minimum(values * lo, values * hi), np.maximum(values * lo, values * hi)
-        lo, hi = int(np.min(low.sum(axes))), int(np.max(high.sum(axes)))
-    bounds = lo * times, hi * times
+    axis = {k: i for i, k in enumerate(union("sum", *(t.dims for t in tables)))}
+    # Python's integers: a product of tables may leave int64.
+    operands = [part for t in tables for part in (t.values.astype(object), [axis[k] for k in t.dims])]
+    values = np.einsum(*operands, [*axis.values()]) if tables else np.array(1, object)
+    summed = tuple(i for k, i in axis.items() if k in e.over)
+    times = prod(n for k, n in all_dims.items() if k in e.over and k not in axis)
+    least, most = (np.asarray(pick(values * lo, values * hi).sum(summed)) for pick in (np.minimum, np.maximum))
+    bounds = int(least.min()) * times, int(most.max()) * times
     _fits("sum", bounds, e.acc)
     return bounds
 

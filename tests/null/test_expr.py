@@ -47,6 +47,8 @@ X = param("x", "f32", m=2, k=8)
 CODES = param("codes", "u8", (0, 3), n=3, k=8)
 WORDS = param("words", "u8", n=3, j=2)
 TABLE = param("table", "f16", n=3, c=4)
+FOURS, PAST = const([4, 4], "i32", "k"), param("past", "i32", (-(2**31), 0), k=2)  # 2 * 4 * 2**62 is 0 in 64 bits
+register_call("codes_without_range", CallSpec(lambda t: Type(t.dims, "u8", None), lambda v: v, lambda t: 0))
 
 
 def test_equal_structure_is_one_object() -> None:
@@ -113,8 +115,6 @@ def test_operators_lift_numbers_beside_their_operand() -> None:
     assert cast(X, "f32") is X
 
 
-register_call("codes_without_range", CallSpec(lambda t: Type(t.dims, "u8", None), lambda v: v, lambda t: 0))
-FOURS, PAST = const([4, 4], "i32", "k"), param("past", "i32", (-(2**31), 0), k=2)  # 2 * 4 * 2**62 is 0 in 64 bits
 ILL_FORMED: list[tuple[Callable[[], Expr], str]] = [
     (lambda: param("a b", "f32"), "param 'a b' is not a name: use letters, digits and underscores, no digit first"),
     (lambda: param("a", "f32", n=0), "param a: dim 'n' has size 0; sizes are positive ints"),
