@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
@@ -20,11 +20,12 @@ from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params, topo
 from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.lower_xla import align, emit
+from lowbit.passes.style import Style
 from lowbit.passes.tile import Tiles, keeps
 
-# name, byte, dot, pointwise, field, lookup, far_lookup, scatter, cache, part
+# name, byte, dot, pointwise, field, lookup, far_lookup, scatter, cache, style
 MACHINES = {
-    "cpu": Machine("cpu", 0.05, 0.011, 0.2, 0.2, 1.0, 10, 20, 1 << 20, 1 << 23),
+    "cpu": Machine("cpu", 0.05, 0.011, 0.2, 0.2, 1.0, 10, 20, 1 << 20, Style(1 << 22, sums_as_dots=True)),
     "gpu": Machine("gpu", 4e-4, 3e-6, 5e-5, 5e-5, 2e-3, 2e-2, 0.05, 1 << 15),
     "tpu": Machine("tpu", 6e-4, 5e-6, 2e-4, 2e-4, 0.5, 5, 5, 1 << 15),
 }
@@ -181,8 +182,10 @@ def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Ar
 def _emit_in_order(
     term: Expr, env: dict[str, jax.Array], order: Sequence[str], dtype: Any, share: int = 1
 ) -> jax.Array:
-    limit = MACHINES.get(jax.default_backend(), MACHINES["gpu"]).part / share
-    return align(emit(term, env, limit), term.dims, {d: term.dims[d] for d in order}).astype(dtype)
+    style = MACHINES.get(jax.default_backend(), MACHINES["gpu"]).style
+    return align(
+        emit(term, env, replace(style, part=style.part / share)), term.dims, {d: term.dims[d] for d in order}
+    ).astype(dtype)
 
 
 Residuals = tuple[jax.Array, dict[str, jax.Array]]

@@ -134,8 +134,7 @@ def _new(dims: Dims, name: str, what: str) -> None:
 
 
 def _bitcast(e: Bitcast) -> Type:
-    t, have, want = e.x.type, bits(e.x.dtype), bits(e.to)
-    bounds = None if is_float(e.to) else full_range(e.to)
+    t, have, want, bounds = e.x.type, bits(e.x.dtype), bits(e.to), None if is_float(e.to) else full_range(e.to)
     if have == want and e.dim is None:
         return Type(t.dims, e.to, bounds)
     if e.dim is None or have == want:
@@ -152,8 +151,8 @@ def _index(what: str, index: Type, size: int, dim: str) -> None:
     if index.bounds is None:
         raise DimError(f"{what} over {dim!r}: the index is {index}, not an integer")
     if index.bounds[0] < 0 or index.bounds[1] >= size:
-        lo, hi = index.bounds
-        raise DimError(f"{what} over {dim}={size}: the index ranges over {lo}..{hi}; it must stay in 0..{size - 1}")
+        span = f"{index.bounds[0]}..{index.bounds[1]}"
+        raise DimError(f"{what} over {dim}={size}: the index ranges over {span}; it must stay in 0..{size - 1}")
     if dim in index.dims:
         raise DimError(f"{what} over {dim!r}: the index {index} has a dim of that name: rename it")
 

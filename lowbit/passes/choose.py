@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
 
 from lowbit.ir.cost import Cost, cost
 from lowbit.ir.expr import Expr
 from lowbit.passes.pipeline import PIPELINES, Pipeline, run
+from lowbit.passes.style import PLAIN, Style
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Machine:
       far_lookup: the same from a larger table.
       scatter: an element added into a bucket.
       cache: bytes.
-      part: bytes of an array in between above which a product is made in parts (see `tile`).
+      style: how to write a term for its compiler.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Machine:
     far_lookup: float
     scatter: float
     cache: int
-    part: float = inf
+    style: Style = PLAIN
 
     def nanoseconds(self, c: Cost) -> float:
         """Predicted time."""

@@ -18,6 +18,7 @@ from lowbit.ir.dtypes import bits
 from lowbit.ir.expr import Bitcast, Bucket, Call, Concat, Const, Contract, Expr, Gather, Merge, Pad, Param, Slice, Split
 from lowbit.ir.order import contraction_order, slot_dims
 from lowbit.ir.walk import params, substitute, topo
+from lowbit.passes.one_loop import added_up, one_loop
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,38 @@ def _least(t: Tiles) -> int:
 
 def written(e: Expr) -> int:
     """Bytes of the largest array below the root that a lowering has to write: the others fuse into their consumer."""
-    largest = 0
-    for n in topo(e):
-        if isinstance(n, Gather | Bucket) and n is not e:
-            largest = max(largest, nbytes(n))
+    nodes = topo(e)
+    loops = {n: step for n in nodes if isinstance(n, Contract) and (step := one_loop(n))}
+    fused = {f for n in loops for f in n.factors if isinstance(f, Gather)}
+    found = [nbytes(n) for n in nodes if isinstance(n, Gather | Bucket) and n is not e and n not in fused]
+    found += [_size(added_up(step), n) for n, step in loops.items()]
+    for n in nodes:
         if isinstance(n, Contract):
             dims = slot_dims(n)
             for at, step in enumerate(contraction_order(n), len(n.factors)):
                 if step.is_dot([dims[s] for s in step.slots]):
                     computed = [s for s in step.slots if s >= len(n.factors) or n.factors[s].args]
                     result = [at] if n is not e or at < len(dims) - 1 else []
-                    largest = max([largest, *(_size(dims[s], n) for s in (*computed, *result))])
-    return largest
+                    found += [_size(dims[s], n) for s in (*computed, *result)]
+    return max(found, default=0)
+
+
+def largest_operand(e: Expr) -> Expr | None:
+    """The largest operand of a matrix product that is computed, before it is merely reshaped; None without one."""
+    found: list[Expr] = []
+    for n in topo(e):
+        if isinstance(n, Contract):
+            dims = slot_dims(n)
+            for step in contraction_order(n):
+                if step.is_dot([dims[s] for s in step.slots]):
+                    found += [_unshaped(n.factors[s]) for s in step.slots if s < len(n.factors)]
+    return max((f for f in found if f.args), key=nbytes, default=None)
+
+
+def _unshaped(e: Expr) -> Expr:
+    while isinstance(e, Merge | Split):
+        e = e.x
+    return e
 
 
 def _size(dims: Dims, e: Contract) -> int:

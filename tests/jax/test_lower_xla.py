@@ -32,7 +32,9 @@ from lowbit.ir import (
 )
 from lowbit.ir.dtypes import DTYPES, is_float, short
 from lowbit.passes import PIPELINES, run
-from lowbit.passes.lower_xla import COMPARE, UNROLL, emit
+from lowbit.passes.lower_xla import COMPARE, emit
+from lowbit.passes.one_loop import UNROLL
+from lowbit.passes.style import Style
 from lowbit.passes.tile import tile, written
 from tests.terms import environment, matmuls, terms
 from tests.tolerance import assert_within, exact_and_bound
@@ -41,7 +43,7 @@ Env = dict[str, np.ndarray]
 
 
 def lowered(e: Expr, env: Env, limit: float = inf) -> jax.Array:
-    return jax.jit(lambda env: emit(e, env, limit))(env)
+    return jax.jit(lambda env: emit(e, env, Style(limit, sums_as_dots=True)))(env)
 
 
 def check(e: Expr, env: Env, source: Expr | None = None, limit: float = inf) -> bool:
