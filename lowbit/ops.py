@@ -15,12 +15,13 @@ import numpy as np
 from lowbit.array import QuantArray, QuantType, expect_array
 from lowbit.ir.build import contract, param
 from lowbit.ir.dtypes import numpy_dtype, short
-from lowbit.ir.expr import Expr, Param
+from lowbit.ir.expr import Const, Expr, Param
 from lowbit.ir.transpose import transpose
-from lowbit.ir.walk import params
+from lowbit.ir.walk import params, topo
 from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.lower_xla import align, emit
 from lowbit.passes.style import Style
+from lowbit.passes.tile import Tiles, keeps
 
 # name, byte, dot, pointwise, moved, field, lookup, far_lookup, scatter, cache, style
 MACHINES = {
@@ -89,7 +90,9 @@ def _check_last_dim(shape: Sequence[int], t: QuantType) -> None:
 
 
 def take(w: QuantArray, ids: jax.Array) -> jax.Array:
-    """Rows of a quantized table with dims n and k: ids [...] to [..., k] in w's dtype. Only those rows are decoded.
+    """Rows of a quantized table with dims n and k: ids [...] to [..., k] in w's dtype.
+
+    Only those rows are decoded, unless the format makes a row of others.
 
     Raises TypeError for ids that are not integers or a w that is no QuantArray. As in `jnp.take`, negative ids count
     from the end and an id out of range gives NaN.
@@ -105,19 +108,27 @@ def take(w: QuantArray, ids: jax.Array) -> jax.Array:
     sizes = dict(expect_array(w, "take").type.dims)
     if ids.size == 0:
         return jnp.zeros((*ids.shape, sizes["k"]), w.dtype)
-    few = w.type.resized(n=ids.size)
     flat = ids.reshape(-1)
     if jnp.iinfo(flat.dtype).max < sizes["n"]:
         flat = flat.astype(jnp.int32)  # or comparing with n, and adding it, would wrap
     flat = jnp.where(flat < 0, flat + sizes["n"], flat)
+    inside = (flat >= 0) & (flat < sizes["n"])
+    return jnp.where(inside[:, None], _rows(w, flat).astype(w.dtype), jnp.nan).reshape(*ids.shape, sizes["k"])
+
+
+def _rows(w: QuantArray, ids: jax.Array) -> jax.Array:
+    """Rows [ids, k] of the decode; ids out of range give any row."""
+    decode = w.type.decode
+    if not all(keeps(e, "n") and not (isinstance(e, Const) and "n" in e.dims) for e in topo(decode)):
+        whole = align(emit(decode, w.fields), decode.dims, {d: decode.dims[d] for d in ("n", "k")})
+        return jnp.take(whole, ids, axis=0, mode="clip")  # a row is made of others, or depends on where it stands
+    few = Tiles("n", 1, False, {}, decode).part(ids.size)
     fields = {
         name: w.fields[name] if "n" not in leaf.dims
-        else jnp.take(w.fields[name], flat, axis=list(leaf.dims).index("n"), mode="clip")
+        else jnp.take(w.fields[name], ids, axis=list(leaf.dims).index("n"), mode="clip")
         for name, leaf in w.type.fields.items()
     }  # fmt: skip
-    rows = align(emit(few.decode, fields), few.decode.dims, {"n": flat.size, "k": sizes["k"]}).astype(w.dtype)
-    inside = (flat >= 0) & (flat < sizes["n"])
-    return jnp.where(inside[:, None], rows, jnp.nan).reshape(*ids.shape, sizes["k"])
+    return align(emit(few, fields), few.dims, {"n": ids.size, "k": few.dims["k"]})
 
 
 def plan(x_shape: Sequence[int], t: QuantType, platform: str | None = None, dtype: Any = "float32") -> Plan:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lowbit.ir.dims import DimError, check_name, check_shape
+from lowbit.ir.dtypes import is_float
+
 if TYPE_CHECKING:
     from lowbit.ir.typing import Type
 
@@ -36,8 +39,6 @@ _SPECS: dict[str, CallSpec] = {}
 
 def register_call(name: str, spec: CallSpec) -> None:
     """Make `Call(name, ...)` mean `spec`. A name is given once: interned terms outlive a change of mind."""
-    from lowbit.ir.dims import check_name
-
     check_name("call", name)
     if name in _SPECS:
         raise ValueError(f"call {name!r} is already registered")
@@ -49,3 +50,12 @@ def call_spec(name: str) -> CallSpec:
         known = ", ".join(sorted(_SPECS)) or "none"
         raise KeyError(f"call {name!r} is not registered (known: {known}): import the module that registers it")
     return _SPECS[name]
+
+
+def call_type(name: str, *operands: Type) -> Type:
+    """The type of the step's result, which is checked like that of any other node."""
+    t = call_spec(name).type(*operands)
+    check_shape(f"call {name}", tuple(t.dims.items()))
+    if is_float(t.dtype) != (t.bounds is None):
+        raise DimError(f"call {name} makes {t} in the range {t.bounds}: integers have a range, floats have none")
+    return t

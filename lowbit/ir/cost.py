@@ -66,6 +66,13 @@ class Cost:
 
 
 def cost(root: Expr) -> Cost:
+    """What one evaluation of the term reads and does.
+
+    >>> from lowbit.ir import cost, param
+    >>> c = cost((param("x", "f32", m=2, k=8) * param("w", "f16", n=3, k=8)).sum("k"))
+    >>> c.read, c.fma, c.dot
+    ({'f32': 64, 'f16': 48}, 48, 48)
+    """
     read: dict[DType, int] = {}
     fma = dot = moved = lookups = scattered = fields = table = largest = 0
     for e in topo(root):

@@ -32,7 +32,9 @@ _WIDER: dict[DType, frozenset[DType]] = {
 
 
 def numpy_dtype(d: DType) -> np.dtype[Any]:
-    """The numpy (or ml_dtypes) dtype behind a short name."""
+    """The numpy (or ml_dtypes) dtype behind a short name; raises TypeError for what is none."""
+    if d not in _NUMPY:
+        raise TypeError(f"{d!r} is not an element type; use one of {', '.join(DTYPES)}")
     return _NUMPY[d]
 
 
@@ -47,7 +49,7 @@ def short(dtype: Any) -> DType:
 
 
 def is_float(d: DType) -> bool:
-    return d in _SIGNIFICAND
+    return numpy_dtype(d).kind not in "iu"
 
 
 def bits(d: DType) -> int:
@@ -81,7 +83,7 @@ def exactly(values: Any, d: DType) -> np.ndarray[Any, Any]:
     """`values` as an array of `d`; raises ValueError when one of them is not a value of `d`."""
     given = np.asarray(values)
     with np.errstate(invalid="ignore", over="ignore"):  # what overflows is found by looking at the result
-        array = given.astype(_NUMPY[d])
+        array = given.astype(numpy_dtype(d))
     if not np.array_equal(array.astype(np.float64), given.astype(np.float64), equal_nan=True):
         raise ValueError(f"{given.tolist()} has values that {d} cannot hold")
     return array

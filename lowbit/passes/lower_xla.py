@@ -98,13 +98,20 @@ def _value(e: Expr, env: Mapping[str, jax.Array], val: dict[Expr, jax.Array]) ->
             return jnp.pad(val[x], [(before, after) if k == dim else (0, 0) for k in x.dims])
         case Concat(parts, dim):
             return _concat(dim, [(val[p], p.dims) for p in parts])
-        case Call(name, operands):
-            xla = call_spec(name).xla
-            if xla is None:
-                raise NotImplementedError(f"call {name!r} has no jnp reading: register it with `xla=`")
-            return jnp.asarray(xla(*(val[o] for o in operands)))
+        case Call():
+            return _call(e, [val[o] for o in e.operands])
         case _:
             assert_never(e)
+
+
+def _call(e: Call, operands: list[jax.Array]) -> jax.Array:
+    xla = call_spec(e.name).xla
+    if xla is None:
+        raise NotImplementedError(f"call {e.name!r} has no jnp reading: register it with `xla=`")
+    v = jnp.asarray(xla(*operands))
+    if v.shape != tuple(e.dims.values()) or v.dtype != numpy_dtype(e.dtype):
+        raise ValueError(f"call {e.name!r} is {e.type}, but its jnp reading makes {v.dtype}{list(v.shape)}")
+    return v
 
 
 def _leaf(e: Param, env: Mapping[str, jax.Array]) -> jax.Array:
@@ -137,7 +144,9 @@ def _bucket(e: Bucket, x: jax.Array, index: jax.Array) -> jax.Array:
     full = union("bucket", e.x.dims, e.index.dims)
     acc = numpy_dtype(e.dtype)
     if e.size <= COMPARE:
-        hit = align(index, e.index.dims, full)[..., None] == jnp.arange(e.size).reshape([1] * len(full) + [e.size])
+        hit = align(index, e.index.dims, full)[..., None] == jnp.arange(e.size, dtype=index.dtype).reshape(
+            [1] * len(full) + [e.size]
+        )
         picked = jnp.where(hit, align(x, e.x.dims, full).astype(acc)[..., None], jnp.zeros((), acc))
         return picked.sum(axis=tuple(a for a, k in enumerate(full) if k in e.over), dtype=acc)
     kept = drop(full, e.over)

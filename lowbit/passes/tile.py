@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 from lowbit.ir.cost import nbytes
-from lowbit.ir.dims import Dims, fresh
+from lowbit.ir.dims import Dims, RangeError, fresh
 from lowbit.ir.dtypes import bits
 from lowbit.ir.expr import Bitcast, Bucket, Call, Concat, Const, Contract, Expr, Gather, Merge, Pad, Param, Slice, Split
 from lowbit.ir.order import contraction_order, slot_dims
@@ -123,17 +123,20 @@ def _along(e: Expr, dim: str, limit: float) -> Tiles | None:
     if sums and not (isinstance(e, Contract) and e.ring == "real" and dim in e.over):
         return None
     nodes = topo(e)
-    if not all(_keeps(n, dim) for n in nodes if not (sums and n is e)):
+    if not all(keeps(n, dim) for n in nodes if not (sums and n is e)):
         return None
     outer = dict(_invariant(e, dim, {n.name for n in nodes if isinstance(n, Param)}))
-    term = substitute(e, {whole: leaf for leaf, whole in outer.items()})
+    try:
+        term = substitute(e, {whole: leaf for leaf, whole in outer.items()})
+    except RangeError:  # the sum of a Const's own entries was in range, that of any entries as large is not
+        return None
     tiles = Tiles(dim, 1, sums, {leaf.name: whole for leaf, whole in outer.items()}, term)
     if _least(tiles) >= written(e):
         return None
     return Tiles(dim, _part_size(tiles.total, written(e), limit), sums, tiles.outer, term)
 
 
-def _keeps(e: Expr, dim: str) -> bool:
+def keeps(e: Expr, dim: str) -> bool:
     """Whether a slice of `e` along `dim` is `e` over the same slice of its operands."""
     if isinstance(e, Param | Const):  # a Const with the dim becomes a leaf
         return True

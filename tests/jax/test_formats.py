@@ -209,6 +209,29 @@ def test_registering_twice():
         lb.register_format("bcq")(lambda n, k: param("w", "f32", n=n, k=k))
 
 
+def test_options_that_no_file_can_hold():
+    @lb.register_format("test_levels")
+    def levels(n: int, k: int, values=(0.0, 1.0)):
+        return param("codes", "u8", n=n, k=k) * values[0]
+
+    message = (
+        "option values of format 'test_levels' is (0.5, 1.0), a tuple: files hold ints, floats, bools, strings and"
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)} None$"):
+        levels((0.5, 1.0))
+
+
+def test_names_of_what_a_weight_meets():
+    @lb.register_format("test_x")
+    def named_x(n: int, k: int):
+        return param("x", "f32", n=n, k=k)
+
+    with pytest.raises(
+        ValueError, match=r"^format 'test_x' stores \['x'\]: x and dy name what weights meet, so rename"
+    ):
+        named_x()
+
+
 def test_unknown_format():
     with pytest.raises(UnknownFormatError) as err:
         Format("no_such").decode(8, 8)

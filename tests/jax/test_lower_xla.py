@@ -269,6 +269,24 @@ def test_opaque_step_without_a_jnp_reading():
         lowered(Call("oracle_only", (X,)), values(X))
 
 
+register_call(
+    "grows",
+    CallSpec(type=lambda t: t, oracle=lambda v: v, operations=lambda t: 0, xla=lambda v: v.repeat(2, 0).astype("int8")),
+)
+
+
+def test_opaque_step_whose_jnp_reading_is_of_another_type():
+    message = r"^call 'grows' is f32\[m=2 k=3\], but its jnp reading makes int8\[4, 3\]$"
+    with pytest.raises(ValueError, match=message):
+        emit(Call("grows", (X,)), {"x": jax.numpy.zeros((2, 3))})
+
+
+def test_buckets_under_strict_promotion():
+    e = Bucket(X, param("i", "u8", (0, 3), k=3), "c", 4, frozenset("k"))
+    with jax.numpy_dtype_promotion("strict"):
+        assert check(e, values(e))
+
+
 def test_constants_need_no_arrays():
     e = contract((const([1.0, 2.0, 4.0], "f32", "k"), const([1, -1, 3], "i32", "k")), ("k",))
     assert isinstance(e, Contract) and not any(isinstance(n, Param) for n in topo(e))

@@ -12,7 +12,7 @@ import pytest
 import lowbit as lb
 from lowbit.array import QuantArray, QuantType
 from lowbit.formats import Format
-from lowbit.ir import Expr, contract, evaluate, param, params, transpose
+from lowbit.ir import Concat, Expr, Merge, const, contract, evaluate, param, params, slice_, transpose
 from lowbit.ir.dtypes import is_float, numpy_dtype, short
 from lowbit.ops import MACHINES, take
 from lowbit.passes import choose
@@ -357,6 +357,29 @@ def test_take_is_rows_of_the_dense_table(fmt):
     assert_within(got, exact[ids], rounded(exact, bound, "f32")[ids])
     assert np.array_equal(jax.jit(take)(w, jnp.asarray(ids)), got)
     assert np.array_equal(take(w, 7), got[0, 2])
+
+
+@lb.register_format("rows_in_pairs")
+def rows_in_pairs(n, k):
+    return Merge(param("w", "f32", a=n // 2, r=2, k=k), ("a", "r"), "n")
+
+
+@lb.register_format("rows_swapped")
+def rows_swapped(n, k):
+    w = param("w", "f32", n=n, k=k)
+    return Concat((slice_(w, "n", n // 2, n), slice_(w, "n", 0, n // 2)), "n")
+
+
+@lb.register_format("rows_weighted")
+def rows_weighted(n, k):
+    return param("w", "f32", n=n, k=k) * const(np.arange(n), "f32", "n")
+
+
+@pytest.mark.parametrize("fmt", [rows_in_pairs(), rows_swapped(), rows_weighted()], ids=str)
+def test_take_where_a_row_is_more_than_its_own_codes(fmt):
+    w = quant(fmt, 4, 8, dims=("n", "k"))
+    for ids in ([7, 6, 5, 4, 3, 2, 1, 0], [5]):
+        assert np.array_equal(take(w, jnp.asarray(ids)), lb.dequantize(w)[np.asarray(ids)])
 
 
 @pytest.mark.parametrize("ids", [[300], [-301], [2**31 - 1], [-(2**31)]])
