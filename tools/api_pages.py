@@ -22,19 +22,21 @@ INTERNAL = frozenset({"lowbit.array", "lowbit.compat"})
 
 
 def modules() -> list[str]:
-    """The modules with a page: `lowbit` and what lies directly in it."""
-    inner = {m.name for m in pkgutil.iter_modules(lowbit.__path__, "lowbit.")}
-    return ["lowbit", *sorted(inner - INTERNAL)]
+    """The modules with a page: `lowbit`, what lies directly in it, and the modules that those have in `__all__`."""
+    inner = {m.name for m in pkgutil.iter_modules(lowbit.__path__, "lowbit.")} - INTERNAL
+    deeper = (getattr(m, n) for m in map(importlib.import_module, inner) for n in getattr(m, "__all__", ()))
+    return ["lowbit", *sorted(inner | {m.__name__ for m in deeper if inspect.ismodule(m)})]
 
 
 def exported(module: ModuleType) -> Iterator[tuple[str, str]]:
     """Each public name of a module in its order, and the module that defines it.
 
-    Those of `lowbit` are in `__all__`, those of a package what it imports `as` itself, those of another module the
-    functions and classes that it defines, and the data that has a docstring.
+    Those in `__all__` if it has one; of another package what it imports `as` itself; of another module the functions
+    and classes that it defines, and the data that has a docstring.
     """
-    if module is lowbit:
-        yield from ((n, "lowbit") for n in lowbit.__all__ if not inspect.ismodule(getattr(lowbit, n)))
+    if hasattr(module, "__all__"):
+        values = {name: getattr(module, name) for name in module.__all__}
+        yield from ((n, v.__module__) for n, v in values.items() if not inspect.ismodule(v))
         return
     body = ast.parse(inspect.getsource(module)).body
     for at, node in enumerate(body):
@@ -67,14 +69,19 @@ def pages() -> dict[str, str]:
     seen: set[int] = set()
     out = {}
     for module in modules():
-        values = vars(importlib.import_module(module)) if module != "lowbit" else {n: getattr(lowbit, n) for n in lowbit.__all__}
+        found = importlib.import_module(module)
         parts = [f"{module}\n{'=' * len(module)}\n\n.. automodule:: {module}\n   :no-members:\n"]
-        for name, home in exported(importlib.import_module(module)):
-            if id(values[name]) not in seen:
+        elsewhere = []
+        for name, home in exported(found):
+            value = getattr(found, name)
+            if id(value) in seen:
+                elsewhere.append(f"``{name}``")
+            else:
                 parts.append(directive(module, name, home))
-                seen.add(id(values[name]))
-        if len(parts) > 1:
-            out[module] = "\n".join(parts)
+                seen.add(id(value))
+        if elsewhere:
+            parts.append(f"On other pages: {', '.join(elsewhere)}.\n")
+        out[module] = "\n".join(parts)
     listed = "\n".join(f"   {name}" for name in out)
     out["index"] = f"API reference\n=============\n\n.. toctree::\n   :maxdepth: 1\n\n{listed}\n"
     return out
