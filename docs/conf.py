@@ -30,6 +30,7 @@ html_copy_source = False
 
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
+nb_execution_show_tb = True
 nb_execution_timeout = 120
 nb_merge_streams = True
 myst_heading_anchors = 3

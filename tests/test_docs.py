@@ -65,3 +65,9 @@ def test_the_reference_has_every_public_name_once() -> None:
     for name in lowbit.__all__:
         assert f"lowbit.{name}" in directives or f"lowbit.{name}" in modules
     assert {"lowbit.ir.evaluate", "lowbit.passes.run", "lowbit.nn.Linear", "lowbit.tune.fold"} <= set(directives)
+
+
+def test_the_reference_is_written_to_a_folder_and_nothing_else_stays_there(tmp_path: Path) -> None:
+    (tmp_path / "lowbit.gone.rst").write_text("a module that is gone")
+    api_pages.write(tmp_path)
+    assert {p.stem: p.read_text("utf-8") for p in tmp_path.iterdir()} == api_pages.pages()

@@ -66,7 +66,7 @@ def directive(module: str, name: str, home: str) -> str:
 
 def pages() -> dict[str, str]:
     """The text of each page by its name, `index` among them."""
-    seen: set[int] = set()
+    described: dict[int, str] = {}
     out = {}
     for module in modules():
         found = importlib.import_module(module)
@@ -74,13 +74,13 @@ def pages() -> dict[str, str]:
         elsewhere = []
         for name, home in exported(found):
             value = getattr(found, name)
-            if id(value) in seen:
-                elsewhere.append(f"``{name}``")
+            if id(value) in described:
+                elsewhere.append(f":py:obj:`{described[id(value)]}`")
             else:
                 parts.append(directive(module, name, home))
-                seen.add(id(value))
+                described[id(value)] = f"{module}.{name}"
         if elsewhere:
-            parts.append(f"On other pages: {', '.join(elsewhere)}.\n")
+            parts.append(f"Here too, and described there: {', '.join(elsewhere)}.\n")
         out[module] = "\n".join(parts)
     listed = "\n".join(f"   {name}" for name in out)
     out["index"] = f"API reference\n=============\n\n.. toctree::\n   :maxdepth: 1\n\n{listed}\n"
