@@ -6,7 +6,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 Shape = tuple[tuple[str, int], ...]
+"""(dim, size) pairs in the order in which an array is stored."""
 Dims = Mapping[str, int]
+"""Sizes by dim."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 DType = Literal["f64", "f32", "f16", "bf16", "e4m3", "e5m2", "i8", "u8", "i16", "u16", "i32", "u32"]
+"""Element types by their short names; e4m3 and e5m2 are floats of 8 bits."""
 Bounds = tuple[int, int]
 """Inclusive value range of an integer array."""
 

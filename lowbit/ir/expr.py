@@ -189,7 +189,7 @@ class Gather(Base):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Bucket(Base):
-    """`out[c] = sum of x over `over`, where index == c`: the transpose of Gather."""
+    """`out[c]` is the sum of x over `over` where index == c: the transpose of Gather."""
 
     x: Expr
     index: Expr
