@@ -34,8 +34,8 @@ from lowbit.ir.dtypes import DTYPES, is_float, short
 from lowbit.passes import PIPELINES, run
 from lowbit.passes.lower_xla import COMPARE, UNROLL, emit
 from lowbit.passes.tile import tile, written
+from lowbit.testing.tolerance import assert_within, exact_and_bound
 from tests.terms import environment, matmuls, terms
-from tests.tolerance import assert_within, exact_and_bound
 
 Env = dict[str, np.ndarray]
 
