@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,13 +25,14 @@ def fp3_rows(n: int, k: int) -> Expr:
 VALUES = [0, 1, 2, 4, 0, -1, -2, -4]
 
 
+@partial(jax.jit, static_argnums=1)
 def nearest(w: jax.Array, fmt: lb.Format) -> dict[str, jax.Array]:
     """The nearest value of each weight, the largest of a row at 4."""
     largest = jnp.abs(w).max(1)
     scale = jnp.where(largest > 0, largest / 4, 1.0)
-    code = jnp.abs(w[..., None] / scale[:, None, None] - jnp.array(VALUES)).argmin(-1)
-    planes = code >> jnp.arange(3).reshape(3, 1, 1) & 1  # [p, n, k]
-    return {"planes": pack_planes(planes[:, :, None])[:, :, 0], "scale": scale}
+    error = w[..., None] / scale[:, None, None] - jnp.array(VALUES).reshape(1, 1, 8)
+    planes = jnp.abs(error).argmin(-1)[None] >> jnp.arange(3).reshape(3, 1, 1) & 1
+    return {"planes": pack_planes(planes[:, :, None])[:, :, 0], "scale": scale}  # one group a row
 
 
 def model() -> tuple[nnx.Module, jax.Array]:

@@ -5,6 +5,7 @@ Each takes plain arrays and raises AssertionError; `lowbit.testing.kit` runs the
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from tempfile import TemporaryDirectory
@@ -84,8 +85,8 @@ def check_decode(w: QuantArray) -> None:
 def check_text(t: QuantType) -> None:
     """The decode is what its text says, and the type what its JSON says: what files and exported programs rest on."""
     expect(parse(text(t.decode)) is t.decode, "the text of the decode parses to another term")
-    again = type_from_json(type_to_json(t))
-    expect(again == t, f"the type is read back as {again}: options are ints, bools, strings or None")
+    again = type_from_json(json.loads(json.dumps(type_to_json(t))))
+    expect(again == t, f"the type is read back as {again}, not {t}: options are ints, bools, strings or None")
 
 
 def check_product(x: Any, w: QuantArray, form: str | None = None) -> None:

@@ -97,7 +97,7 @@ class KitItem(pytest.Item):
 
     def __init__(self, name: str, parent: Kit, run: Callable[[], None]) -> None:
         super().__init__(name, parent)
-        self.run = run
+        self.where, self.run = parent.name, run
 
     def runtest(self) -> None:
         self.run()
@@ -108,7 +108,7 @@ class KitItem(pytest.Item):
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
-        return self.path, None, self.nodeid
+        return self.path, None, f"{self.where}: {self.name}"
 
 
 def _find(place: str) -> Any:
