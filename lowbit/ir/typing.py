@@ -209,29 +209,31 @@ def _contract(e: Contract) -> Type:
     for f in e.factors:
         if not converts_exactly(f.dtype, f.bounds, e.acc):
             raise DimError(f"{what}: factor {f.type} is not exact in the accumulator {e.acc}: cast it, or widen")
-    return Type(dims, e.acc, _product_bounds(e, prod(all_dims[d] for d in e.over)))
+    return Type(dims, e.acc, _product_bounds(e, all_dims))
 
 
-def _product_bounds(e: Contract, times: int) -> Bounds | None:
-    """The interval of an integer sum; exact entries of a Const are used, so that joined digits stay tight."""
+def _product_bounds(e: Contract, all_dims: Dims) -> Bounds | None:
+    """The interval of an integer sum; exact entries of Consts are used, so that joined digits stay tight."""
     if is_float(e.acc):
         return None
-    at = next((i for i, f in enumerate(e.factors) if isinstance(f, Const) and f.dims.keys() & e.over), None)
+    tables: list[Const] = []
     lo, hi = 1, 1
-    for i, f in enumerate(e.factors):
+    for f in e.factors:
         assert f.bounds is not None  # exact in an integer accumulator, hence an integer
-        if i != at:
+        entries = prod(union("sum", *(t.dims for t in tables), f.dims).values())
+        if isinstance(f, Const) and f.dims.keys() & e.over and entries <= CONST_LIMIT:
+            tables.append(f)
+        else:
             ends = [a * b for a in (lo, hi) for b in f.bounds]
             lo, hi = min(ends), max(ends)
-    if at is not None:
-        table = e.factors[at]
-        assert isinstance(table, Const)
-        values = table.values.astype(np.int64)
-        axes = tuple(i for i, k in enumerate(table.dims) if k in e.over)
-        times //= prod(values.shape[i] for i in axes)
-        low, high = np.minimum(values * lo, values * hi), np.maximum(values * lo, values * hi)
-        lo, hi = int(low.sum(axes).min()), int(high.sum(axes).max())
-    bounds = lo * times, hi * times
+    axis = {k: i for i, k in enumerate(union("sum", *(t.dims for t in tables)))}
+    # Python's integers: a product of tables may leave int64.
+    operands = [part for t in tables for part in (t.values.astype(object), [axis[k] for k in t.dims])]
+    values = np.einsum(*operands, [*axis.values()]) if tables else np.array(1, object)
+    summed = tuple(i for k, i in axis.items() if k in e.over)
+    times = prod(n for k, n in all_dims.items() if k in e.over and k not in axis)
+    least, most = (np.asarray(pick(values * lo, values * hi).sum(summed)) for pick in (np.minimum, np.maximum))
+    bounds = int(least.min()) * times, int(most.max()) * times
     _fits("sum", bounds, e.acc)
     return bounds
 

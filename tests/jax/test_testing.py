@@ -50,13 +50,13 @@ WORST = rf"\d+ of \d+ differ; at \(\d, \d\): {number()}, not {number()} \+- {num
 
 def test_a_format_from_outside_passes():
     done = lb.testing.check_format(fp3.fp3_rows(), quantizer=fp3.nearest)
-    assert list(done.passed) == ["n=4 k=128", "n=3 k=141", "n=1 k=1"] and not done.refused
+    assert list(done.passed) == ["n=3 k=256", "n=2 k=141", "n=1 k=1"] and not done.refused
     for names in done.passed.values():
         assert ALWAYS | {"quantizer"} <= set(names)
-    assert {"product table", "product join"} <= set(done.passed["n=3 k=141"])
+    assert {"product table", "product join"} <= set(done.passed["n=2 k=141"])
     first, *lines = str(done).splitlines()
     assert first == f"fp3_rows(): {sum(map(len, done.passed.values()))} checks passed"
-    assert lines[0].startswith("  n=4 k=128: decode, text, product decode, ")
+    assert lines[0].startswith("  n=3 k=256: decode, text, product decode, ")
 
 
 @lb.register_format("only_pairs")
@@ -353,6 +353,29 @@ def test_a_model_passes():
     assert all({"decode", "product decode", "product table"} <= set(names) for names in done.passed.values())
 
 
+class Tied(nnx.Module):
+    """A table that is looked up, and another that is a head too."""
+
+    def __init__(self) -> None:
+        self.positions = nnx.Embed(4, 8, rngs=nnx.Rngs(0))
+        self.tokens = nnx.Embed(6, 8, rngs=nnx.Rngs(1))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.tokens.attend(self.tokens(ids) + self.positions(jnp.arange(ids.size)))
+
+
+def test_tables_are_checked_by_row(monkeypatch):
+    model, ids = lb.quantize(Tied(), [lb.Rule("**", fp3.fp3_rows(), fp3.nearest)]), jnp.array([5, 0, 2])
+    done = lb.testing.check_model(model, ids, lowerings=["decode"])
+    assert done.passed == {
+        "positions/embedding": ("decode", "rows"),
+        "tokens/embedding": ("decode", "rows", "product decode"),
+    }
+    monkeypatch.setattr(checks, "take", lambda w, ids: ops.take(w, ids[::-1]))
+    with pytest.raises(AssertionError, match=r"\npositions/embedding: rows: rows \[3, 0\]: \d+ of 16 differ; at "):
+        lb.testing.check_model(model, ids, lowerings=["decode"])
+
+
 def test_a_wrong_layer_is_caught(monkeypatch):
     model, batch = fp3.model()
     monkeypatch.setattr(checks, "matmul", lambda x, w: lb.matmul(x, w) + (x.shape[-1] == 8))
@@ -408,7 +431,7 @@ def test_the_plugin_runs_the_kit_alone(plugin, pytester):
     assert run.ret == 0
     run.stdout.fnmatch_lines(
         [
-            "lowbit-format=tests.fp3:fp3_rows::n=4 k=128: report PASSED*",
+            "lowbit-format=tests.fp3:fp3_rows::n=3 k=256: report PASSED*",
             "lowbit-format=tests.fp3:fp3_rows::n=1 k=1: report PASSED*",
             "lowbit-model=tests.fp3:model::layers/0/kernel: decode PASSED*",
             "lowbit-model=tests.fp3:model::layers/0/kernel: product table PASSED*",
