@@ -5,8 +5,9 @@
     pytest --lowbit-lowering=table,join                only these lowerings, in the kit and in `lowbit_lowering`
 
 `MODULE:NAME` is a `Format`, or a function without arguments that returns one; for a model, a function that returns
-`(model, batch)`. The module must be importable: `python -m pytest` adds the current folder. Both options may be given
-several times; files named beside them run too. Each check is a test of its own, so `-k gradients` and `-x` work.
+`(model, batch)`. The module must be importable: `python -m pytest` adds the current folder. A format's default
+quantizer is checked too (`lb.set_default_quantizer`). Both options may be given several times; files named beside them
+run too. Each check is a test of its own, so `-k gradients` and `-x` work; a size that the format refuses is skipped.
 
 A test of your own that asks for the fixture `lowbit_lowering` runs once in each lowering:
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -84,12 +86,15 @@ class Kit(pytest.Collector):
         from lowbit.testing.kit import format_checks, model_checks
 
         found, lowerings = _find(self.place), _lowerings(self.config)
+        refused: dict[str, str] = {}
         if self.kind == "format":
-            checks, _ = format_checks(found() if callable(found) else found, lowerings=lowerings)
+            checks, refused = format_checks(found() if callable(found) else found, lowerings=lowerings)
         else:
             model, batch = found()
             checks = model_checks(model, batch, lowerings=lowerings)
-        return [KitItem.from_parent(self, name=str(check), run=check.run) for check in checks]
+        tests = {str(check): check.run for check in checks}
+        tests |= {where: partial(pytest.skip, f"refused: {reason}") for where, reason in refused.items()}
+        return [KitItem.from_parent(self, name=name, run=run) for name, run in tests.items()]
 
 
 class KitItem(pytest.Item):

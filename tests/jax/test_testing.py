@@ -121,14 +121,14 @@ register_call(
 )
 
 
-@lb.register_format("wrong_twin")
-def wrong_twin(n: int, k: int):
+@lb.register_format("double_meaning")
+def double_meaning(n: int, k: int):
     """An opaque step whose jnp reading is wrong for one code."""
     return param("scale", "f32", n=n) * Call("doubled_unless_compiled", (param("codes", "u8", (0, 3), n=n, k=k),))
 
 
 def test_a_wrong_decode_is_caught():
-    found = failures(wrong_twin())
+    found = failures(double_meaning())
     assert list(found) == ["decode"]  # what follows from it is not tried
     assert re.match(r"weight \['k', 'n'\]: " + WORST, found["decode"])
 
@@ -452,9 +452,15 @@ def test_the_plugin_beside_tests_of_ones_own(plugin, pytester):
     )
     run = plugin("test_the_plugin_beside_tests_of_ones_own.py", "--lowbit-lowering=decode,table")
     run.assert_outcomes(passed=2)
-    run = plugin("--lowbit-format=tests.jax.test_testing:wrong_twin", "-k", "decode and not product")
+    run = plugin("--lowbit-format=tests.jax.test_testing:double_meaning", "-k", "decode and not product")
     run.assert_outcomes(failed=3)
     run.stdout.re_match_lines([r"weight \['k', 'n'\]: " + WORST])
+
+
+def test_the_plugin_shows_sizes_that_a_format_refuses(plugin):
+    run = plugin("--lowbit-format=tests.jax.test_testing:only_pairs", "-rs", "-k", "text or not decode and 141")
+    run.stdout.fnmatch_lines(["SKIPPED*refused: k = 141 is not a multiple of 2"])
+    run.assert_outcomes(passed=1, skipped=1)
 
 
 def test_a_lowering_that_a_test_does_not_have(plugin, pytester):
