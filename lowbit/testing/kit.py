@@ -119,6 +119,8 @@ def format_checks(
 
 def _sizes(fmt: Format, shapes: Sequence[tuple[int, int]] | None) -> tuple[dict[str, QuantType], dict[str, str]]:
     """The types to check, and of the default sizes those that the format refuses."""
+    if not isinstance(fmt, Format):
+        raise TypeError(f"{fmt!r} is not a format such as lb.bcq(3, group=128)")
     accepted: dict[str, QuantType] = {}
     refused: dict[str, str] = {}
     for n, k in SHAPES if shapes is None else shapes:

@@ -79,6 +79,11 @@ def test_sizes_that_a_format_refuses(monkeypatch):
         lb.testing.check_format(only_pairs())
 
 
+def test_what_is_no_format():
+    with pytest.raises(TypeError, match=r"^<function uniform at .*> is not a format such as lb.bcq\(3, group=128\)$"):
+        lb.testing.check_format(lb.uniform)
+
+
 def test_random_arrays_fill_the_range_of_their_leaves():
     t = lb.QuantType((("k", 4000), ("n", 4)), "f32", lb.uniform(2, group=8, scale_dtype="float16"))
     w = lb.testing.random_array(t, seed=1)
