@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import prod
@@ -20,8 +22,13 @@ from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params, topo
 from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.lower_xla import align, emit
+from lowbit.passes.pipeline import PIPELINES
 from lowbit.passes.style import Style
 from lowbit.passes.tile import Tiles, keeps
+
+_WATCH: ContextVar[Callable[[jax.Array, QuantArray], None] | None] = ContextVar("_WATCH", default=None)
+_FORCED = jax.make_user_context(None)
+"""The form that `lowering` asks for: part of every jit cache key, also of functions that were traced before."""
 
 # name, byte, dot, pointwise, moved, field, lookup, far_lookup, scatter, cache, style
 MACHINES = {
@@ -44,6 +51,17 @@ class Plan:
     def term(self) -> Expr:
         return self.forms[0].term
 
+    def form(self, name: str | None) -> Form:
+        """The form of that name, or the cheapest. Raises LoweringError for one that is not among them."""
+        found = next((f for f in self.forms if name in (None, f.name)), None)
+        if found is None:
+            raise LoweringError(f"lowering {name!r} is no form of its own for {self.what}: {_options(self.names)}")
+        return found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f.name for f in self.forms)
+
     def __str__(self) -> str:
         columns = f"{'form':8} {'predicted':>12} {'bytes read':>12} {'fma':>14} {'look-ups':>12}"
         rows = [
@@ -51,6 +69,45 @@ class Plan:
             for f in self.forms
         ]
         return "\n".join([f"{self.what} on {self.machine}", columns, *rows])
+
+
+class LoweringError(ValueError):
+    """A lowering that does not exist, or that a product does not have; the message lists those that it has."""
+
+
+def _options(names: Iterable[str]) -> str:
+    return f"use one of {', '.join(names)}"
+
+
+@contextmanager
+def lowering(name: str) -> Iterator[None]:
+    """Within it, `lb.matmul` and every quantized layer run the product in the form of that name, whatever it costs.
+
+    Functions compiled before are compiled again. Gradients are made in the forms chosen as ever. `lb.explain` lists
+    the forms of a product; those that come out the same as another go by one name.
+
+    Raises LoweringError for a name that does not exist, and then in `lb.matmul` for one that a product does not have.
+
+    >>> import jax.numpy as jnp, lowbit as lb
+    >>> w = lb.quantize_array(jnp.eye(8, 4), lb.bcq(2, group=8))
+    >>> with lb.testing.lowering("table"):
+    ...     lb.matmul(jnp.ones((3, 8)), w).shape
+    (3, 4)
+    """
+    if name not in PIPELINES:
+        raise LoweringError(f"there is no lowering {name!r}: {_options(PIPELINES)}")
+    with _FORCED(name):
+        yield
+
+
+@contextmanager
+def watching(seen: Callable[[jax.Array, QuantArray], None]) -> Iterator[None]:
+    """Within it, `seen(x, w)` is called with the operands of every product; tracers where it is being compiled."""
+    before = _WATCH.set(seen)
+    try:
+        yield
+    finally:
+        _WATCH.reset(before)
 
 
 def matmul(x: jax.Array, w: QuantArray) -> jax.Array:
@@ -72,6 +129,8 @@ def matmul(x: jax.Array, w: QuantArray) -> jax.Array:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x is {x.dtype}[{', '.join(map(str, x.shape))}]; matmul takes floating activations: cast it")
     _check_last_dim(x.shape, w.type)
+    if (seen := _WATCH.get()) is not None:
+        seen(x, w)
     batch, rows = x.shape[:-1], prod(x.shape[:-1])
     if rows == 0:
         return jnp.zeros((*batch, sizes["n"]), x.dtype)
@@ -175,7 +234,7 @@ def _matmul(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Arr
 
 @partial(jax.jit, static_argnums=0)
 def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
-    term = _plan(x.shape[0], t, short(x.dtype), jax.default_backend()).term
+    term = _plan(x.shape[0], t, short(x.dtype), jax.default_backend()).form(_FORCED.value).term
     return _emit_in_order(term, {**fields, "x": x}, ("m", "n"), x.dtype)
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 import lowbit as lb
 from lowbit.array import QuantArray
-from tests.tolerance import gamma, unit
+from lowbit.testing.tolerance import gamma, unit
 
 Array = np.ndarray[Any, Any]
 

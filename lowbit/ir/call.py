@@ -26,12 +26,16 @@ class CallSpec:
       oracle: operand arrays (dims in the operand's order) to the result array, in numpy.
       operations: operand types to a count of multiply-add sized operations.
       xla: the same function in jnp; a term that holds a step without one cannot be lowered.
+      bound: operand values and then the bounds on their errors (numpy, float64 or int64) to a bound on the error of
+        what `xla` makes of such operands. Without one, `xla` rounds at most once and its operands are exact: what
+        tests of lowerings hold it to.
     """
 
     type: Callable[..., Type]
     oracle: Callable[..., Array]
     operations: Callable[..., int]
     xla: Callable[..., Any] | None = None
+    bound: Callable[..., Array] | None = None
 
 
 _SPECS: dict[str, CallSpec] = {}

@@ -118,6 +118,11 @@ def set_default_quantizer(format_name: str, quantizer: Quantizer) -> None:
     _DEFAULTS[format_name] = quantizer
 
 
+def has_default(fmt: Format) -> bool:
+    """Whether a format has a default quantizer."""
+    return fmt.name in _DEFAULTS
+
+
 def quantize_array(
     w: Any,
     fmt: Format,

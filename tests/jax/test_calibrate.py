@@ -10,8 +10,8 @@ from flax import nnx
 
 import lowbit as lb
 from lowbit.nn import LayerStats
+from lowbit.testing.tolerance import gamma
 from tests.models import Net, arrays, assert_same
-from tests.tolerance import gamma
 
 BCQ = lb.bcq(2, group=16)
 

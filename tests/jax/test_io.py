@@ -27,7 +27,7 @@ from lowbit.io.tensors import DTYPES
 from lowbit.ir import Gather, const, evaluate, param, params, text
 from lowbit.ir.dtypes import is_float, numpy_dtype
 from lowbit.ir.parse import MAX_CHARS, parse
-from tests.tolerance import assert_within, exact_and_bound
+from lowbit.testing.tolerance import assert_within, exact_and_bound
 
 CheckpointError = io.CheckpointError
 

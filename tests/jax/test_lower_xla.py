@@ -38,8 +38,8 @@ from lowbit.passes.lower_xla import COMPARE, emit
 from lowbit.passes.one_loop import UNROLL
 from lowbit.passes.style import Style
 from lowbit.passes.tile import tile, written
+from lowbit.testing.tolerance import assert_within, exact_and_bound
 from tests.terms import environment, matmuls, terms
-from tests.tolerance import assert_within, exact_and_bound
 
 Env = dict[str, np.ndarray]
 

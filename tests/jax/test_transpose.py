@@ -36,8 +36,8 @@ from lowbit.ir import (
 )
 from lowbit.ir.dtypes import is_float
 from lowbit.passes.lower_xla import emit
-from tests.terms import environment, in_float64, terms
-from tests.tolerance import assert_within, exact_and_bound, gamma
+from lowbit.testing.tolerance import assert_within, exact_and_bound, gamma, in_float64
+from tests.terms import environment, terms
 
 LINEAR = {Add, Bucket, Concat, Contract, Gather, Merge, Pad, Slice, Split}
 """The nodes that have a cotangent, less Cast, which is the identity in float64."""

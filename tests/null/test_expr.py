@@ -115,6 +115,16 @@ def test_operators_lift_numbers_beside_their_operand() -> None:
     assert cast(X, "f32") is X
 
 
+def test_a_sum_with_tables_ranges_over_their_products() -> None:
+    """Digits of digits: each of the 64 values once, however many tables the place values are in."""
+    bits, ones, eights = param("b", "u8", (0, 1), p=3, n=2), const([1, 2, 4], "i32", "p"), const([1, 8], "i32", "n")
+    assert contract((contract((bits, ones), ("p",)), eights), ("n",)).type.bounds == (0, 63)
+    assert contract((bits, ones, eights), ("p",)).type.bounds == (0, 56)  # the largest of 7 and 56
+    assert contract((bits, const([-1, 2, 4], "i32", "p"), eights), ("p", "n")).type.bounds == (-9, 54)
+    large, small = const(np.arange(4096) % 2, "i32", "k"), const([1, 2], "i32", "n")  # too many products to list
+    assert contract((param("w", "u8", (0, 1), k=4096, n=2), large, small), ("k", "n")).type.bounds == (0, 8192)
+
+
 ILL_FORMED: list[tuple[Callable[[], Expr], str]] = [
     (lambda: param("a b", "f32"), "param 'a b' is not a name: use letters, digits and underscores, no digit first"),
     (lambda: param("a", "f32", n=0), "param a: dim 'n' has size 0; sizes are positive ints"),
