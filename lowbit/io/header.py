@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lowbit.array import QuantArray, type_from_json, type_to_json
-from lowbit.io.error import CheckpointError
+from lowbit.io.error import AGAIN, CheckpointError
 from lowbit.io.tensors import DTYPES, Array, encode, sha256, to_host
 from lowbit.ir.parse import parse
 from lowbit.ir.text import text
@@ -122,7 +122,7 @@ def unpack(path: str, metadata: Mapping[str, str] | None, names: Collection[str]
     if want != found:
         raise CheckpointError(
             f"{path}: the header is damaged, its sha256 is {found[:16]}... but the file states "
-            f"{f'{want[:16]}...' if want else 'none'}: get the file again or restore a copy"
+            f"{f'{want[:16]}...' if want else 'none'}: {AGAIN}"
         )
     try:
         header = json.loads(packed)

@@ -62,6 +62,8 @@ def load(path: str | PathLike[str], into: nnx.Module | None = None) -> Any:
         `nnx.eval_shape(lambda: lb.quantize(Model(rngs=nnx.Rngs(0)), rules))`. It is left as it is.
 
     Returns a model like `into` with the stored arrays, or without `into` a dict from names to arrays and QuantArrays.
+    The file is mapped: on a CPU the arrays are its pages and take no memory of their own. It may be replaced, by
+    `lb.save` too, or deleted, but not overwritten in place while they are in use (see `lb.io.read`).
 
     Raises CheckpointError for a file that is damaged, of a newer version, or that does not fit `into`: the message
     names the file, the layer, and what both sides hold. TypeError when `into` is no module. See `save` for an example.
