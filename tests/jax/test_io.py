@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import random
 import re
 import resource
 import subprocess
@@ -649,7 +648,7 @@ def test_a_decode_text_that_is_none(saved, decode, why):
         (set_at("version", to=0), "version 0"),
         (lambda h: h.pop("tensors") and None, "no 'tensors'"),
         (set_at("entries", "bias", to={"kind": "dense", "tensor": "step"}), "missing, unused or used twice: 'bias'"),
-        (set_at("entries", "bias", "kind", to="sparse"), "an entry of kind 'sparse'"),
+        (set_at("entries", "bias", "kind", to=["dense"]), "unhashable"),
         (set_at("tensors", "bias", "dtype", to="float31"), "tensor 'bias' has the unknown dtype 'float31'"),
         (set_at("tensors", "bias", "shape", to=[-1]), "tensor 'bias' is described as"),
         (
@@ -665,6 +664,59 @@ def test_a_decode_text_that_is_none(saved, decode, why):
 def test_a_faulty_writer(saved, change, why):
     resign(saved, change)
     with pytest.raises(CheckpointError, match=f"^{saved}: .*{why}"):
+        io.read(saved)
+
+
+NEWER = ", which this library does not know: upgrade lowbit to the release that wrote it"
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ((), "the header has 'rotation'"),
+        (("entries", "bias"), "entry 'bias' has 'rotation'"),
+        (ENTRY, "entry 'up/kernel' has 'rotation'"),
+        ((*ENTRY, "type"), "the type of entry 'up/kernel' has 'rotation'"),
+        (("tensors", "bias"), "tensor 'bias' has 'rotation'"),
+    ],
+)
+def test_a_field_that_is_unknown(saved, where, what):
+    resign(saved, set_at(*where, "rotation", to="hadamard"))
+    for reader in (io.read, io.read_header):
+        with pytest.raises(CheckpointError) as err:
+            reader(saved)
+        assert str(err.value) == f"{saved}: {what}{NEWER}"
+
+
+def test_a_kind_of_entry_that_is_unknown(saved):
+    resign(saved, set_at("entries", "bias", "kind", to="sparse"))
+    with pytest.raises(CheckpointError) as err:
+        io.read(saved)
+    assert str(err.value) == f"{saved}: the kind of entry 'bias' has 'sparse'{NEWER}"
+
+
+def test_an_option_and_a_stored_field_that_are_unknown(saved):
+    good = saved.read_bytes()
+    options = io.read_header(saved)["entries"]["up/kernel"]["type"]["options"]
+    resign(saved, set_at(*ENTRY, "type", "options", to=options | {"rotation": 1}))
+    with pytest.raises(
+        CheckpointError, match=r"'up/kernel': no type can be made of .*'rotation'.*: upgrade lowbit, or"
+    ):
+        io.read(saved)
+    saved.write_bytes(good)
+    resign(saved, lambda h: h["entries"]["up/kernel"]["tensors"].update(rotation=h["entries"].pop("bias")["tensor"]))
+    with pytest.raises(
+        CheckpointError, match=r"layer 'up/kernel' is not what its type says \(.*but the fields are .*'rot"
+    ):
+        io.read(saved)
+
+
+def test_metadata_of_other_tools(saved, entries):
+    tensors, packed = load_file(saved), pack(io.read_header(saved))
+    save_file(tensors, saved, metadata=packed | {"format": "pt"})
+    assert same(entries, io.read(saved))
+    save_file(tensors, saved, metadata=packed | {"lowbit.signature": "..."})
+    with pytest.raises(CheckpointError, match=f"^{saved}: the metadata has 'lowbit.signature'{NEWER}$"):
         io.read(saved)
 
 
@@ -750,89 +802,3 @@ def test_a_truncated_file(saved):
     saved.write_bytes(content + b"\0")
     with pytest.raises(CheckpointError, match=f"is damaged: it has {size + 1} bytes, and its header describes {size}"):
         io.read(saved)
-
-
-def reads_right_or_refuses(path, entries):
-    """True if refused. Anything but CheckpointError or the same data fails the test."""
-    try:
-        back = io.read(path)
-    except CheckpointError:
-        return True
-    assert same(entries, back)
-    return False
-
-
-def test_random_bytes_at_random_places(saved, entries):
-    rng, good, refused = random.Random(2), saved.read_bytes(), 0
-    for _ in range(500):
-        content = bytearray(good)
-        # As often in the first bytes, where the structure is, as in the rest; one byte mostly, sometimes several.
-        reach = rng.choice([16, 200, len(content)])
-        for _ in range(rng.choice([1, 1, 1, 2, 5])):
-            content[rng.randrange(reach)] = rng.randrange(256)
-        saved.write_bytes(content)
-        refused += reads_right_or_refuses(saved, entries)
-    assert refused > 430  # the others wrote what was there
-
-
-def test_random_cuts_and_repeats(saved, entries):
-    rng, good = random.Random(3), saved.read_bytes()
-    cuts = [*range(24), *(rng.randrange(len(good)) for _ in range(120))]
-    for at in cuts:
-        saved.write_bytes(good[:at])
-        assert reads_right_or_refuses(saved, entries)
-        other = rng.randrange(len(good))
-        saved.write_bytes(good[:at] + good[other:])  # a piece lost or doubled
-        assert at == other or reads_right_or_refuses(saved, entries)
-
-
-JUNK = [None, True, -1, 0, 10**30, 0.5, float("nan"), "", "x", "bcq", [], [[]], [1, 2], {}, {"a": {}}, "float8_e4m3fn"]
-
-
-def places(tree, at=()):
-    yield at
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in items:
-        yield from places(value, (*at, key))
-
-
-def reads_as_described_or_refuses(path, entries):
-    """True if refused. What a header may say otherwise is the logical type of the arrays, never what they hold."""
-    try:
-        back = io.read(path)
-    except CheckpointError:
-        return True
-    assert back.keys() == entries.keys()
-    described = io.read_header(path)["entries"]
-    for name, value in back.items():
-        if isinstance(value, QuantArray):
-            assert parse(described[name]["decode"]) is value.type.decode
-            assert same(entries[name].fields, value.fields)
-        else:
-            assert same_bits(entries[name], value)
-    return False
-
-
-def test_random_headers_with_a_right_checksum(saved, entries):
-    """Not damage but malice, or a bug in a writer: still nothing but CheckpointError."""
-    rng, good, refused = random.Random(4), saved.read_bytes(), 0
-    header = io.read_header(saved)
-    spots = [p for p in places(header) if p]
-    for _ in range(300):
-        changed = json.loads(json.dumps(header))
-        *way, last = rng.choice(spots)
-        at = changed
-        for key in way:
-            at = at[key]
-        match rng.randrange(3):
-            case 0:
-                del at[last]
-            case 1 if isinstance(at[last], str) and at[last]:
-                cut = rng.randrange(len(at[last]))
-                at[last] = at[last][:cut] + rng.choice(["", "9", "%", " ", "x=", "-1", "[", "\n"]) + at[last][cut + 1 :]
-            case _:
-                at[last] = rng.choice(JUNK)
-        resign(saved, lambda _, changed=changed: changed)
-        refused += reads_as_described_or_refuses(saved, entries)
-        saved.write_bytes(good)
-    assert refused > 180
