@@ -21,7 +21,8 @@ NUMBERS = (bool, int, float, complex)
 def save(model: nnx.Module, path: str | PathLike[str]) -> None:
     """Write every Variable of a model to one safetensors file, quantized weights with the text of their decode.
 
-    The file appears whole or not at all: it is written aside, synced and renamed, so a killed save leaves the old one.
+    The file appears whole or not at all: it is written aside, synced and renamed. A killed save leaves the old one, and
+    may leave what it had written beside it, under a hidden name that ends in `.tmp`: nothing reads that, delete it.
 
     Raises ValueError for a model without Variables or with abstract ones, TypeError for what is no module or for a
     Variable that holds neither arrays nor a number, OSError when the path cannot be written.

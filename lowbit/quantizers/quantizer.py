@@ -149,7 +149,7 @@ def quantize_array(
     w = jnp.asarray(w)
     check_weight(w, name)
     type_ = QuantType(tuple(zip(dims, w.shape, strict=True)), short(w.dtype), fmt)
-    solver = quantizer or _default(fmt)
+    solver = quantizer or default_quantizer(fmt)
     rows = w if dims[0] == "n" else w.T
     if importance is None or not getattr(solver, "takes_importance", False):
         array = QuantArray.of(solver(rows, fmt), type_)
@@ -181,7 +181,8 @@ def to_bcq(w: QuantArray) -> QuantArray:
     return QuantArray.of(fields, replace(w.type, format=new))
 
 
-def _default(fmt: Format) -> Quantizer:
+def default_quantizer(fmt: Format) -> Quantizer:
+    """The quantizer of rules that name none. Raises ValueError if the format has none."""
     if fmt.name not in _DEFAULTS:
         raise ValueError(f"format {fmt.name!r} has no default quantizer: name one, or use lb.set_default_quantizer")
     return _DEFAULTS[fmt.name]

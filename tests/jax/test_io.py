@@ -459,49 +459,6 @@ def test_data_and_folder_are_synced_around_the_rename(path, entries, monkeypatch
     assert rest == [("rename", aside), ("sync", path.parent)]
 
 
-KILLED = """
-import os, random, signal, sys, time
-import numpy as np
-from pathlib import Path
-from lowbit import io
-
-path, rng, seen = Path(sys.argv[1]), random.Random(1), set()
-arrays = lambda i: {name: np.full(20_000, i, np.int64) for name in "abc"}
-io.write(path, arrays(0))
-for _ in range(20):
-    first = int(io.read(path)["a"][0])
-    child = os.fork()
-    if child == 0:
-        for i in range(first + 1, first + 10_000):
-            io.write(path, arrays(i))
-        os._exit(0)
-    time.sleep(rng.uniform(0.002, 0.04))
-    os.kill(child, signal.SIGKILL)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    values = {int(v) for a in io.read(path).values() for v in a}
-    assert len(values) == 1, values
-    seen |= values
-others = [p.name for p in path.parent.iterdir() if p != path]
-assert all(name.startswith(".") and name.endswith(".tmp") for name in others), others
-print(len(seen), len(others))
-"""
-
-
-def test_a_killed_save_leaves_a_whole_file(path):
-    """20 processes that save in a loop, each killed within some milliseconds; what they leave must read."""
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLED, str(path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    saves, torn = map(int, run.stdout.split())
-    assert saves > 5, "the children were killed before they saved anything: the test showed nothing"
-    assert torn > 0, "no save was caught in the middle: the test showed nothing"
-
-
 def test_paths_that_cannot_be_written(tmp_path, entries, monkeypatch):
     with pytest.raises(IsADirectoryError, match=f"cannot write '{tmp_path}': it is a folder; name a file in it"):
         io.write(tmp_path, entries)
