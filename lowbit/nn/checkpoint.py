@@ -42,9 +42,9 @@ def save(model: nnx.Module, path: str | PathLike[str]) -> None:
     quantized = kernels(model)
     entries: dict[str, Any] = {name: k.array for name, k in quantized.items()}
     fields = {f"{name}/{field}" for name, k in quantized.items() for field in k.type.fields}
-    for name, variable in _variables(nnx.state(model)).items():
+    for name, variable in variables(nnx.state(model)).items():
         if name not in fields:
-            entries[name] = _plain(name, variable.get_value())
+            entries[name] = plain(name, variable.get_value())
     if not entries:
         raise ValueError(f"{type(model).__name__} holds no Variables: there is nothing to save")
     write(path, entries)
@@ -75,13 +75,13 @@ def load(path: str | PathLike[str], into: nnx.Module | None = None) -> Any:
     if into is None:
         return entries
     graph, state = nnx.split(into)
-    values = _match(path, entries, into, _variables(state))
-    filled = {name: _restore(f"{path}: {name!r}", v, values[name]) for name, v in _variables(state).items()}
+    values = _match(path, entries, into, variables(state))
+    filled = {name: restored(f"{path}: {name!r}", v, values[name]) for name, v in variables(state).items()}
     flat = [(p, filled["/".join(map(str, p))]) for p, _ in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def _variables(state: Any) -> dict[str, Any]:
+def variables(state: Any) -> dict[str, Any]:
     """Variables by name. Raises ValueError for two of one name, as with nnx.Dict({"a/b": ...}) beside a.b."""
     flat = [("/".join(map(str, path)), v) for path, v in nnx.to_flat_state(state)]
     named = dict(flat)
@@ -91,7 +91,8 @@ def _variables(state: Any) -> dict[str, Any]:
     return named
 
 
-def _plain(name: str, value: Any) -> Any:
+def plain(name: str, value: Any) -> Any:
+    """What a Variable holds as an array that a file can hold. Raises ValueError for an abstract one."""
     if isinstance(value, jax.ShapeDtypeStruct):
         shape = list(value.shape)
         raise ValueError(f"{name!r} is abstract ({value.dtype}{shape}): only a model with arrays can be saved")
@@ -134,7 +135,7 @@ def _some(names: set[str]) -> str:
     return ", ".join(map(repr, sorted(names)[:3])) + more if names else "nothing"
 
 
-def _restore(where: str, variable: Any, value: Any) -> Any:
+def restored(where: str, variable: Any, value: Any) -> Any:
     """The Variable with a stored value. `where` begins the message: the file and the name."""
     want = variable.get_value()
     kind = type(variable).__name__

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lowbit.nn.calibrate import LayerStats
+from lowbit.nn.importance import check_measured, importance
 from lowbit.nn.kernel import Kernel, error_stats, expect_module
 from lowbit.nn.layers import Embed, Linear
 from lowbit.nn.resume import Finished
@@ -52,7 +53,8 @@ def quantize(
       rules: a format for all layers; a dict from path patterns to formats (None: leave dense); or `Rule`s, which can
         also name the quantizer. Ordered, the first match wins.
       stats: what `lb.calibrate` measured. Binary-coding solvers then weigh the error of each input by its second
-        moment, which is the expected error of the layer's output; round to nearest has no use for it.
+        moment, which is the expected error of the layer's output, or by what else they were told to (`lb.alternating`);
+        round to nearest has no use for it.
       donate: free each dense weight of `model` as soon as it is quantized. The old model is unusable afterwards. A
         weight that a part left dense uses too is kept.
       progress: show a progress bar; by default when standard error is a terminal.
@@ -78,11 +80,11 @@ def quantize(
     """
     expect_module(model, "quantize")
     found, rest = layers(model), others(model)
-    _check_stats(stats or {}, found, model)
     if not found:
         raise ValueError(f"{type(model).__name__} holds no nnx.Linear or nnx.Embed: there is nothing to quantize")
     assigned = assign(as_rules(rules), list(found), _hints(model, found, rest))
     chosen = {p: r for p, r in assigned.items() if r.format is not None}
+    _check_stats(stats or {}, found, chosen, model)
     keys = {_join(keys): keys for keys, _ in nnx.iter_modules(model)}
     for path in chosen:  # all before any is freed, or solved for minutes
         if reason := refusal(found[path]) or _fixed(model, keys[path]):
@@ -108,9 +110,13 @@ def quantize(
     return out
 
 
-def _check_stats(stats: Mapping[str, LayerStats], found: Mapping[str, Any], model: nnx.Module) -> None:
+def _check_stats(
+    stats: Mapping[str, LayerStats], found: Mapping[str, Any], chosen: Mapping[str, Rule], model: nnx.Module
+) -> None:
     if unknown := sorted(stats.keys() - found.keys()):
         raise ValueError(f"stats has {unknown[0]!r}, which is no layer of this {type(model).__name__}: calibrate it")
+    sizes = {p: dict(zip(WEIGHT[type(m)][1], _weight(m).shape, strict=True)) for p, m in found.items()}
+    check_measured(stats, chosen, sizes)
 
 
 def layers(model: nnx.Module) -> dict[str, Any]:
@@ -201,17 +207,17 @@ class _Job:
         key = id(variable), dims, rule.format, id(rule.quantizer)
         if key not in self.made:
             weight = variable.get_value()
-            importance = self.stats[path].second_moment if path in self.stats else None
+            weighed = importance(self.stats, path, rule, dims, weight.shape)
 
             def solve() -> Kernel:
                 assert rule.format is not None
                 array = quantize_array(
-                    weight, rule.format, rule.quantizer, dims=dims, name=f"layer {path!r}", importance=importance
+                    weight, rule.format, rule.quantizer, dims=dims, name=f"layer {path!r}", importance=weighed
                 )
                 return Kernel(array, error_stats(jnp.asarray(weight), array))
 
             kept = self.finished
-            self.made[key] = kept.kernel(path, weight, rule, dims, importance, solve) if kept else solve()
+            self.made[key] = kept.kernel(path, weight, rule, dims, weighed, solve) if kept else solve()
         self._release(variable.get_value(), self.made[key])
         if isinstance(layer, nnx.Embed):
             return Embed(self.made[key], layer.dtype)
