@@ -14,9 +14,8 @@ from flax import nnx
 from lowbit.nn.gradients import Means, differentiated
 from lowbit.nn.kernel import expect_module
 from lowbit.nn.probe import Probe, probes
-from lowbit.nn.rules import Rules, as_rules, assign
+from lowbit.nn.rules import Rules, as_rules, assign, needed
 from lowbit.nn.running import Running
-from lowbit.quantizers.quantizer import default_quantizer, weighs_by
 
 Statistic = Literal["second_moment", "largest", "gradient_square", "output_gradient"]
 STATISTICS: tuple[str, ...] = get_args(Statistic)
@@ -130,9 +129,7 @@ def _wanted(model: nnx.Module, statistics: Sequence[str] | None, rules: Rules | 
     if statistics is not None:
         raise ValueError("both statistics= and rules= were given: leave one out")
     chosen = {path: rule for path, rule in assign(as_rules(rules), paths, {}).items() if rule.format is not None}
-    needs = {
-        path: frozenset(weighs_by(rule.quantizer or default_quantizer(rule.format))) for path, rule in chosen.items()
-    }
+    needs = {path: frozenset(needed(rule)) for path, rule in chosen.items()}
     if not any(needs.values()):
         raise ValueError("no quantizer of these rules weighs errors by anything: there is nothing to calibrate")
     return {path: names for path, names in needs.items() if names}

@@ -10,17 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from lowbit.nn.calibrate import LayerStats
-from lowbit.nn.rules import Rule
-from lowbit.quantizers.quantizer import default_quantizer, weighs_by
+from lowbit.nn.rules import Rule, needed
 
 SIDE = {"second_moment": "k", "largest": "k", "output_gradient": "n"}
 """The dim of a statistic that has one number for each input or output; the others have the weight's shape."""
-
-
-def needed(rule: Rule) -> tuple[str, ...]:
-    """The statistics that a rule's quantizer weighs errors by. Raises ValueError for a format without a quantizer."""
-    assert rule.format is not None
-    return weighs_by(rule.quantizer or default_quantizer(rule.format))
 
 
 def importance(
