@@ -33,15 +33,17 @@ class BinarySolver:
     """
 
     rounds: int = 15
+    weighs_by: tuple[str, ...] = ("second_moment",)
     takes_importance: ClassVar[bool] = True
 
     def __call__(self, w: jax.Array, fmt: Format, importance: jax.Array | None = None) -> Fields:
-        """The stored arrays; with `importance` [k], the squared error of input k counts that much, all positive."""
+        """The stored arrays; with `importance` [k] or [n, k], squared errors count that much, all positive."""
         _expect(fmt, "bcq", self)
         values, mask = _groups(w, fmt)
         ragged = w.shape[1] % values.shape[2] != 0
         if importance is not None:
-            mask, ragged = _groups(importance[None], fmt)[0][0] * mask, True
+            weights = _groups(jnp.atleast_2d(importance), fmt)[0] * mask[None]
+            mask, ragged = weights.reshape(-1, values.shape[2]), True
         code = solve(
             values.reshape(-1, values.shape[2]),
             fmt["bits"],
@@ -84,15 +86,19 @@ def greedy() -> BinarySolver:
     return BinarySolver(rounds=0)
 
 
-def alternating(rounds: int = 15) -> BinarySolver:
+def alternating(rounds: int = 15, weighs_by: tuple[str, ...] = ("second_moment",)) -> BinarySolver:
     """The alternating solver, the default for `bcq`: at most `rounds` rounds after the greedy start, the best one kept.
+
+    Where `lb.quantize` is given `stats`, the squared error of each weight counts as much as the product of these
+    statistics: the second moment of its input, which is the expected error of the layer's output; ("gradient_square",),
+    the expected change of the loss by SqueezeLLM's estimate; or others that a `LayerStats` has.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> w = jnp.array([[-3.0], [-1.0], [1.0], [3.0]])
     >>> bool(jnp.allclose(lb.dequantize(lb.quantize_array(w, lb.bcq(2), lb.alternating())), w))  # signs of 2 and 1
     True
     """
-    return BinarySolver(rounds)
+    return BinarySolver(rounds, weighs_by)
 
 
 def round_to_nearest() -> RoundToNearest:
@@ -140,8 +146,8 @@ def quantize_array(
       quantizer: how to find codes and scales; the format's default if None.
       dims: the order of w's dims: n outputs (or rows), k summed inputs.
       name: what errors call the weight.
-      importance: nonnegative [k], how much the squared error of each input counts. Only binary-coding solvers, and
-        quantizers with `takes_importance = True`, are given it.
+      importance: nonnegative [k], how much the squared error of each input counts, or of w's shape, of each weight.
+        Only binary-coding solvers, and quantizers with `takes_importance = True`, are given it.
 
     Raises TypeError for a weight that is not floating, ValueError for NaN or inf, or one that is not a matrix.
 
@@ -154,12 +160,12 @@ def quantize_array(
     w = jnp.asarray(w)
     check_weight(w, name)
     type_ = QuantType(tuple(zip(dims, w.shape, strict=True)), short(w.dtype), fmt)
-    solver = quantizer or _default(fmt)
+    solver = quantizer or default_quantizer(fmt)
     rows = w if dims[0] == "n" else w.T
     if importance is None or not getattr(solver, "takes_importance", False):
         array = QuantArray.of(solver(rows, fmt), type_)
     else:
-        array = QuantArray.of(solver(rows, fmt, _positive(importance, rows.shape[1], name)), type_)  # type: ignore[call-arg]
+        array = QuantArray.of(solver(rows, fmt, _positive(importance, dims, w.shape, name)), type_)  # type: ignore[call-arg]
     _check_range(array, w, name)
     return array
 
@@ -186,7 +192,8 @@ def to_bcq(w: QuantArray) -> QuantArray:
     return QuantArray.of(fields, replace(w.type, format=new))
 
 
-def _default(fmt: Format) -> Quantizer:
+def default_quantizer(fmt: Format) -> Quantizer:
+    """The quantizer of rules that name none. Raises ValueError if the format has none."""
     if fmt.name not in _DEFAULTS:
         raise ValueError(f"format {fmt.name!r} has no default quantizer: name one, or use lb.set_default_quantizer")
     return _DEFAULTS[fmt.name]
@@ -197,11 +204,15 @@ def _expect(fmt: Format, names: str | tuple[str, ...], who: Any) -> None:
         raise TypeError(f"{who} makes {names if isinstance(names, str) else ' or '.join(names)}, not {fmt}")
 
 
-def _positive(importance: jax.Array, k: int, name: str) -> jax.Array:
-    """No input counts for nothing: its weights would be anything."""
-    if importance.shape != (k,):
-        raise ValueError(f"{name} has {k} inputs, but the importance has shape {importance.shape}")
-    return jnp.maximum(importance, 1e-4 * importance.mean() + jnp.finfo(jnp.float32).tiny)
+def _positive(importance: jax.Array, dims: tuple[str, str], shape: tuple[int, ...], name: str) -> jax.Array:
+    """[k] or [n, k]. No weight counts for nothing: it would be anything."""
+    k = dict(zip(dims, shape, strict=True))["k"]
+    if importance.shape not in ((k,), shape):
+        raise ValueError(
+            f"{name} has {k} inputs and the shape {shape}, but the importance has shape {importance.shape}"
+        )
+    f = importance.T if importance.ndim == 2 and dims[0] == "k" else importance
+    return jnp.maximum(f, 1e-4 * f.mean(axis=-1, keepdims=True) + jnp.finfo(jnp.float32).tiny)
 
 
 def check_weight(w: jax.Array, name: str) -> None:
@@ -233,6 +244,13 @@ def _check_range(array: QuantArray, w: jax.Array, name: str) -> None:
     if scales and not any(normal.values()) and bool(w.any()):
         field, v = next(iter(scales.items()))
         raise ValueError(f"{name}: {field!r} underflows {v.dtype}; use scale_dtype='float32' or scale the weights up")
+
+
+def weighs_by(quantizer: Quantizer) -> tuple[str, ...]:
+    """The statistics of a layer, fields of `LayerStats`, whose product a quantizer weighs errors by; none if it takes
+    no importance."""
+    takes = getattr(quantizer, "takes_importance", False)
+    return getattr(quantizer, "weighs_by", ("second_moment",)) if takes else ()
 
 
 @partial(jax.jit, static_argnums=1)

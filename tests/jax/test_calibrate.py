@@ -113,5 +113,8 @@ def test_statistics_of_another_model() -> None:
     ones = jnp.ones(5)
     with pytest.raises(ValueError, match=r"^stats has 'middle', which is no layer of this Dict: calibrate it$"):
         lb.quantize(pair(), BCQ, stats={"middle": LayerStats(ones, ones, 1)})
-    with pytest.raises(ValueError, match=r"^layer 'up' has 32 inputs, but the importance has shape \(5,\)$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^stats has 'second_moment' of layer 'up' with the shape \(5,\), but the weight's is \(32, 8\): calib",
+    ):
         lb.quantize(pair(), BCQ, stats={"up": LayerStats(ones, ones, 1)})
