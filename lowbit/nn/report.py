@@ -24,7 +24,7 @@ class Row:
 
     Attributes:
       layer: path of the layer.
-      format: the format, or "dense float32", with the module's type where rules cannot name it.
+      format: the format and what is on it, or "dense float32", with the module's type where rules cannot name it.
       weights: entries of the dense matrix.
       bits_per_weight: everything stored for it (codes, scales, padding) over `weights`.
       bytes: of everything stored for it.
@@ -116,7 +116,7 @@ def _quantized_row(layer: str, kernel: Kernel) -> Row:
         error, norm = (float(v) for v in stats)
         ratio = error / norm if norm else 0.0
         relative, sqnr = ratio**0.5, (-10 * log10(ratio) if ratio else inf)
-    return Row(layer, str(t.format), prod(t.shape), t.bits_per_weight, t.bits // 8, relative, sqnr)
+    return Row(layer, t.encoding, prod(t.shape), t.bits_per_weight, t.bits // 8, relative, sqnr)
 
 
 def _dense_row(layer: str, module: Any, weights: list[Any]) -> Row:
