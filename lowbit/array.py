@@ -11,34 +11,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import export
 
 from lowbit.formats.format import Format, definition
-from lowbit.ir.build import cast, const, contract, param
+from lowbit.formats.low_rank import LORA_A, LORA_B, LowRank
+from lowbit.ir.build import cast, param
 from lowbit.ir.dims import Shape
 from lowbit.ir.dtypes import DType, bits, is_float, numpy_dtype, short
 from lowbit.ir.expr import Concat, Contract, Expr, Gather, Param
 from lowbit.ir.walk import params, substitute, topo
 from lowbit.passes.lower_xla import align, emit
 
-LORA_A, LORA_B = "lora_a", "lora_b"
 Split = tuple[str, str, int]
 """(field, dim, at): the field is stored as two, its first `at` entries along the dim in float32, to be trained."""
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """An adapter of low rank on a frozen weight (LoRA, Hu et al. 2021; QLoRA, Dettmers et al. 2023).
-
-    w + alpha / rank * sum_r lora_a[k, r] lora_b[r, n],  in float32
-    """
-
-    rank: int
-    alpha: float
-
-    def __str__(self) -> str:
-        return f"lora(rank={self.rank}, alpha={self.alpha:g})"
 
 
 @dataclass(frozen=True)
@@ -107,6 +92,14 @@ class QuantType:
     def __str__(self) -> str:
         return f"{self.dtype}[{' '.join(f'{k}={n}' for k, n in self.dims)}] as {self.encoding}"
 
+    def __repr__(self) -> str:
+        return f"QuantType({self}, {self.bits_per_weight:.3g} bits/weight)"
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        from treescope.rendering_parts import build_one_line_tree_node, text  # who calls this has it
+
+        return build_one_line_tree_node(text(repr(self)), path)
+
 
 def _is_rows_of(table: Expr, leaf: Param) -> bool:
     """Whether a gathered table is the leaf itself, seen through steps that only move or convert entries."""
@@ -125,13 +118,7 @@ def _decode(t: QuantType) -> Expr:
         raise ValueError(f"format {t.format} decodes to {e.type}, which is not [n={sizes['n']} k={sizes['k']}]")
     for field, dim, at in t.splits:
         e = _split_field(e, params(e)[field], dim, at)
-    return e if t.adapter is None else e + _low_rank(t.adapter, sizes["n"], sizes["k"])
-
-
-def _low_rank(adapter: LowRank, n: int, k: int) -> Expr:
-    scale = const(np.float32(adapter.alpha / adapter.rank), "f32")
-    factors = scale, param(LORA_A, "f32", k=k, r=adapter.rank), param(LORA_B, "f32", r=adapter.rank, n=n)
-    return contract(factors, ("r",))
+    return e if t.adapter is None else e + t.adapter.decode(sizes["n"], sizes["k"])
 
 
 def _split_field(e: Expr, leaf: Param, dim: str, at: int) -> Expr:
@@ -195,7 +182,9 @@ class QuantArray:
         return numpy_dtype(self.type.dtype)
 
     def __repr__(self) -> str:
-        return f"QuantArray({self.type}, {self.type.bits_per_weight:.3g} bits/weight)"
+        # After a tree_map the fields may be anything.
+        fields = (f"{n} {v.dtype}{list(v.shape)}" for n, v in self.fields.items() if hasattr(v, "shape"))
+        return f"QuantArray({self.type}, {self.type.bits_per_weight:.3g} bits/weight: {', '.join(fields)})"
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, jax.Array]], tuple[tuple[str, ...], QuantType]]:
         names = tuple(self.fields)

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from lowbit.array import LORA_A, LORA_B, LowRank, QuantArray
+from lowbit.array import QuantArray
+from lowbit.formats.low_rank import LORA_A, LORA_B, LowRank
 from lowbit.nn.kernel import Kernel, expect_module, kernels
 from lowbit.nn.quantize import layers, others
 from lowbit.nn.rules import Rule, assign

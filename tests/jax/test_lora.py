@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import lowbit as lb
-from lowbit.array import LowRank, QuantArray, QuantType, type_to_json
+from lowbit.array import QuantArray, QuantType, type_to_json
+from lowbit.formats.low_rank import LowRank
 from lowbit.ops import take
 from tests.models import TOKENS, Net, Shared, arrays, assert_same, dense, fast, inputs, product_bound
 from tests.tolerance import assert_within, gamma
