@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lowbit.nn.kernel import expect_module
+from lowbit.nn.linen import opened
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def calibrate(
     (4, 0.5)
     """
     expect_module(model, "calibrate")
+    model = opened(model)
     if not any(type(m) in (nnx.Linear, nnx.Embed) for _, m in nnx.iter_modules(model)):
         raise ValueError(f"{type(model).__name__} holds no nnx.Linear or nnx.Embed: there is nothing to calibrate")
     found: dict[str, Probe] = {}

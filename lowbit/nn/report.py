@@ -14,6 +14,7 @@ from rich.table import Table
 from lowbit.array import QuantArray
 from lowbit.nn.kernel import Kernel, Stats, expect_module, kernels
 from lowbit.nn.layers import Embed, Linear
+from lowbit.nn.linen import opened
 from lowbit.nn.quantize import layers, matrices, others
 from lowbit.ops import plan
 
@@ -97,6 +98,7 @@ def report(model: nnx.Module) -> Report:
     3.375
     """
     expect_module(model, "report on")
+    model = opened(model)
     rows = [_quantized_row(path.rpartition("/")[0], k) for path, k in kernels(model).items()]
     seen: set[int] = set()  # a weight that two layers share is stored, and counted, once
     for path, layer in (layers(model) | others(model)).items():
