@@ -9,6 +9,8 @@ from flax import nnx
 import lowbit as lb
 from tests.models import fast
 
+# treescope 0.1.10 looks at all of numpy for names, and numpy 2.5 warns about one.
+pytestmark = pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning")
 TYPE = "f32[k=4096 n=32] as bcq(bits=3, group=128), 3.75 bits/weight"
 
 
