@@ -16,6 +16,7 @@ from rich.table import Table
 
 from lowbit.nn.kernel import expect_module
 from lowbit.nn.layers import Embed, Linear
+from lowbit.nn.linen import opened
 
 LAYERS = (nnx.Linear, nnx.Embed, Linear, Embed)
 
@@ -114,7 +115,7 @@ def compare(
     expect_module(model, "compare")
     expect_module(quantized, "compare with")
     run = call or (lambda m, b: m(b))
-    first, second = _outputs(model, batch, run), _outputs(quantized, batch, run)
+    first, second = _outputs(opened(model), batch, run), _outputs(opened(quantized), batch, run)
     for at, ((p, _), (q, _)) in enumerate(zip(first, second, strict=False)):  # the shorter one ends with its output
         if p != q:
             raise ValueError(f"the models do not run the same layers: at step {at} one runs {p!r}, the other {q!r}")
