@@ -15,9 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowbit.nn.kernel import expect_module
-from lowbit.nn.layers import Embed, Linear
-
-LAYERS = (nnx.Linear, nnx.Embed, Linear, Embed)
+from lowbit.nn.kinds import KINDS, QUANTIZED
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def _outputs(model: nnx.Module, batch: Any, run: Callable[[Any, Any], Any]) -> l
     made: dict[int, Watch] = {}
 
     def watch(path: tuple[Any, ...], node: Any) -> Any:
-        if type(node) not in LAYERS:
+        if type(node) not in KINDS and type(node) not in QUANTIZED:
             return node
         return made.setdefault(id(node), Watch(node, "/".join(map(str, path)), lambda *seen: found.append(seen)))
 
