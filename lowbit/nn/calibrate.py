@@ -41,11 +41,13 @@ class Probe(nnx.Module):
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        view, kernel = KINDS[type(layer)].view(layer), weight(layer).get_value()
-        lead, inputs = view.lead(kernel), (*view.sizes(view.stack), prod(view.sizes(view.summed)))
+        kind = KINDS[type(layer)]
+        view = kind.view(layer)
+        lead, stack = view.lead(weight(layer).get_value()), () if kind.shares else view.sizes(view.stack)
+        inputs = (*lead, *stack, prod(view.sizes(view.summed)))
         self.rows = Seen(jnp.zeros(lead, jnp.float32))
-        self.second_moment = Seen(jnp.zeros((*lead, *inputs), jnp.float32))
-        self.largest = Seen(jnp.zeros((*lead, *inputs), jnp.float32))
+        self.second_moment = Seen(jnp.zeros(inputs, jnp.float32))
+        self.largest = Seen(jnp.zeros(inputs, jnp.float32))
 
     def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         if not isinstance(self.layer, nnx.Embed):

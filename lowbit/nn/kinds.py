@@ -13,6 +13,7 @@ from flax import nnx
 
 from lowbit.nn.conv import Conv, conv_rows, conv_view
 from lowbit.nn.einsum import Einsum, einsum_rows, einsum_view
+from lowbit.nn.experts import Experts, QuantizedExperts, experts_view
 from lowbit.nn.general import LinearGeneral, general_rows, general_view
 from lowbit.nn.kernel import Kernel
 from lowbit.nn.layers import Embed, Linear, embed_view, linear_view
@@ -27,7 +28,8 @@ class Kind:
       quantized: the class of the layer that takes its place.
       make: from the dense layer and its quantized weight.
       view: how its weight is a stack of matrices; raises ValueError with the reason if it is none.
-      rows: from a dense layer and an input of its product to what the matrices multiply, [*stack, ..., k].
+      rows: from a dense layer and an input of its product to what the matrices multiply, [*stack, ..., k]; [..., k] if
+        the stack `shares` its rows, which are then measured together.
       attribute: that holds the weight.
     """
 
@@ -36,6 +38,7 @@ class Kind:
     view: Callable[[Any], View]
     rows: Callable[[Any, jax.Array], jax.Array] = lambda layer, inputs: inputs
     attribute: str = "kernel"
+    shares: bool = False
 
 
 KINDS: Mapping[type[nnx.Module], Kind] = {
@@ -44,11 +47,13 @@ KINDS: Mapping[type[nnx.Module], Kind] = {
     nnx.LinearGeneral: Kind(LinearGeneral, LinearGeneral, general_view, general_rows),
     nnx.Einsum: Kind(Einsum, Einsum, einsum_view, einsum_rows),
     nnx.Conv: Kind(Conv, Conv, conv_view, conv_rows),
+    Experts: Kind(QuantizedExperts, QuantizedExperts, experts_view, shares=True),
 }
 """Dense layers by their exact type: a subclass may compute something else."""
 
 QUANTIZED = frozenset(kind.quantized for kind in KINDS.values())
-NAMES = ", ".join(f"nnx.{dense.__name__}" for dense in KINDS)
+_PLACES = {dense: "lb.nn" if dense.__module__.startswith("lowbit") else "nnx" for dense in KINDS}
+NAMES = " or ".join(", ".join(f"{_PLACES[d]}.{d.__name__}" for d in KINDS).rsplit(", ", 1))
 OPTIONS = (
     "dot_general", "dot_general_cls", "einsum_op", "conv_general_dilated", "promote_dtype", "preferred_element_type",
     "mask",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lowbit.array import QuantArray
 from lowbit.nn.kernel import Kernel
 from lowbit.nn.view import View
 from lowbit.ops import matmul, take
@@ -57,15 +58,25 @@ class Embed(nnx.Module):
 
 
 def linear_view(layer: nnx.Linear) -> View:
-    return View((layer.in_features, layer.out_features), (), (0,), (1,))
+    return View(_shape(layer.kernel, layer.in_features, layer.out_features), (), (0,), (1,))
 
 
 def embed_view(layer: nnx.Embed) -> View:
-    return View((layer.num_embeddings, layer.features), (), (1,), (0,))
+    return View(_shape(layer.embedding, layer.num_embeddings, layer.features), (), (1,), (0,))
+
+
+def _shape(weight: nnx.Variable[Any], *said: int) -> tuple[int, ...]:
+    """A matrix says itself what it is: it may have been put in place of the layer's first one. A stack cannot."""
+    return tuple(weight.shape) if weight.ndim == 2 else said
 
 
 def product(x: jax.Array, kernel: Kernel, stack: tuple[int, ...] = ()) -> jax.Array:
-    """The product of one layer, whose own matrices are a stack of this shape.
+    """The product of one layer, whose own matrices are a stack of this shape."""
+    return matmul(x, expect_stack(kernel, stack))
+
+
+def expect_stack(kernel: Kernel, stack: tuple[int, ...]) -> QuantArray:
+    """The array of a layer, which is a stack of this shape.
 
     Raises ValueError for a layer that `nnx.vmap` stacked and that is called as if it were one.
     """
@@ -75,7 +86,7 @@ def product(x: jax.Array, kernel: Kernel, stack: tuple[int, ...] = ()) -> jax.Ar
             f"the weight is a stack {list(array.stack)} of {array.type}, and this layer multiplies a stack "
             f"{list(stack)}: call stacked layers in nnx.scan or nnx.vmap, or slice their state"
         )
-    return matmul(x, array)
+    return array
 
 
 def no_sharding(out_sharding: Any) -> None:

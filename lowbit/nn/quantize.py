@@ -167,6 +167,8 @@ class _Job:
             dense = dense_matrices(layer)
             assert rule.format is not None
             importance = self.stats[path].second_moment if path in self.stats else None
+            if importance is not None and kind.shares:
+                importance = importance[..., None, :]
             array = quantize_array(
                 dense, rule.format, rule.quantizer, dims=view.dims, name=f"layer {path!r}", importance=importance
             )

@@ -137,8 +137,8 @@ def quantize_array(
       quantizer: how to find codes and scales; the format's default if None.
       dims: the order of w's last two dims: n outputs (or rows), k summed inputs.
       name: what errors call the weight.
-      importance: nonnegative [k], or [*stack, k], how much the squared error of each input counts. Only binary-coding
-        solvers, and quantizers with `takes_importance = True`, are given it.
+      importance: nonnegative [k], or for a stack what broadcasts to [*stack, k]: how much the squared error of each
+        input counts. Only binary-coding solvers, and quantizers with `takes_importance = True`, are given it.
 
     Raises TypeError for a weight that is not floating, ValueError for NaN or inf, or one that is not a matrix.
 
@@ -210,7 +210,9 @@ def _expect(fmt: Format, names: str | tuple[str, ...], who: Any) -> None:
 
 def _positive(importance: jax.Array, stack: tuple[int, ...], k: int, name: str) -> jax.Array:
     """For every slice; no input counts for nothing: its weights would be anything."""
-    if importance.shape not in ((k,), (*stack, k)):
+    fits = importance.shape[-1:] == (k,) and importance.ndim <= len(stack) + 1
+    ends = zip(importance.shape[:-1][::-1], stack[::-1], strict=False)
+    if not fits or any(own not in (1, size) for own, size in ends):
         inputs = f"{list(stack)} slices of {k}" if stack else k
         raise ValueError(f"{name} has {inputs} inputs, but the importance has shape {importance.shape}")
     least = 1e-4 * importance.mean(-1, keepdims=True) + jnp.finfo(jnp.float32).tiny
