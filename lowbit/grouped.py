@@ -22,9 +22,9 @@ def grouped_matmul(x: jax.Array, w: QuantArray, group_sizes: jax.Array) -> jax.A
 
     Returns [rows, n] in x's dtype, accumulated in float32. Gradients reach x and the scales.
 
-    With no more rows than experts, each row is multiplied by its own expert's codes. Otherwise the rows of each expert
-    are cut into tiles of rows / experts, at most twice as many as experts, and one tile after the other is multiplied:
-    at no time is more decoded than a product with one expert does.
+    With no more rows than experts, each row is multiplied by its own expert's codes, all at once. Otherwise the rows of
+    each expert are cut into tiles of rows / experts, at most twice as many as experts, and one tile after the other is
+    multiplied: at no time is more decoded than a product with one expert does.
 
     Raises TypeError for an x that is not floating, group sizes that are no integers or a w that is no QuantArray,
     ValueError for shapes that do not fit.
@@ -50,21 +50,19 @@ def grouped_matmul(x: jax.Array, w: QuantArray, group_sizes: jax.Array) -> jax.A
         codes = {name: v[expert] for name, v in w.fields.items() if name not in scales}
         return matmul(x, QuantArray({**scales, **codes}, w.type))
 
-    # Within a loop the gradient would otherwise keep the codes of every tile.
-    y = (
-        jax.vmap(one)((cut, expert, scales))
-        if size == 1
-        else jax.lax.map(jax.checkpoint(one, prevent_cse=False), (cut, expert, scales))
-    )
+    if size == 1:
+        y = jax.vmap(one)((cut, expert, scales))
+    else:  # a loop whose gradient would otherwise keep the codes of every tile
+        y = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (cut, expert, scales))
     return y.reshape(tiles * size, -1).at[place].get(mode="fill", fill_value=0)
 
 
 def _tiles(group_sizes: jax.Array, rows: int, size: int, tiles: int) -> tuple[jax.Array, jax.Array]:
     """For each row its place among tiles * size, beyond them for a row of no group; and for each tile its expert."""
-    ends = jnp.minimum(jnp.cumsum(group_sizes), rows)
-    starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
-    tile_ends = jnp.cumsum(-(-(ends - starts) // size))
-    first_tile = jnp.concatenate([jnp.zeros(1, ends.dtype), tile_ends[:-1]])
+    sizes = group_sizes.astype(jnp.int32)  # or narrow ones would overflow where they are summed
+    ends, counts = jnp.cumsum(sizes), -(-sizes // size)
+    starts, tile_ends = ends - sizes, jnp.cumsum(counts)
+    first_tile = tile_ends - counts
     row = jnp.arange(rows)
     expert = jnp.searchsorted(ends, row, side="right")
     held = jnp.minimum(expert, len(group_sizes) - 1)

@@ -49,7 +49,7 @@ class Experts(nnx.Module):
     def __call__(self, inputs: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """[rows, in_features], sorted by expert, and the rows of each -> [rows, out_features]: `jax.lax.ragged_dot`."""
         kernel = self.kernel.get_value()
-        dtype = self.dtype or jnp.result_type(inputs, kernel)
+        dtype = jnp.result_type(inputs, kernel) if self.dtype is None else self.dtype
         return jax.lax.ragged_dot(jnp.asarray(inputs, dtype), jnp.asarray(kernel, dtype), group_sizes)
 
 

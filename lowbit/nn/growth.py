@@ -80,7 +80,7 @@ class Watch(nnx.Module):
         return self._note(self.layer.attend(*args, **kwargs))
 
     def _note(self, value: jax.Array) -> jax.Array:
-        if isinstance(value, jax.core.Tracer):  # within nnx.scan: known, slice by slice, only when it runs
+        if isinstance(value, jax.core.Tracer):  # in nnx.scan: known, slice by slice, only when it runs
             jax.debug.callback(partial(self.seen, self.path), value, ordered=True)
         else:
             jax.effects_barrier()
@@ -104,8 +104,8 @@ def compare(
       batch: what `call` takes.
       call: `call(model, batch)`; `model(batch)` by default. It runs uncompiled, and returns one array.
 
-    A layer that runs several times has several rows, and so has one that `nnx.scan` runs slice by slice. Raises
-    ValueError when the models do not run the same layers, and TypeError for what is no module.
+    A layer that runs several times has several rows, and so has one that `nnx.scan` or `nnx.vmap` runs slice by
+    slice. Raises ValueError when the models do not run the same layers, and TypeError for what is no module.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb

@@ -51,6 +51,13 @@ def test_is_ragged_dot(rows: int) -> None:
         np.testing.assert_array_equal(got, want, err_msg=str(sizes))
 
 
+def test_group_sizes_of_narrow_types() -> None:
+    w, dense = quantized(3)
+    x, sizes = wholes(300, 8), [100, 120, 80]
+    want = lax.ragged_dot(x, dense, jnp.array(sizes))
+    np.testing.assert_array_equal(lb.grouped_matmul(x, w, jnp.array(sizes, jnp.uint8)), want)
+
+
 @pytest.mark.parametrize("rows", [7, 2])
 def test_gradients_are_those_of_ragged_dot(rows: int) -> None:
     """Also where rows of no expert hold NaN."""

@@ -207,9 +207,16 @@ def test_scales_of_a_scanned_model_train(tmp_path: Path) -> None:
     assert folded.blocks.kernel.type == q.blocks.kernel.type
     moved = np.asarray(folded.blocks.kernel.alpha[...] - q.blocks.kernel.alpha[...])
     assert moved.shape == (3, 1, 8, 2) and all(np.any(moved[i]) for i in range(3))
-    lb.save(folded, tmp_path / "model.safetensors")
-    back = lb.load(tmp_path / "model.safetensors", into=nnx.eval_shape(lambda: lb.quantize(Scanned(), fast(ONE))))
-    assert_same(arrays(back), arrays(folded))
+    path = tmp_path / "model.safetensors"
+    lb.save(folded, path)
+    abstract = nnx.eval_shape(lambda: lb.quantize(Scanned(), fast(ONE)))
+    assert_same(arrays(lb.load(path, into=abstract)), arrays(folded))
+    short = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape[1:]), a.dtype), nnx.state(abstract.blocks))
+    nnx.update(abstract.blocks, short)
+    with pytest.raises(
+        lb.CheckpointError, match=r"is stored as float32\[3, 8\], but the model's Param is float32\[2, 8\]$"
+    ):
+        lb.load(path, into=abstract)
 
 
 def test_the_report_counts_every_slice() -> None:
@@ -240,6 +247,14 @@ def test_comparing_scanned_models_has_a_row_a_slice() -> None:
     found = lb.compare(model, lb.quantize(model, fast({"blocks": ONE, "head": lb.bcq(1)})), wholes(4, 8))
     assert [r.layer for r in found.rows] == ["blocks"] * 3 + ["head", "(output)"]
     assert [r.relative_error for r in found.rows[:3]] == [0.0] * 3 and found.rows[3].relative_error > 0
+
+
+def test_comparing_layers_that_vmap_runs() -> None:
+    model = nnx.Dict(blocks=Scanned().blocks)
+    q = lb.quantize(model, lb.uniform(2))
+    run = lambda m, x: nnx.vmap(lambda layer, x: layer(x))(m.blocks, x)  # noqa: E731
+    rows = lb.compare(model, q, wholes(3, 2, 8), run).rows
+    assert [r.layer for r in rows] == ["blocks"] * 3 + ["(output)"] and 0 < rows[0].relative_error < 1
 
 
 def test_embeddings_stacked_by_vmap() -> None:
