@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit.array import QuantArray, QuantType, expect_array
+from lowbit.array import QuantArray, QuantType, expect_array, over_stack
 from lowbit.ir.build import contract, param
 from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.ir.expr import Expr, Param
@@ -57,8 +57,11 @@ def matmul(x: jax.Array, w: QuantArray) -> jax.Array:
     The result has x's dtype. Gradients reach x and every float field of `w`; codes have none. Forward mode is not
     supported. A batch of symbolic size, as in `jax.export`, is computed as rows, each in the form chosen for one row.
 
+    With a stack of weights, x [*stack, ..., k] gives [*stack, ..., n]: each slice multiplies its own rows. x begins
+    with exactly the axes of the stack; nothing is broadcast, and [*stack, k] is one row a slice.
+
     Raises TypeError for an x that is not floating or a w that is no QuantArray, ValueError when x's last dim is not w's
-    k (both sizes are named).
+    k or its first ones are not w's stack (both sizes are named).
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> w = lb.quantize_array(jnp.eye(8, 4), lb.bcq(2, group=8))
@@ -69,16 +72,24 @@ def matmul(x: jax.Array, w: QuantArray) -> jax.Array:
     sizes = dict(expect_array(w, "matmul").type.dims)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x is {x.dtype}[{', '.join(map(str, x.shape))}]; matmul takes floating activations: cast it")
+    if stack := w.stack:
+        if x.ndim <= len(stack) or x.shape[: len(stack)] != stack:
+            raise ValueError(
+                f"x has shape {x.shape}, but w is a stack {list(stack)} of {w.type}: x must begin with the axes of the "
+                f"stack and end with k = {sizes['k']}; jnp.broadcast_to gives every slice the same x"
+            )
+        y: jax.Array = over_stack(lambda one, x: matmul(x, one), w, x)
+        return y
     _check_last_dim(x.shape, w.type)
     batch, rows = x.shape[:-1], prod(x.shape[:-1])
     if rows == 0:
         return jnp.zeros((*batch, sizes["n"]), x.dtype)
     flat = x.reshape(rows, sizes["k"])
     if isinstance(rows, int):
-        y = _matmul(w.type, flat, w.fields)
+        out = _matmul(w.type, flat, w.fields)
     else:
-        y = jax.vmap(lambda row: _matmul(w.type, row[None], w.fields)[0])(flat)
-    return y.reshape(*batch, sizes["n"])
+        out = jax.vmap(lambda row: _matmul(w.type, row[None], w.fields)[0])(flat)
+    return out.reshape(*batch, sizes["n"])
 
 
 def _check_last_dim(shape: Sequence[int], t: QuantType) -> None:
@@ -90,8 +101,8 @@ def _check_last_dim(shape: Sequence[int], t: QuantType) -> None:
 def take(w: QuantArray, ids: jax.Array) -> jax.Array:
     """Rows of a quantized table with dims n and k: ids [...] to [..., k] in w's dtype. Only those rows are decoded.
 
-    Raises TypeError for ids that are not integers or a w that is no QuantArray. As in `jnp.take`, negative ids count
-    from the end and an id out of range gives NaN.
+    Raises TypeError for ids that are not integers or a w that is no QuantArray, ValueError for a stack of tables. As in
+    `jnp.take`, negative ids count from the end and an id out of range gives NaN.
 
     >>> import jax.numpy as jnp, lowbit as lb, lowbit.ops
     >>> table = lb.quantize_array(jnp.ones((8, 4)), lb.uniform(4), dims=("n", "k"))
@@ -102,6 +113,8 @@ def take(w: QuantArray, ids: jax.Array) -> jax.Array:
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"ids are {ids.dtype}[{', '.join(map(str, ids.shape))}]; rows are taken by integer ids")
     sizes = dict(expect_array(w, "take").type.dims)
+    if w.stack:
+        raise ValueError(f"w is a stack {list(w.stack)} of {w.type}: take rows of one table, or use jax.vmap or scan")
     if ids.size == 0:
         return jnp.zeros((*ids.shape, sizes["k"]), w.dtype)
     few = w.type.resized(n=ids.size)

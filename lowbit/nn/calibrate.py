@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lowbit.nn.kernel import expect_module
+from lowbit.nn.kinds import KINDS, NAMES, refusal, weight
 from lowbit.nn.linen import opened
 
 
@@ -18,10 +20,12 @@ from lowbit.nn.linen import opened
 class LayerStats:
     """The inputs of one layer's product, over every row that it was given.
 
+    Of a stack of matrices each slice has its own, with its axes before k; k runs as in the quantized layer.
+
     Attributes:
       second_moment: float32 [k], the mean of x squared for each input: how much an error in its weights costs.
       largest: float32 [k], the largest |x| of each input.
-      rows: how many rows were seen.
+      rows: how many rows were seen, by each slice.
     """
 
     second_moment: jax.Array
@@ -36,15 +40,19 @@ class Seen(nnx.Variable[jax.Array]):
 class Probe(nnx.Module):
     """A layer that keeps count of what it is multiplied with, and otherwise behaves like the one inside."""
 
-    def __init__(self, layer: nnx.Linear | nnx.Embed, inputs: int) -> None:
+    def __init__(self, layer: Any) -> None:
         self.layer = layer
-        self.rows = Seen(jnp.zeros((), jnp.float32))
+        kind = KINDS[type(layer)]
+        view = kind.view(layer)
+        lead, stack = view.lead(weight(layer).get_value()), () if kind.shares else view.sizes(view.stack)
+        inputs = (*lead, *stack, prod(view.sizes(view.summed)))
+        self.rows = Seen(jnp.zeros(lead, jnp.float32))
         self.second_moment = Seen(jnp.zeros(inputs, jnp.float32))
         self.largest = Seen(jnp.zeros(inputs, jnp.float32))
 
     def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        if isinstance(self.layer, nnx.Linear):
-            self.see(inputs)
+        if not isinstance(self.layer, nnx.Embed):
+            self.see(KINDS[type(self.layer)].rows(self.layer, inputs))
         return self.layer(inputs, *args, **kwargs)
 
     def attend(self, query: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
@@ -53,14 +61,15 @@ class Probe(nnx.Module):
         return self.layer.attend(query, *args, **kwargs)
 
     def see(self, x: jax.Array) -> None:
-        """Moves the running means towards those of the rows [..., k]: no sum grows until it swallows its terms."""
-        flat = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+        """Moves the running means towards those of x [*stack, ..., k]: no sum grows until it swallows its terms."""
         rows, mean = self.rows.get_value(), self.second_moment.get_value()
-        total = rows + flat.shape[0]
-        share = flat.shape[0] / jnp.maximum(total, 1)
-        self.second_moment.set_value(mean + ((flat**2).sum(0) / max(1, flat.shape[0]) - mean) * share)
+        flat = x.astype(jnp.float32).reshape(*mean.shape[:-1], -1, mean.shape[-1])
+        count = flat.shape[-2]
+        total = rows + count
+        share = count / jnp.maximum(total, 1)
+        self.second_moment.set_value(mean + ((flat**2).sum(-2) / max(1, count) - mean) * share)
         largest = self.largest.get_value()
-        self.largest.set_value(jnp.maximum(largest, jnp.abs(flat).max(0, initial=0.0)))
+        self.largest.set_value(jnp.maximum(largest, jnp.abs(flat).max(-2, initial=0.0)))
         self.rows.set_value(total)
 
     def __getattr__(self, name: str) -> Any:
@@ -93,15 +102,14 @@ def calibrate(
     """
     expect_module(model, "calibrate")
     model = opened(model)
-    if not any(type(m) in (nnx.Linear, nnx.Embed) for _, m in nnx.iter_modules(model)):
-        raise ValueError(f"{type(model).__name__} holds no nnx.Linear or nnx.Embed: there is nothing to calibrate")
+    if not any(type(m) in KINDS for _, m in nnx.iter_modules(model)):
+        raise ValueError(f"{type(model).__name__} holds no {NAMES}: there is nothing to calibrate")
     found: dict[str, Probe] = {}
 
     def probe(path: tuple[Any, ...], node: Any) -> Any:
-        if type(node) not in (nnx.Linear, nnx.Embed):
+        if type(node) not in KINDS or refusal(node):
             return node
-        inputs = node.in_features if isinstance(node, nnx.Linear) else node.features
-        return found.setdefault("/".join(map(str, path)), Probe(node, inputs))
+        return found.setdefault("/".join(map(str, path)), Probe(node))
 
     probed = nnx.recursive_map(probe, nnx.clone(model))
     run = nnx.jit(call or (lambda m, batch: m(batch)))
@@ -116,4 +124,4 @@ def calibrate(
 
 
 def _stats(p: Probe) -> LayerStats:
-    return LayerStats(p.second_moment.get_value(), p.largest.get_value(), int(p.rows.get_value()))
+    return LayerStats(p.second_moment.get_value(), p.largest.get_value(), int(p.rows.get_value().max()))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowbit.array import QuantArray, QuantType, expect_array
 from lowbit.formats.bcq import bcq
@@ -127,16 +128,17 @@ def quantize_array(
     name: str = "the weight",
     importance: jax.Array | None = None,
 ) -> QuantArray:
-    """Quantize one matrix.
+    """Quantize one matrix, or a stack of them, one after the other.
 
     Args:
-      w: a float matrix, [k, n] as in a Flax kernel; with `dims=("n", "k")`, [n, k] as in an embedding.
+      w: a float matrix, [k, n] as in a Flax kernel; with `dims=("n", "k")`, [n, k] as in an embedding. Axes before
+        these two are a stack of matrices, each quantized on its own.
       fmt: the format, such as `lb.bcq(3, group=128)`.
       quantizer: how to find codes and scales; the format's default if None.
-      dims: the order of w's dims: n outputs (or rows), k summed inputs.
+      dims: the order of w's last two dims: n outputs (or rows), k summed inputs.
       name: what errors call the weight.
-      importance: nonnegative [k], how much the squared error of each input counts. Only binary-coding solvers, and
-        quantizers with `takes_importance = True`, are given it.
+      importance: nonnegative [k], or for a stack what broadcasts to [*stack, k]: how much the squared error of each
+        input counts. Only binary-coding solvers, and quantizers with `takes_importance = True`, are given it.
 
     Raises TypeError for a weight that is not floating, ValueError for NaN or inf, or one that is not a matrix.
 
@@ -148,13 +150,26 @@ def quantize_array(
         raise TypeError(f"{fmt!r} is not a format such as lb.bcq(3, group=128)")
     w = jnp.asarray(w)
     check_weight(w, name)
-    type_ = QuantType(tuple(zip(dims, w.shape, strict=True)), short(w.dtype), fmt)
+    stack, shape = w.shape[:-2], w.shape[-2:]
+    type_ = QuantType(tuple(zip(dims, shape, strict=True)), short(w.dtype), fmt)
     solver = quantizer or _default(fmt)
-    rows = w if dims[0] == "n" else w.T
     if importance is None or not getattr(solver, "takes_importance", False):
-        array = QuantArray.of(solver(rows, fmt), type_)
+        weights = None
     else:
-        array = QuantArray.of(solver(rows, fmt, _positive(importance, rows.shape[1], name)), type_)  # type: ignore[call-arg]
+        weights = _positive(importance, stack, dict(type_.dims)["k"], name)
+
+    def one(at: tuple[int, ...]) -> QuantArray:
+        f = None if weights is None else weights[at]
+        return _quantize(w[at], type_, solver, f, f"{name}, slice {list(at)}," if at else name)
+
+    slices = [one(at) for at in np.ndindex(stack)]
+    return jax.tree.map(lambda *a: jnp.stack(a).reshape(*stack, *a[0].shape), *slices) if stack else slices[0]
+
+
+def _quantize(w: jax.Array, t: QuantType, solver: Quantizer, importance: jax.Array | None, name: str) -> QuantArray:
+    rows = w if t.dims[0][0] == "n" else w.T
+    fields = solver(rows, t.format) if importance is None else solver(rows, t.format, importance)  # type: ignore[call-arg]
+    array = QuantArray.of(fields, t)
     _check_range(array, w, name)
     return array
 
@@ -177,7 +192,8 @@ def to_bcq(w: QuantArray) -> QuantArray:
     scale, zero = w.fields["scale"].astype(jnp.float32), w.fields["zero"].astype(jnp.float32)
     half = jnp.array([2.0 ** (p - 1) for p in range(fmt["bits"])], jnp.float32)[:, None, None]
     beta = scale * ((2 ** fmt["bits"] - 1) / 2 - zero)
-    fields = {"planes": w.fields["planes"], "alpha": half * scale[None], "beta": beta}
+    alpha = half.reshape((1,) * len(w.stack) + half.shape) * scale[..., None, :, :]
+    fields = {"planes": w.fields["planes"], "alpha": alpha, "beta": beta}
     return QuantArray.of(fields, replace(w.type, format=new))
 
 
@@ -192,11 +208,15 @@ def _expect(fmt: Format, names: str | tuple[str, ...], who: Any) -> None:
         raise TypeError(f"{who} makes {names if isinstance(names, str) else ' or '.join(names)}, not {fmt}")
 
 
-def _positive(importance: jax.Array, k: int, name: str) -> jax.Array:
-    """No input counts for nothing: its weights would be anything."""
-    if importance.shape != (k,):
-        raise ValueError(f"{name} has {k} inputs, but the importance has shape {importance.shape}")
-    return jnp.maximum(importance, 1e-4 * importance.mean() + jnp.finfo(jnp.float32).tiny)
+def _positive(importance: jax.Array, stack: tuple[int, ...], k: int, name: str) -> jax.Array:
+    """For every slice; no input counts for nothing: its weights would be anything."""
+    fits = importance.shape[-1:] == (k,) and importance.ndim <= len(stack) + 1
+    ends = zip(importance.shape[:-1][::-1], stack[::-1], strict=False)
+    if not fits or any(own not in (1, size) for own, size in ends):
+        inputs = f"{list(stack)} slices of {k}" if stack else k
+        raise ValueError(f"{name} has {inputs} inputs, but the importance has shape {importance.shape}")
+    least = 1e-4 * importance.mean(-1, keepdims=True) + jnp.finfo(jnp.float32).tiny
+    return jnp.broadcast_to(jnp.maximum(importance, least), (*stack, k))
 
 
 def check_weight(w: jax.Array, name: str) -> None:
@@ -204,7 +224,7 @@ def check_weight(w: jax.Array, name: str) -> None:
     dense = "or leave it dense, in a model by a rule with the format None"
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"{name} is {w.dtype}{list(w.shape)}: cast it to a floating type, {dense}")
-    if w.ndim != 2 or w.size == 0:
+    if w.ndim < 2 or w.size == 0:
         raise ValueError(f"{name} has shape {w.shape}: give a matrix with at least one entry, {dense}")
     if not isinstance(w, jax.core.Tracer):
         bad = w.size - int(jnp.isfinite(w).sum())

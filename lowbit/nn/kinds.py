@@ -1,0 +1,88 @@
+"""The kinds of layers that can be quantized: one table for `quantize`, `calibrate`, `compare` and `report`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lowbit.nn.conv import Conv, conv_rows, conv_view
+from lowbit.nn.einsum import Einsum, einsum_rows, einsum_view
+from lowbit.nn.experts import Experts, QuantizedExperts, experts_view
+from lowbit.nn.general import LinearGeneral, general_rows, general_view
+from lowbit.nn.kernel import Kernel
+from lowbit.nn.layers import Embed, Linear, embed_view, linear_view
+from lowbit.nn.view import View
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of dense layer.
+
+    Attributes:
+      quantized: the class of the layer that takes its place.
+      make: from the dense layer and its quantized weight.
+      view: how its weight is a stack of matrices; raises ValueError with the reason if it is none.
+      rows: from a dense layer and an input of its product to what the matrices multiply, [*stack, ..., k]; [..., k] if
+        the stack `shares` its rows, which are then measured together.
+      attribute: that holds the weight.
+    """
+
+    quantized: type[nnx.Module]
+    make: Callable[[Any, Kernel], nnx.Module]
+    view: Callable[[Any], View]
+    rows: Callable[[Any, jax.Array], jax.Array] = lambda layer, inputs: inputs
+    attribute: str = "kernel"
+    shares: bool = False
+
+
+KINDS: Mapping[type[nnx.Module], Kind] = {
+    nnx.Linear: Kind(Linear, lambda layer, kernel: Linear(kernel, layer.bias, layer.dtype), linear_view),
+    nnx.Embed: Kind(Embed, lambda layer, kernel: Embed(kernel, layer.dtype), embed_view, attribute="embedding"),
+    nnx.LinearGeneral: Kind(LinearGeneral, LinearGeneral, general_view, general_rows),
+    nnx.Einsum: Kind(Einsum, Einsum, einsum_view, einsum_rows),
+    nnx.Conv: Kind(Conv, Conv, conv_view, conv_rows),
+    Experts: Kind(QuantizedExperts, QuantizedExperts, experts_view, shares=True),
+}
+"""Dense layers by their exact type: a subclass may compute something else."""
+
+QUANTIZED = frozenset(kind.quantized for kind in KINDS.values())
+_PLACES = {dense: "lb.nn" if dense.__module__.startswith("lowbit") else "nnx" for dense in KINDS}
+NAMES = " or ".join(", ".join(f"{_PLACES[d]}.{d.__name__}" for d in KINDS).rsplit(", ", 1))
+OPTIONS = (
+    "dot_general", "dot_general_cls", "einsum_op", "conv_general_dilated", "promote_dtype", "preferred_element_type",
+    "mask",
+)  # fmt: skip
+"""Options of layers that change what they compute, so that only their defaults can be quantized."""
+
+
+def weight(layer: Any) -> nnx.Variable[Any]:
+    """The Variable that holds the weight of a dense layer of a known kind."""
+    variable: nnx.Variable[Any] = getattr(layer, KINDS[type(layer)].attribute)
+    return variable
+
+
+def dense_matrices(layer: Any) -> Any:
+    """A layer's dense weight, [*stack, k, n]."""
+    return KINDS[type(layer)].view(layer).matrices(jnp.asarray(weight(layer).get_value()))
+
+
+def refusal(layer: Any) -> str | None:
+    """Why a layer cannot be quantized and what to do, or None if it can."""
+    usual = inspect.signature(type(layer).__init__).parameters
+    for name in OPTIONS:
+        if name in usual and getattr(layer, name) is not usual[name].default:
+            return f"its {name} is not the default one; leave it dense with a rule for its path with the format None"
+    value = weight(layer).get_value()
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return "its weight is abstract; nnx.eval_shape(lambda m: lb.quantize(m, rules), model) gives an abstract result"
+    try:
+        KINDS[type(layer)].view(layer).lead(value)
+    except ValueError as err:
+        return f"{err}; leave it dense with a rule for its path with the format None"
+    return None
