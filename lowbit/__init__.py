@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lowbit.formats import bcq as bcq
     from lowbit.formats import register_format as register_format
     from lowbit.formats import uniform as uniform
+    from lowbit.grouped import grouped_matmul as grouped_matmul
     from lowbit.io import CheckpointError as CheckpointError
     from lowbit.nn import Code as Code
     from lowbit.nn import Codebook as Codebook
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from lowbit.nn import report as report
     from lowbit.nn import save as save
     from lowbit.ops import matmul as matmul
-    from lowbit.ops import plan as plan
+    from lowbit.planning import plan as plan
     from lowbit.quantizers import alternating as alternating
     from lowbit.quantizers import greedy as greedy
     from lowbit.quantizers import quantize_array as quantize_array
@@ -45,7 +46,7 @@ __version__ = "0.1.0"
 _HOME = {
     "QuantArray": "array", "QuantType": "array", "dequantize": "array",
     "Format": "formats", "bcq": "formats", "register_format": "formats", "uniform": "formats",
-    "matmul": "ops", "plan": "ops",
+    "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
     "CheckpointError": "io",
     "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "calibrate": "nn", "compare": "nn", "explain": "nn",
     "load": "nn", "quantize": "nn", "report": "nn", "save": "nn",

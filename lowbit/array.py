@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from math import prod
@@ -139,13 +139,17 @@ def _fields(t: QuantType) -> dict[str, Param]:
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True, eq=False)
 class QuantArray:
-    """A quantized matrix.
+    """A quantized matrix, or a stack of them.
 
     Invariants, checked by `QuantArray.of` and not when a pytree is rebuilt (so that tree_map and stacking work):
 
-    - `fields` has exactly the names of `type.fields`, each with the shape and dtype of that leaf;
+    - `fields` has exactly the names of `type.fields`, each with the dtype of that leaf and, after the axes of the stack
+      (none for one matrix), its shape;
     - codes lie within the range their leaf states;
-    - the logical array is `type.decode` of the fields, in `type.dtype`, dims in the order of `type.dims`.
+    - the logical array is `type.decode` of the fields, in `type.dtype`, dims in the order of `type.dims`, after the
+      axes of the stack.
+
+    So the type is that of one slice: `jax.vmap`, `jax.lax.scan` and stacking with tree_map leave it as it is.
     """
 
     fields: dict[str, jax.Array]
@@ -157,11 +161,18 @@ class QuantArray:
         if fields.keys() != type.fields.keys():
             raise ValueError(f"{type.format} stores {sorted(type.fields)}, but the fields are {sorted(fields)}")
         arrays = {name: jnp.asarray(fields[name]) for name in type.fields}
+        stacks = {name: _stack(arrays[name].shape, leaf) for name, leaf in type.fields.items()}
+        first = next(iter(stacks))
         for name, leaf in type.fields.items():
             a = arrays[name]
-            if a.shape != tuple(leaf.dims.values()) or a.dtype != numpy_dtype(leaf.dtype):
+            if a.shape != (*stacks[name], *leaf.dims.values()) or a.dtype != numpy_dtype(leaf.dtype):
                 given = f"{a.dtype}{list(a.shape)}"
                 raise ValueError(f"{type.format} stores {name!r} as {leaf.type}, but the array is {given}")
+            if stacks[name] != stacks[first]:
+                raise ValueError(
+                    f"{first!r} is a stack {list(stacks[first])} of {type.fields[first].type}, but {name!r} is a stack "
+                    f"{list(stacks[name])} of {leaf.type}: every field has the same leading axes"
+                )
             if leaf.within is not None and not isinstance(a, jax.core.Tracer) and a.size:
                 low, high = int(a.min()), int(a.max())
                 if low < leaf.within[0] or high > leaf.within[1]:
@@ -170,21 +181,28 @@ class QuantArray:
         return QuantArray(arrays, type)
 
     @property
+    def stack(self) -> tuple[int, ...]:
+        """The leading axes that every field has, () for one matrix."""
+        name, leaf = next(iter(self.type.fields.items()))
+        return _stack(getattr(self.fields[name], "shape", ()), leaf)
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        return self.type.shape
+        return (*self.stack, *self.type.shape)
 
     @property
     def ndim(self) -> int:
-        return len(self.type.dims)
+        return len(self.shape)
 
     @property
     def dtype(self) -> Any:
         return numpy_dtype(self.type.dtype)
 
     def __repr__(self) -> str:
+        stack = f"stack {list(self.stack)} of " if self.stack else ""
         # After a tree_map the fields may be anything.
         fields = (f"{n} {v.dtype}{list(v.shape)}" for n, v in self.fields.items() if hasattr(v, "shape"))
-        return f"QuantArray({self.type}, {self.type.bits_per_weight:.3g} bits/weight: {', '.join(fields)})"
+        return f"QuantArray({stack}{self.type}, {self.type.bits_per_weight:.3g} bits/weight: {', '.join(fields)})"
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, jax.Array]], tuple[tuple[str, ...], QuantType]]:
         names = tuple(self.fields)
@@ -194,6 +212,18 @@ class QuantArray:
     def tree_unflatten(cls, aux: tuple[tuple[str, ...], QuantType], leaves: Any) -> QuantArray:
         names, type_ = aux
         return cls(dict(zip(names, leaves, strict=True)), type_)
+
+
+def _stack(shape: tuple[int, ...], leaf: Param) -> tuple[int, ...]:
+    """The axes of a stored array before those of its leaf."""
+    return tuple(shape[: max(0, len(shape) - len(leaf.dims))])
+
+
+def over_stack(f: Callable[..., Any], w: QuantArray, *args: Any) -> Any:
+    """`f(slice, *args)` for each slice of a stack: arguments and results begin with the axes of the stack."""
+    for _ in w.stack:
+        f = jax.vmap(f)
+    return f(w, *args)
 
 
 def expect_array(w: Any, who: str) -> QuantArray:
@@ -207,22 +237,19 @@ def expect_array(w: Any, who: str) -> QuantArray:
 def dequantize(w: QuantArray) -> jax.Array:
     """The dense array that `w` stands for, in its logical shape and dtype. Differentiable in scales and codebooks.
 
-    Raises TypeError for what is no QuantArray.
+    Of a stack every slice is decoded: [*stack, k, n]. Raises TypeError for what is no QuantArray.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> w = lb.quantize_array(jnp.ones((8, 4)), lb.uniform(4))
     >>> lb.dequantize(w).shape
     (8, 4)
     """
-    return _dequantize(expect_array(w, "dequantize").type, w.fields)
-
-
-def _dequantize(t: QuantType, fields: Mapping[str, jax.Array]) -> jax.Array:
-    return _dequantize_jit(t, dict(fields))
+    dense: jax.Array = over_stack(lambda one: _dequantize(one.type, one.fields), expect_array(w, "dequantize"))
+    return dense
 
 
 @partial(jax.jit, static_argnums=0)
-def _dequantize_jit(t: QuantType, fields: dict[str, jax.Array]) -> jax.Array:
+def _dequantize(t: QuantType, fields: dict[str, jax.Array]) -> jax.Array:
     value = align(emit(t.decode, fields), t.decode.dims, dict(t.dims))
     return value.astype(numpy_dtype(t.dtype))
 

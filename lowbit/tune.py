@@ -18,6 +18,7 @@ from flax import nnx
 from lowbit.array import QuantArray, QuantType
 from lowbit.formats.planes import group_size
 from lowbit.ir.dtypes import numpy_dtype
+from lowbit.ir.expr import Param
 from lowbit.nn.kernel import Kernel, Scale, kernels
 
 M = TypeVar("M", bound=nnx.Module)
@@ -114,8 +115,13 @@ def _fold(kernel: Kernel) -> Kernel:
     for field, dim, _at in kernel.type.splits:
         leaf = canonical.fields[field]
         parts = [fields.pop(n).astype(jnp.float32) for n in (f"{field}_first", f"{field}_rest") if n in fields]
-        fields[field] = jnp.concatenate(parts, list(leaf.dims).index(dim)).astype(numpy_dtype(leaf.dtype))
+        fields[field] = jnp.concatenate(parts, _axis(leaf, dim)).astype(numpy_dtype(leaf.dtype))
     return Kernel(QuantArray.of(fields, canonical), kernel.stats.get_value())
+
+
+def _axis(leaf: Param, dim: str) -> int:
+    """From the end: the axes of a stack come first."""
+    return list(leaf.dims).index(dim) - len(leaf.dims)
 
 
 def _prepare(kernel: Kernel, which: str, offsets: bool) -> tuple[Kernel, list[str]]:
@@ -132,8 +138,7 @@ def _prepare(kernel: Kernel, which: str, offsets: bool) -> tuple[Kernel, list[st
         kernel = _fold(kernel)
     fields = dict(kernel.array.fields)
     for field, dim, at in splits if new != kernel.type else ():
-        axis, whole = list(canonical.fields[field].dims).index(dim), fields.pop(field)
-        first, rest = jnp.split(whole, [at], axis)
+        first, rest = jnp.split(fields.pop(field), [at], _axis(canonical.fields[field], dim))
         fields[f"{field}_first"] = first.astype(jnp.float32)
         if rest.size:
             fields[f"{field}_rest"] = rest

@@ -12,6 +12,7 @@ from flax import nnx
 
 import lowbit as lb
 from lowbit.array import QuantArray
+from lowbit.nn.kinds import KINDS, weight
 from lowbit.testing.tolerance import gamma, unit
 
 Array = np.ndarray[Any, Any]
@@ -146,3 +147,27 @@ def product_bound(x: Any, w: QuantArray, out: Any) -> Array:
     terms = k * (2 * bits + 4) + 2 * bits + 4
     # 3: the planes b = (s + 1) / 2 apart from their affine are at most three times the signed sum.
     return size * (3 * gamma(terms, "float32") * (1 + unit(out)) + unit(out))
+
+
+def whole(layer: Any, group: int | None = None, seed: int = 0) -> Any:
+    """The layer with a weight that `lb.bcq(1, group)` stores without error, and with a bias.
+
+    Every group of a matrix has a whole magnitude of its own, and signs: products with whole inputs are exact in float32
+    whatever the order of their sums, so a quantized layer must equal the dense one.
+    """
+    view, variable = KINDS[type(layer)].view(layer), weight(layer)
+    shape = view.matrices(variable.get_value()).shape
+    rng, k = np.random.default_rng(seed), view.dims.index("k") - 2
+    each = np.arange(shape[k]) // (group or shape[k])
+    size = rng.integers(1, 5, (*shape[:-2], shape[-1 if k == -2 else -2], each[-1] + 1))
+    sign = rng.choice([-1.0, 1.0], shape)
+    magnitude = np.take(size, each, -1)
+    matrices = sign * (magnitude.swapaxes(-1, -2) if k == -2 else magnitude)
+    variable.set_value(view.kernel(jnp.asarray(matrices, variable.dtype)))
+    if getattr(layer, "bias", None) is not None:
+        layer.bias.set_value(jnp.asarray(rng.integers(-3, 4, layer.bias.shape), layer.bias.dtype))
+    return layer
+
+
+def wholes(*shape: int, seed: int = 1) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(-3, 4, shape), "float32")

@@ -4,6 +4,11 @@ from lowbit.nn.calibrate import LayerStats as LayerStats
 from lowbit.nn.calibrate import calibrate as calibrate
 from lowbit.nn.checkpoint import load as load
 from lowbit.nn.checkpoint import save as save
+from lowbit.nn.conv import Conv as Conv
+from lowbit.nn.einsum import Einsum as Einsum
+from lowbit.nn.experts import Experts as Experts
+from lowbit.nn.experts import QuantizedExperts as QuantizedExperts
+from lowbit.nn.general import LinearGeneral as LinearGeneral
 from lowbit.nn.growth import Comparison as Comparison
 from lowbit.nn.growth import compare as compare
 from lowbit.nn.kernel import Code as Code

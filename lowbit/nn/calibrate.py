@@ -13,6 +13,7 @@ from flax import nnx
 
 from lowbit.nn.gradients import Means, differentiated
 from lowbit.nn.kernel import expect_module
+from lowbit.nn.kinds import KINDS, NAMES, refusal
 from lowbit.nn.linen import opened
 from lowbit.nn.probe import Probe, probes
 from lowbit.nn.rules import Rules, as_rules, assign, needed
@@ -34,12 +35,15 @@ class LayerStats:
     Attributes:
       second_moment: float32 [k], the mean of x squared for each input: how much an error in its weights costs.
       largest: float32 [k], the largest |x| of each input.
-      rows: how many rows were seen.
+      rows: how many rows were seen, by each slice.
       gradient_square: float32, of the weight's shape: the mean over *batches* of (dL/dw) squared, dL/dw summed over the
         rows of a batch and all places that use the weight: the diagonal of the empirical Fisher matrix, as SqueezeLLM
         (Kim et al., ICML 2024) weighs errors if each batch is one sequence. A numpy array, on the host.
       output_gradient: float32 [n], the mean over rows of (dL/dy) squared for each output, L being the loss of the row's
         batch: GuidedQuant's weights (Kim et al., ICML 2025), averaged over rows.
+
+    Of a stack of matrices each slice has its own, with its axes before k or n; k and n run as in the quantized layer.
+    The experts of a mixture are measured together.
     """
 
     second_moment: jax.Array | None
@@ -92,18 +96,19 @@ def calibrate(
     """
     expect_module(model, "calibrate")
     model = opened(model)
-    if not any(type(m) in (nnx.Linear, nnx.Embed) for _, m in nnx.iter_modules(model)):
-        raise ValueError(f"{type(model).__name__} holds no nnx.Linear or nnx.Embed: there is nothing to calibrate")
-    wanted = _wanted(model, statistics, rules)
+    found = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if type(m) in KINDS}
+    if not found:
+        raise ValueError(f"{type(model).__name__} holds no {NAMES}: there is nothing to calibrate")
+    wanted = _wanted(found, statistics, rules)
     gradients = {name for names in wanted.values() for name in names} & OF_GRADIENTS
     if loss is not None and call is not None:
         raise ValueError("both call= and loss= were given: leave out call, the loss runs the model")
     if gradients and loss is None:
         raise ValueError(f"{min(gradients)!r} is of gradients: give loss=, a function of (model, batch)")
     probed = _probed(model, wanted)
-    found, owners = probes(probed), _owners(probed)
+    owners, watched = _owners(probed), probes(probed)
     running = None if resume is None else Running(resume, model, wanted)
-    shapes = {owner: found[owner].weight.shape for path, owner in owners.items() if "gradient_square" in wanted[path]}
+    shapes = {owner: watched[owner].weight.shape for path, owner in owners.items() if "gradient_square" in wanted[path]}
     means = Means(shapes, running.folder if running else None)
     run = loss or call or (lambda m, batch: m(batch))
     step = nnx.jit(differentiated(run, means) if gradients else run)
@@ -117,21 +122,25 @@ def calibrate(
             running.keep(probed, means.count)
     if not means.count:
         raise ValueError("no batches were given: nothing was measured")
-    return {path: _stats(p, means, owners[path]) for path, p in found.items() if p.rows.get_value()}
+    return {path: _stats(p, means, owners[path]) for path, p in watched.items() if p.rows.get_value().any()}
 
 
-def _wanted(model: nnx.Module, statistics: Sequence[str] | None, rules: Rules | None) -> dict[str, frozenset[str]]:
+def _wanted(
+    found: Mapping[str, Any], statistics: Sequence[str] | None, rules: Rules | None
+) -> dict[str, frozenset[str]]:
     """What to measure of each layer by path; layers of which nothing is wanted are left out."""
-    paths = ["/".join(map(str, path)) for path, m in nnx.iter_modules(model) if type(m) in (nnx.Linear, nnx.Embed)]
     if rules is None:
         names = DEFAULT if statistics is None else tuple(statistics)
         if not names or not set(names) <= set(STATISTICS):
             raise ValueError(f"statistics={names!r} must be some of {', '.join(STATISTICS)}")
-        return dict.fromkeys(paths, frozenset(names))
+        return {path: frozenset(names) for path, layer in found.items() if not refusal(layer)}
     if statistics is not None:
         raise ValueError("both statistics= and rules= were given: leave one out")
-    chosen = {path: rule for path, rule in assign(as_rules(rules), paths, {}).items() if rule.format is not None}
-    needs = {path: frozenset(needed(rule)) for path, rule in chosen.items()}
+    assigned = assign(as_rules(rules), list(found), {})
+    needs = {path: frozenset(needed(rule)) for path, rule in assigned.items() if rule.format is not None}
+    for path in needs:  # `lb.quantize` would say it after hours
+        if reason := refusal(found[path]):
+            raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
     if not any(needs.values()):
         raise ValueError("no quantizer of these rules weighs errors by anything: there is nothing to calibrate")
     return {path: names for path, names in needs.items() if names}
@@ -143,7 +152,7 @@ def _probed(model: nnx.Module, wanted: Mapping[str, frozenset[str]]) -> nnx.Modu
 
     def probe(path: tuple[Any, ...], node: Any) -> Any:
         names = wanted.get("/".join(map(str, path)), frozenset())
-        if type(node) not in (nnx.Linear, nnx.Embed) or not names:
+        if type(node) not in KINDS or not names:
             return node
         return made.setdefault(id(node), Probe(node, names))
 
@@ -159,5 +168,5 @@ def _owners(probed: nnx.Module) -> dict[str, str]:
 def _stats(p: Probe, means: Means, owner: str) -> LayerStats:
     seen = {name: getattr(p, name).get_value() for name in p.wanted - {"gradient_square"}}
     square = means.mean(owner) if "gradient_square" in p.wanted else None
-    rows = int(p.rows.get_value())
+    rows = int(p.rows.get_value().max())
     return LayerStats(seen.get("second_moment"), seen.get("largest"), rows, square, seen.get("output_gradient"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import inf, log10
 from os import PathLike
 from typing import Any
@@ -15,10 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lowbit.nn.kernel import expect_module
-from lowbit.nn.layers import Embed, Linear
+from lowbit.nn.kinds import KINDS, QUANTIZED
 from lowbit.nn.linen import opened
-
-LAYERS = (nnx.Linear, nnx.Embed, Linear, Embed)
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,11 @@ class Watch(nnx.Module):
         return self._note(self.layer.attend(*args, **kwargs))
 
     def _note(self, value: jax.Array) -> jax.Array:
-        self.seen(self.path, value)
+        if isinstance(value, jax.core.Tracer):  # in nnx.scan: known, slice by slice, only when it runs
+            jax.debug.callback(partial(self.seen, self.path), value, ordered=True)
+        else:
+            jax.effects_barrier()
+            self.seen(self.path, value)
         return value
 
     def __getattr__(self, name: str) -> Any:
@@ -102,8 +105,8 @@ def compare(
       batch: what `call` takes.
       call: `call(model, batch)`; `model(batch)` by default. It runs uncompiled, and returns one array.
 
-    A layer that runs several times has several rows. Raises ValueError when the models do not run the same layers, and
-    TypeError for what is no module.
+    A layer that runs several times has several rows, and so has one that `nnx.scan` or `nnx.vmap` runs slice by
+    slice. Raises ValueError when the models do not run the same layers, and TypeError for what is no module.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb
@@ -127,11 +130,12 @@ def _outputs(model: nnx.Module, batch: Any, run: Callable[[Any, Any], Any]) -> l
     made: dict[int, Watch] = {}
 
     def watch(path: tuple[Any, ...], node: Any) -> Any:
-        if type(node) not in LAYERS:
+        if type(node) not in KINDS and type(node) not in QUANTIZED:
             return node
         return made.setdefault(id(node), Watch(node, "/".join(map(str, path)), lambda *seen: found.append(seen)))
 
     result = run(nnx.recursive_map(watch, nnx.clone(model)), batch)
+    jax.effects_barrier()
     return [*found, ("(output)", jnp.asarray(result))]
 
 

@@ -5,49 +5,54 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import reduce
 from operator import mul
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lowbit.nn.calibrate import LayerStats
+from lowbit.nn.kinds import KINDS, statistic_shape, weight
+from lowbit.nn.probe import SIDE
 from lowbit.nn.rules import Rule, needed
 
-SIDE = {"second_moment": "k", "largest": "k", "output_gradient": "n"}
-"""The dim of a statistic that has one number for each input or output; the others have the weight's shape."""
 
+def importance(stats: Mapping[str, LayerStats], path: str, rule: Rule, layer: Any) -> jax.Array | None:
+    """How much each squared error in a layer's matrices counts, as `quantize_array` takes it.
 
-def importance(
-    stats: Mapping[str, LayerStats], path: str, rule: Rule, dims: tuple[str, str], shape: tuple[int, ...]
-) -> jax.Array | None:
-    """How much each squared error in a layer's weight counts: [k] if only the input matters, or else of its shape.
-
-    None for a layer without statistics, and for a quantizer that needs none.
+    If only the inputs matter [*stack, k], with 1 for the axes of a stack that shares its rows, or else of the matrices'
+    shape. None for a layer without statistics, and for a quantizer that needs none.
     """
     names = needed(rule)
     if path not in stats or not names:
         return None
+    kind = KINDS[type(layer)]
+    view = kind.view(layer)
     values = {name: jnp.asarray(getattr(stats[path], name)) for name in names}
+    if kind.shares:
+        ones = tuple(range(-1 - len(view.stack), -1))
+        values = {name: jnp.expand_dims(v, ones) if name in SIDE else v for name, v in values.items()}
     if all(SIDE.get(name) == "k" for name in names):
         return reduce(mul, values.values())
-    placed = [jnp.expand_dims(v, 1 - dims.index(SIDE[name])) if name in SIDE else v for name, v in values.items()]
-    return jnp.broadcast_to(reduce(mul, placed), shape)
+    placed = [
+        jnp.expand_dims(v, -1 - view.dims.index(SIDE[name])) if name in SIDE else view.matrices(v)
+        for name, v in values.items()
+    ]
+    lead = view.lead(weight(layer).get_value())
+    return jnp.broadcast_to(reduce(mul, placed), (*lead, *view.sizes(view.stack), *map(view.size, view.dims)))
 
 
-def check_measured(
-    stats: Mapping[str, LayerStats], rules: Mapping[str, Rule], shapes: Mapping[str, dict[str, int]]
-) -> None:
+def check_measured(stats: Mapping[str, LayerStats], rules: Mapping[str, Rule], layers: Mapping[str, Any]) -> None:
     """Raises ValueError unless every statistic that a rule needs of a layer was measured, on a weight of its shape."""
     for path in sorted(stats.keys() & rules.keys()):
         for name in needed(rules[path]):
-            value, sizes = getattr(stats[path], name), shapes[path]
+            value, shape = getattr(stats[path], name), weight(layers[path]).shape
             if value is None:
                 raise ValueError(
                     f"the quantizer of layer {path!r} weighs errors by {name!r}, which stats does not have: "
                     "lb.calibrate(..., rules=rules) measures what the rules need"
                 )
-            shape = (sizes[SIDE[name]],) if name in SIDE else tuple(sizes.values())
-            if value.shape != shape:
+            if value.shape != (statistic_shape(layers[path], SIDE[name]) if name in SIDE else shape):
                 raise ValueError(
-                    f"stats has {name!r} of layer {path!r} with the shape {value.shape}, but the weight's is "
-                    f"{tuple(sizes.values())}: calibrate this model"
+                    f"stats has {name!r} of layer {path!r} with the shape {value.shape}, but the weight's is {shape}: "
+                    "calibrate this model"
                 )

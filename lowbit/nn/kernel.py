@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 import jax
@@ -29,8 +30,8 @@ class Frozen(nnx.Variable[jax.Array]):
 
 
 class Stats(nnx.Variable[jax.Array]):
-    """float32 [2]: the squared error of quantization and the squared norm of the weight, in units of its largest
-    magnitude, summed when it was made. Not counted in reports."""
+    """float32 [*stack, 2]: the squared error of quantization and the squared norm of the weight, in units of its
+    largest magnitude, summed over each slice when it was made. Not counted in reports."""
 
 
 VARIABLES: Mapping[str, type[nnx.Variable[Any]]] = {
@@ -48,7 +49,7 @@ class Kernel(nnx.Module):
 
     Each field of the array is an attribute of its own, in a Variable of its role's class, so that `nnx.grad` and
     filters tell scales from codes. `type` is static. `.array` is the QuantArray, `.shape` and `.dtype` are those of
-    the dense weight it stands for.
+    the dense matrices it stands for, [*stack, k, n].
     """
 
     def __init__(self, array: QuantArray, stats: jax.Array, frozen: frozenset[str] = frozenset()) -> None:
@@ -68,7 +69,7 @@ class Kernel(nnx.Module):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.type.shape
+        return self.array.shape
 
     @property
     def dtype(self) -> Any:
@@ -94,12 +95,18 @@ class Kernel(nnx.Module):
 
 @jax.jit
 def error_stats(w: jax.Array, array: QuantArray) -> jax.Array:
-    """(sum (w - decoded)^2, sum w^2) in float32, in units of the largest |w|, so that squares stay in range."""
-    dense = w.astype(jnp.float32)
-    decoded = dequantize(array).astype(jnp.float32)
-    largest = jnp.abs(dense).max()
+    """(sum (w - decoded)^2, sum w^2) in float32 for each slice, in units of the largest |w|, so that squares stay in
+    range. One slice is decoded at a time."""
+    largest = jnp.abs(w).max().astype(jnp.float32)
     unit = jnp.where(largest > 0, largest, 1.0)
-    return jnp.stack([jnp.sum((dense / unit - decoded / unit) ** 2), jnp.sum((dense / unit) ** 2)])
+
+    def one(pair: tuple[jax.Array, QuantArray]) -> jax.Array:
+        dense, decoded = (a.astype(jnp.float32) / unit for a in (pair[0], dequantize(pair[1])))
+        return jnp.stack([jnp.sum((dense - decoded) ** 2), jnp.sum(dense**2)])
+
+    for _ in array.stack:
+        one = partial(jax.lax.map, one)
+    return one((w, array))
 
 
 def expect_module(model: Any, what: str) -> None:

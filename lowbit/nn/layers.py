@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lowbit.array import QuantArray
 from lowbit.nn.kernel import Kernel
+from lowbit.nn.view import View
 from lowbit.ops import matmul, take
 
 
@@ -22,15 +24,15 @@ class Linear(nnx.Module):
     def __init__(self, kernel: Kernel, bias: nnx.Variable[Any] | None, dtype: Any = None) -> None:
         self.kernel = kernel
         self.bias = nnx.data(bias)
-        self.in_features, self.out_features = kernel.shape
+        self.in_features, self.out_features = kernel.shape[-2:]
         self.use_bias = bias is not None
         self.dtype = dtype
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[..., in_features] -> [..., out_features]. Raises ValueError for another last dim."""
         bias = None if self.bias is None else self.bias.get_value()
-        dtype = _dtype(self.dtype, inputs, self.kernel, bias)
-        y = matmul(jnp.asarray(inputs, dtype), self.kernel.array)
+        dtype = result_dtype(self.dtype, inputs, self.kernel, bias)
+        y = product(jnp.asarray(inputs, dtype), self.kernel)
         return y if bias is None else y + jnp.asarray(bias, dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
@@ -42,7 +44,7 @@ class Embed(nnx.Module):
 
     def __init__(self, embedding: Kernel, dtype: Any = None) -> None:
         self.embedding = embedding
-        self.num_embeddings, self.features = embedding.shape
+        self.num_embeddings, self.features = embedding.shape[-2:]
         self.dtype = dtype
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -52,10 +54,49 @@ class Embed(nnx.Module):
 
     def attend(self, query: jax.Array) -> jax.Array:
         """The product with every row: [..., features] -> [..., num_embeddings]."""
-        return matmul(jnp.asarray(query, _dtype(self.dtype, query, self.embedding, None)), self.embedding.array)
+        return product(jnp.asarray(query, result_dtype(self.dtype, query, self.embedding, None)), self.embedding)
 
 
-def _dtype(given: Any, x: jax.Array, kernel: Kernel, bias: jax.Array | None) -> Any:
+def linear_view(layer: nnx.Linear) -> View:
+    return View(_shape(layer.kernel, layer.in_features, layer.out_features), (), (0,), (1,))
+
+
+def embed_view(layer: nnx.Embed) -> View:
+    return View(_shape(layer.embedding, layer.num_embeddings, layer.features), (), (1,), (0,))
+
+
+def _shape(weight: nnx.Variable[Any], *said: int) -> tuple[int, ...]:
+    """A matrix says itself what it is: it may have been put in place of the layer's first one. A stack cannot."""
+    return tuple(weight.shape) if weight.ndim == 2 else said
+
+
+def product(x: jax.Array, kernel: Kernel, stack: tuple[int, ...] = ()) -> jax.Array:
+    """The product of one layer, whose own matrices are a stack of this shape."""
+    return matmul(x, expect_stack(kernel, stack))
+
+
+def expect_stack(kernel: Kernel, stack: tuple[int, ...]) -> QuantArray:
+    """The array of a layer, which is a stack of this shape.
+
+    Raises ValueError for a layer that `nnx.vmap` stacked and that is called as if it were one.
+    """
+    array = kernel.array
+    if array.stack != stack:
+        raise ValueError(
+            f"the weight is a stack {list(array.stack)} of {array.type}, and this layer multiplies a stack "
+            f"{list(stack)}: call stacked layers in nnx.scan or nnx.vmap, or slice their state"
+        )
+    return array
+
+
+def no_sharding(out_sharding: Any) -> None:
+    """Flax's layers take an `out_sharding`, None unless a mesh has explicit axes."""
+    if out_sharding is not None:
+        raise NotImplementedError(f"out_sharding={out_sharding!r}: quantized layers leave the sharding to the compiler")
+
+
+def result_dtype(given: Any, x: jax.Array, kernel: Kernel, bias: jax.Array | None) -> Any:
+    """What Flax promotes the operands to."""
     if given is not None:
         return given
     return jnp.result_type(x, kernel.dtype, *(() if bias is None else (bias,)))

@@ -12,6 +12,7 @@ from flax.linen.dtypes import promote_dtype
 
 from lowbit.array import QuantArray
 from lowbit.nn.kernel import Kernel
+from lowbit.nn.kinds import KINDS, QUANTIZED
 from lowbit.nn.layers import Embed, Linear
 
 M = TypeVar("M", bound=nnx.Module)
@@ -135,7 +136,7 @@ def _variables(value: Any, path: str, observers: dict[str, nnx.Module]) -> Any:
     if isinstance(value, nnx.Variable):
         return value
     layer = value
-    if not isinstance(value, nnx.Linear | nnx.Embed | Linear | Embed):
+    if type(value) not in KINDS and type(value) not in QUANTIZED:
         observers[path], layer = value, value.layer
     held = {name: getattr(layer, name, None) for name in ("kernel", "bias", "embedding")}
     return {k: nnx.Param(v.array) if isinstance(v, Kernel) else v for k, v in held.items() if v is not None}

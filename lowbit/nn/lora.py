@@ -86,7 +86,8 @@ def _chosen(model: nnx.Module, patterns: list[str]) -> set[str]:
 
 def _adapted(kernel: Kernel, adapter: LowRank, rngs: nnx.Rngs) -> Kernel:
     new = replace(kernel.type, adapter=adapter)
-    a, b = (tuple(new.fields[name].dims.values()) for name in (LORA_A, LORA_B))
-    start = nnx.initializers.he_uniform()(rngs.params(), a, jnp.float32)
+    a, b = ((*kernel.array.stack, *new.fields[name].dims.values()) for name in (LORA_A, LORA_B))
+    batch = range(len(kernel.array.stack))
+    start = nnx.initializers.he_uniform(batch_axis=tuple(batch))(rngs.params(), a, jnp.float32)
     fields = {**kernel.array.fields, LORA_A: start, LORA_B: jnp.zeros(b, jnp.float32)}
     return Kernel(QuantArray.of(fields, new), kernel.stats.get_value())

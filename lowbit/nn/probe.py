@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lowbit.nn.kinds import KINDS, statistic_shape, weight
 
-@jax.custom_vjp
-def tap(y: jax.Array, sink: jax.Array) -> jax.Array:
-    """y [..., n] itself. The gradient of `sink` [n] is the sum of dL/dy squared over all rows, in float32."""
+SIDE = {"second_moment": "k", "largest": "k", "output_gradient": "n"}
+"""The dim of a statistic that has one number for each input or output; the others have the weight's shape."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def tap(y: jax.Array, sink: jax.Array, rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """y itself. The gradient of `sink` [*stack, n] is dL/dy squared, summed over its rows [*stack, rows, n], in f32."""
     return y
 
 
-def _tap_bwd(_: None, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return dy, jnp.square(dy.astype(jnp.float32).reshape(-1, dy.shape[-1])).sum(0)
+def _tap_bwd(rows: Callable[[jax.Array], jax.Array], _: None, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return dy, jnp.square(rows(dy).astype(jnp.float32)).sum(-2)
 
 
-tap.defvjp(lambda y, sink: (y, None), _tap_bwd)
+tap.defvjp(lambda y, sink, rows: (y, None), _tap_bwd)
 
 
 class Seen(nnx.Variable[jax.Array]):
@@ -29,43 +36,58 @@ class Seen(nnx.Variable[jax.Array]):
 class Probe(nnx.Module):
     """A layer that keeps count of what it is multiplied with, and otherwise behaves like the one inside."""
 
-    def __init__(self, layer: nnx.Linear | nnx.Embed, wanted: frozenset[str]) -> None:
-        inputs, outputs = layer.kernel.shape if isinstance(layer, nnx.Linear) else layer.embedding.shape[::-1]
+    def __init__(self, layer: Any, wanted: frozenset[str]) -> None:
         self.layer = layer
+        self.kind = KINDS[type(layer)]
         self.wanted = wanted
-        self.rows = Seen(jnp.zeros((), jnp.float32))
-        sizes = {"second_moment": inputs, "largest": inputs, "output_gradient": outputs}
-        for name, size in sizes.items():
-            setattr(self, name, Seen(jnp.zeros(size if name in wanted else 0, jnp.float32)))
+        view = self.kind.view(layer)
+        lead = view.lead(self.weight.get_value())
+        self.stack = () if self.kind.shares else view.sizes(view.stack)
+        self.rows = Seen(jnp.zeros(lead, jnp.float32))
+        for name, dim in SIDE.items():
+            shape = statistic_shape(layer, dim) if name in wanted else (*lead, 0)
+            setattr(self, name, Seen(jnp.zeros(shape, jnp.float32)))
         self.sink = Seen(jnp.zeros_like(self.output_gradient.get_value()))
 
-    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        outputs: jax.Array = self.layer(inputs, *args, **kwargs)
-        return self.see(inputs, outputs) if isinstance(self.layer, nnx.Linear) else outputs
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        return self._run("__call__", *args, **kwargs)
 
-    def attend(self, query: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        assert isinstance(self.layer, nnx.Embed)
-        return self.see(query, self.layer.attend(query, *args, **kwargs))
+    def attend(self, *args: Any, **kwargs: Any) -> jax.Array:
+        return self._run("attend", *args, **kwargs)
+
+    def _run(self, method: str, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        outputs: jax.Array = getattr(self.layer, method)(inputs, *args, **kwargs)
+        return self.see(inputs, outputs) if method == self.kind.method else outputs
 
     def see(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Moves the statistics towards those of the rows [..., k]; gives y [..., n], whose gradient is watched."""
-        flat = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+        """Moves the statistics towards those of the product's rows [*stack, rows, k]; gives y, whose gradient is
+        watched."""
+        rows = self._flat(self.kind.rows(self.layer, x)).astype(jnp.float32)
+        count = rows.shape[-2]
         if "second_moment" in self.wanted:
-            self.move(self.second_moment, (flat**2).sum(0), flat.shape[0], self.rows.get_value())
+            self.move(self.second_moment, (rows**2).sum(-2), count, self.rows.get_value())
         if "largest" in self.wanted:
-            self.largest.set_value(jnp.maximum(self.largest.get_value(), jnp.abs(flat).max(0, initial=0.0)))
-        self.rows.set_value(self.rows.get_value() + flat.shape[0])
-        return tap(y, self.sink.get_value()) if "output_gradient" in self.wanted else y
+            self.largest.set_value(jnp.maximum(self.largest.get_value(), jnp.abs(rows).max(-2, initial=0.0)))
+        self.rows.set_value(self.rows.get_value() + count)
+        if "output_gradient" not in self.wanted:
+            return y
+        return tap(y, self.sink.get_value(), lambda dy: self._flat(self.kind.outputs(self.layer, dy)))
+
+    def _flat(self, rows: jax.Array) -> jax.Array:
+        """[*stack, ..., size] as [*stack, rows, size]."""
+        return rows.reshape(*self.stack, -1, rows.shape[-1])
 
     @staticmethod
     def move(mean: Seen, total: jax.Array, rows: Any, before: jax.Array) -> None:
         """Moves a running mean towards that of new rows: no sum grows until it swallows its terms."""
+        old = mean.get_value()
+        rows, before = (jnp.expand_dims(v, tuple(range(jnp.ndim(v), old.ndim))) for v in (rows, before))
         share = rows / jnp.maximum(before + rows, 1)
-        mean.set_value(mean.get_value() + (total / jnp.maximum(rows, 1) - mean.get_value()) * share)
+        mean.set_value(old + (total / jnp.maximum(rows, 1) - old) * share)
 
     @property
     def weight(self) -> nnx.Variable[jax.Array]:
-        return self.layer.kernel if isinstance(self.layer, nnx.Linear) else self.layer.embedding
+        return weight(self.layer)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or "layer" not in vars(self):

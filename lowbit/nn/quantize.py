@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
@@ -11,7 +10,6 @@ from os import PathLike
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 from rich.console import Console
@@ -20,18 +18,13 @@ from rich.progress import Progress
 from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.importance import check_measured, importance
 from lowbit.nn.kernel import Kernel, error_stats, expect_module
-from lowbit.nn.layers import Embed, Linear
+from lowbit.nn.kinds import KINDS, NAMES, dense_matrices, refusal, weight
 from lowbit.nn.linen import Linen, opened
 from lowbit.nn.resume import Finished
 from lowbit.nn.rules import Rule, Rules, as_rules, assign
 from lowbit.quantizers.quantizer import check_weight, quantize_array
 
 M = TypeVar("M", bound=nnx.Module)
-WEIGHT: Mapping[Any, tuple[str, tuple[str, str]]] = {
-    nnx.Linear: ("kernel", ("k", "n")),
-    nnx.Embed: ("embedding", ("n", "k")),
-}
-"""Layers that can be quantized: the attribute that holds the weight, and its dims (k is summed in products)."""
 
 
 def quantize(
@@ -45,10 +38,11 @@ def quantize(
 ) -> M:
     """A copy of a model with the layers that rules name quantized; the rest is shared, not copied.
 
-    Works on any NNX model whose weights sit in `nnx.Linear` and `nnx.Embed`, nested in modules, lists or dicts, and on
-    the `nn.Dense` and `nn.Embed` layers of Linen models that `nnx.bridge.ToNNX` wraps (see `lb.nn.Linen`). A layer
-    reachable by several paths is quantized once and stays shared; so an embedding tied to the head through `attend` is
-    looked up and multiplied from the same stored arrays.
+    Works on any NNX model whose weights sit in `nnx.Linear`, `nnx.Embed`, `nnx.LinearGeneral`, `nnx.Einsum`, `nnx.Conv`
+    or `lb.nn.Experts`, nested in modules, lists or dicts, and on the `nn.Dense` and `nn.Embed` layers of Linen models
+    that `nnx.bridge.ToNNX` wraps (see `lb.nn.Linen`). A layer reachable by several paths is quantized once and stays
+    shared; so an embedding tied to the head through `attend` is looked up and multiplied from the same arrays. Layers
+    that `nnx.vmap` stacked along axis 0 are quantized slice by slice, and run in `nnx.scan` as before.
 
     Args:
       model: left as it is, unless `donate`.
@@ -65,8 +59,8 @@ def quantize(
         formats, quantizers or versions is never taken, and a damaged file is named in a warning and made again. The
         folder is yours to delete.
 
-    Layers that no rule matches stay dense, and so do other modules with a matrix, such as nnx.Conv or a subclass of
-    nnx.Linear, which may compute something else: a logged warning names them, and `lb.report` lists them.
+    Layers that no rule matches stay dense, and so do other modules with a matrix, such as nnx.ConvTranspose or a
+    subclass of nnx.Linear, which may compute something else: a logged warning names them, and `lb.report` lists them.
 
     Raises ValueError for a rule that is never used, a weight with NaN or inf (named by its path; under `jax.jit` it
     cannot be seen), a layer that cannot be quantized, or a model with nothing to quantize; TypeError for a weight that
@@ -84,21 +78,16 @@ def quantize(
     model = opened(model)
     found, rest = layers(model), others(model)
     if not found:
-        raise ValueError(f"{type(model).__name__} holds no nnx.Linear or nnx.Embed: there is nothing to quantize")
+        raise ValueError(f"{type(model).__name__} holds no {NAMES}: there is nothing to quantize")
     assigned = assign(as_rules(rules), list(found), _hints(model, found, rest))
     chosen = {p: r for p, r in assigned.items() if r.format is not None}
-    _check_stats(stats or {}, found, chosen, model)
-    keys = {_join(keys): keys for keys, _ in nnx.iter_modules(model)}
-    for path in chosen:  # all before any is freed, or solved for minutes
-        if reason := refusal(found[path]) or _fixed(model, keys[path]):
-            raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
-        check_weight(_weight(found[path]), f"layer {path!r}")
+    _check(model, found, chosen, stats or {})
     finished = None if resume is None else Finished(resume, chosen.values())
     job = _Job(_holders(model) if donate else None, stats or {}, finished)
     with _bar(progress, len(chosen)) as advance:
 
         def replace(path: tuple[Any, ...], node: Any) -> Any:
-            rule = chosen.get(_join(path)) if type(node) in WEIGHT else None
+            rule = chosen.get(_join(path)) if type(node) in KINDS else None
             if rule is None:
                 return node
             new = job.quantized(node, rule, _join(path))
@@ -113,24 +102,29 @@ def quantize(
     return out
 
 
-def _check_stats(
-    stats: Mapping[str, LayerStats], found: Mapping[str, Any], chosen: Mapping[str, Rule], model: nnx.Module
+def _check(
+    model: nnx.Module, found: Mapping[str, Any], chosen: Mapping[str, Rule], stats: Mapping[str, LayerStats]
 ) -> None:
+    """What can be wrong, before any layer is freed, or solved for minutes."""
+    keys = {_join(keys): keys for keys, _ in nnx.iter_modules(model)}
+    for path in chosen:
+        if reason := refusal(found[path]) or _fixed(model, keys[path]):
+            raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
+        check_weight(dense_matrices(found[path]), f"layer {path!r}")
     if unknown := sorted(stats.keys() - found.keys()):
         raise ValueError(f"stats has {unknown[0]!r}, which is no layer of this {type(model).__name__}: calibrate it")
-    sizes = {p: dict(zip(WEIGHT[type(m)][1], _weight(m).shape, strict=True)) for p, m in found.items()}
-    check_measured(stats, chosen, sizes)
+    check_measured(stats, chosen, found)
 
 
 def layers(model: nnx.Module) -> dict[str, Any]:
     """The dense layers of a model that rules can name, by path; a shared layer appears once, under its first path."""
-    found = [(path, m) for path, m in nnx.iter_modules(model) if type(m) in WEIGHT]
+    found = [(path, m) for path, m in nnx.iter_modules(model) if type(m) in KINDS]
     return {_join(path): m for path, m in sorted(found, key=lambda pm: [_natural(k) for k in pm[0]])}
 
 
 def others(model: nnx.Module) -> dict[str, nnx.Module]:
     """Modules with a dense matrix of their own that rules cannot name, by path."""
-    return {_join(path): m for path, m in nnx.iter_modules(model) if type(m) not in WEIGHT and matrices(m)}
+    return {_join(path): m for path, m in nnx.iter_modules(model) if type(m) not in KINDS and matrices(m)}
 
 
 def matrices(module: Any) -> list[nnx.Variable[Any]]:
@@ -141,10 +135,10 @@ def matrices(module: Any) -> list[nnx.Variable[Any]]:
 
 def _hints(model: nnx.Module, found: dict[str, Any], rest: dict[str, nnx.Module]) -> dict[str, str]:
     """Why a path that looks like a layer's is none that rules can name."""
-    hints = {p: f"is a {type(m).__name__}; only nnx.Linear and nnx.Embed themselves can be" for p, m in rest.items()}
+    hints = {p: f"is a {type(m).__name__}; only {NAMES} themselves can be" for p, m in rest.items()}
     for path, module in rest.items():
         hints |= module.hints(path) if isinstance(module, Linen) else {}
-    for group in nnx.find_duplicates(model, only=lambda _, node: type(node) in WEIGHT):
+    for group in nnx.find_duplicates(model, only=lambda _, node: type(node) in KINDS):
         paths = [_join(path) for path in group]
         first = next(p for p in paths if p in found)
         hints |= {p: f"is the shared layer {first!r}, which goes by this path" for p in paths if p != first}
@@ -169,17 +163,6 @@ def _natural(key: Any) -> tuple[int, Any]:
     return (0, key) if isinstance(key, int) else (1, str(key))
 
 
-def refusal(layer: Any) -> str | None:
-    """Why a layer cannot be quantized and what to do, or None if it can."""
-    usual = inspect.signature(type(layer).__init__).parameters
-    for name in ("dot_general", "promote_dtype", "preferred_element_type"):
-        if name in usual and getattr(layer, name) is not usual[name].default:
-            return f"its {name} is not the default one; leave it dense with a rule for its path with the format None"
-    if isinstance(_weight(layer), jax.ShapeDtypeStruct):
-        return "its weight is abstract; nnx.eval_shape(lambda m: lb.quantize(m, rules), model) gives an abstract result"
-    return None
-
-
 def _fixed(model: nnx.Module, keys: tuple[Any, ...]) -> str | None:
     """Why the layer under these keys cannot be replaced: its container takes no new items."""
     holder: Any = model
@@ -188,10 +171,6 @@ def _fixed(model: nnx.Module, keys: tuple[Any, ...]) -> str | None:
     if not keys or isinstance(holder, nnx.Module | MutableSequence | MutableMapping):
         return None
     return f"it sits in a {type(holder).__name__}, which takes no new items; use nnx.List or nnx.Dict"
-
-
-def _weight(layer: Any) -> Any:
-    return getattr(layer, WEIGHT[type(layer)][0]).get_value()
 
 
 class _Job:
@@ -205,28 +184,25 @@ class _Job:
         self.finished = finished
         self.made: dict[Any, Kernel] = {}
 
-    def quantized(self, layer: Any, rule: Rule, path: str) -> Linear | Embed:
-        attribute, dims = WEIGHT[type(layer)]
-        variable = getattr(layer, attribute)
-        # Two layers with one weight keep sharing it, if they get the same format.
-        key = id(variable), dims, rule.format, id(rule.quantizer)
+    def quantized(self, layer: Any, rule: Rule, path: str) -> nnx.Module:
+        kind, variable = KINDS[type(layer)], weight(layer)
+        view = kind.view(layer)
+        # Two layers with one weight keep sharing it, if they multiply by the same matrices and get the same format.
+        key = id(variable), view, rule.format, id(rule.quantizer)
         if key not in self.made:
-            weight = variable.get_value()
-            weighed = importance(self.stats, path, rule, dims, weight.shape)
+            dense, weighed = dense_matrices(layer), importance(self.stats, path, rule, layer)
 
             def solve() -> Kernel:
                 assert rule.format is not None
                 array = quantize_array(
-                    weight, rule.format, rule.quantizer, dims=dims, name=f"layer {path!r}", importance=weighed
+                    dense, rule.format, rule.quantizer, dims=view.dims, name=f"layer {path!r}", importance=weighed
                 )
-                return Kernel(array, error_stats(jnp.asarray(weight), array))
+                return Kernel(array, error_stats(dense, array))
 
             kept = self.finished
-            self.made[key] = kept.kernel(path, weight, rule, dims, weighed, solve) if kept else solve()
+            self.made[key] = kept.kernel(path, dense, rule, view.dims, weighed, solve) if kept else solve()
         self._release(variable.get_value(), self.made[key])
-        if isinstance(layer, nnx.Embed):
-            return Embed(self.made[key], layer.dtype)
-        return Linear(self.made[key], layer.bias, layer.dtype)
+        return kind.make(layer, self.made[key])
 
     def _release(self, weight: Any, kernel: Kernel) -> None:
         """Free a donated weight once the last place that holds it is quantized."""

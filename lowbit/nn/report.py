@@ -13,10 +13,10 @@ from rich.table import Table
 
 from lowbit.array import QuantArray
 from lowbit.nn.kernel import Kernel, Stats, expect_module, kernels
-from lowbit.nn.layers import Embed, Linear
+from lowbit.nn.kinds import KINDS, QUANTIZED
 from lowbit.nn.linen import opened
 from lowbit.nn.quantize import layers, matrices, others
-from lowbit.ops import plan
+from lowbit.planning import plan
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,16 @@ def _quantized_row(layer: str, kernel: Kernel) -> Row:
     stats = kernel.stats.get_value()
     relative = sqnr = None
     if not isinstance(stats, jax.ShapeDtypeStruct | jax.core.Tracer):
-        error, norm = (float(v) for v in stats)
+        error, norm = (float(v) for v in stats.reshape(-1, 2).sum(0))
         ratio = error / norm if norm else 0.0
         relative, sqnr = ratio**0.5, (-10 * log10(ratio) if ratio else inf)
-    return Row(layer, t.encoding, prod(t.shape), t.bits_per_weight, t.bits // 8, relative, sqnr)
+    size, count = prod(kernel.shape), prod(kernel.array.stack)
+    return Row(layer, t.encoding, size, t.bits_per_weight, count * t.bits // 8, relative, sqnr)
 
 
 def _dense_row(layer: str, module: Any, weights: list[Any]) -> Row:
     size, nbytes = sum(prod(w.shape) for w in weights), sum(_nbytes(w) for w in weights)
-    kind = "" if type(module) in (nnx.Linear, nnx.Embed) else f" ({type(module).__name__})"
+    kind = "" if type(module) in KINDS else f" ({type(module).__name__})"
     return Row(layer, f"dense {weights[0].dtype}{kind}", size, 8 * nbytes / size, nbytes)
 
 
@@ -139,7 +140,7 @@ def explain(layer: Any, batch: int = 1, platform: str | None = None) -> str:
     """Every way to run a quantized layer's product at a batch size, cheapest first: a table of predicted costs.
 
     Args:
-      layer: an `lb.nn.Linear`, `lb.nn.Embed` (its `attend`), their kernel, or a QuantArray.
+      layer: a quantized layer (of an `lb.nn.Embed` its `attend`), its kernel, or a QuantArray. Of a stack, one slice.
       batch: rows of activations.
       platform: "cpu", "gpu" or "tpu"; the default backend's if None.
 
@@ -151,7 +152,7 @@ def explain(layer: Any, batch: int = 1, platform: str | None = None) -> str:
     >>> print(lb.explain(small, batch=1, platform="cpu").splitlines()[0])
     x[1, k] @ f32[k=256 n=64] as bcq(bits=3) on cpu
     """
-    held = layer.kernel if isinstance(layer, Linear) else layer.embedding if isinstance(layer, Embed) else layer
+    held = getattr(layer, QUANTIZED[type(layer)].attribute) if type(layer) in QUANTIZED else layer
     array = held.array if isinstance(held, Kernel) else held
     if not isinstance(array, QuantArray):
         raise TypeError(f"{type(layer).__name__} is not a quantized layer or array: nothing to explain")

@@ -26,9 +26,9 @@ from lowbit.quantizers.quantizer import default_quantizer
 class Finished:
     """A folder with one checked file a layer, named by a digest of all that determines the layer's arrays.
 
-    That is its path, the bits of its weight and importance, the format with its options and version, the quantizer, the
-    versions of lowbit and jax, and the platform. So whatever has changed is solved again, and runs with other weights
-    or rules may share the folder. Nothing in it is ever removed; delete it when the quantized model is saved.
+    That is its path, the bits of its matrices and importance, the format with its options and version, the quantizer,
+    the versions of lowbit and jax, and the platform. So whatever has changed is solved again, and runs with other
+    weights or rules may share the folder. Nothing in it is ever removed; delete it when the quantized model is saved.
     """
 
     def __init__(self, folder: str | PathLike[str], rules: Iterable[Rule]) -> None:
@@ -41,21 +41,22 @@ class Finished:
     def kernel(
         self,
         path: str,
-        weight: Any,
+        matrices: jax.Array,
         rule: Rule,
         dims: tuple[str, str],
         importance: jax.Array | None,
         solve: Callable[[], Kernel],
     ) -> Kernel:
-        """The stored kernel of a layer, or the one that `solve` makes, which is then stored.
+        """The stored kernel of a layer, or the one that `solve` makes of its [*stack, k, n], which is then stored.
 
         A file that is damaged, or not the one its name says, is named in a logged warning and made again.
         """
         assert rule.format is not None
-        w = to_host(path, weight)
+        w = to_host(path, matrices)
         key = {
             "layer": path,
-            "type": type_to_json(QuantType(tuple(zip(dims, w.shape, strict=True)), short(w.dtype), rule.format)),
+            "stack": w.shape[:-2],
+            "type": type_to_json(QuantType(tuple(zip(dims, w.shape[-2:], strict=True)), short(w.dtype), rule.format)),
             "weight": sha256(w),
             "importance": None if importance is None else sha256(to_host(path, importance)),
             "quantizer": _identity(rule),

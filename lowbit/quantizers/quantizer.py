@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowbit.array import QuantArray, QuantType, expect_array
 from lowbit.formats.bcq import bcq
@@ -138,16 +139,18 @@ def quantize_array(
     name: str = "the weight",
     importance: jax.Array | None = None,
 ) -> QuantArray:
-    """Quantize one matrix.
+    """Quantize one matrix, or a stack of them, one after the other.
 
     Args:
-      w: a float matrix, [k, n] as in a Flax kernel; with `dims=("n", "k")`, [n, k] as in an embedding.
+      w: a float matrix, [k, n] as in a Flax kernel; with `dims=("n", "k")`, [n, k] as in an embedding. Axes before
+        these two are a stack of matrices, each quantized on its own.
       fmt: the format, such as `lb.bcq(3, group=128)`.
       quantizer: how to find codes and scales; the format's default if None.
-      dims: the order of w's dims: n outputs (or rows), k summed inputs.
+      dims: the order of w's last two dims: n outputs (or rows), k summed inputs.
       name: what errors call the weight.
-      importance: nonnegative [k], how much the squared error of each input counts, or of w's shape, of each weight.
-        Only binary-coding solvers, and quantizers with `takes_importance = True`, are given it.
+      importance: nonnegative, how much the squared error of each input counts: [k], or for a stack what broadcasts to
+        [*stack, k]; or of w's shape, that of each weight. Only binary-coding solvers, and quantizers with
+        `takes_importance = True`, are given it.
 
     Raises TypeError for a weight that is not floating, ValueError for NaN or inf, or one that is not a matrix.
 
@@ -159,13 +162,26 @@ def quantize_array(
         raise TypeError(f"{fmt!r} is not a format such as lb.bcq(3, group=128)")
     w = jnp.asarray(w)
     check_weight(w, name)
-    type_ = QuantType(tuple(zip(dims, w.shape, strict=True)), short(w.dtype), fmt)
+    stack, shape = w.shape[:-2], w.shape[-2:]
+    type_ = QuantType(tuple(zip(dims, shape, strict=True)), short(w.dtype), fmt)
     solver = quantizer or default_quantizer(fmt)
-    rows = w if dims[0] == "n" else w.T
     if importance is None or not getattr(solver, "takes_importance", False):
-        array = QuantArray.of(solver(rows, fmt), type_)
+        weights = None
     else:
-        array = QuantArray.of(solver(rows, fmt, _positive(importance, dims, w.shape, name)), type_)  # type: ignore[call-arg]
+        weights = _positive(importance, dims, w.shape, name)
+
+    def one(at: tuple[int, ...]) -> QuantArray:
+        f = None if weights is None else weights[at]
+        return _quantize(w[at], type_, solver, f, f"{name}, slice {list(at)}," if at else name)
+
+    slices = [one(at) for at in np.ndindex(stack)]
+    return jax.tree.map(lambda *a: jnp.stack(a).reshape(*stack, *a[0].shape), *slices) if stack else slices[0]
+
+
+def _quantize(w: jax.Array, t: QuantType, solver: Quantizer, importance: jax.Array | None, name: str) -> QuantArray:
+    rows = w if t.dims[0][0] == "n" else w.T
+    fields = solver(rows, t.format) if importance is None else solver(rows, t.format, importance)  # type: ignore[call-arg]
+    array = QuantArray.of(fields, t)
     _check_range(array, w, name)
     return array
 
@@ -188,7 +204,8 @@ def to_bcq(w: QuantArray) -> QuantArray:
     scale, zero = w.fields["scale"].astype(jnp.float32), w.fields["zero"].astype(jnp.float32)
     half = jnp.array([2.0 ** (p - 1) for p in range(fmt["bits"])], jnp.float32)[:, None, None]
     beta = scale * ((2 ** fmt["bits"] - 1) / 2 - zero)
-    fields = {"planes": w.fields["planes"], "alpha": half * scale[None], "beta": beta}
+    alpha = half.reshape((1,) * len(w.stack) + half.shape) * scale[..., None, :, :]
+    fields = {"planes": w.fields["planes"], "alpha": alpha, "beta": beta}
     return QuantArray.of(fields, replace(w.type, format=new))
 
 
@@ -205,14 +222,18 @@ def _expect(fmt: Format, names: str | tuple[str, ...], who: Any) -> None:
 
 
 def _positive(importance: jax.Array, dims: tuple[str, str], shape: tuple[int, ...], name: str) -> jax.Array:
-    """[k] or [n, k]. No weight counts for nothing: it would be anything."""
-    k = dict(zip(dims, shape, strict=True))["k"]
-    if importance.shape not in ((k,), shape):
+    """[*stack, k] or [*stack, n, k]. No weight counts for nothing: it would be anything."""
+    stack, k = shape[:-2], shape[dims.index("k") - 2]
+    of_inputs = importance.shape[-1:] == (k,) and importance.ndim <= len(stack) + 1
+    ends = zip(importance.shape[:-1][::-1], stack[::-1], strict=False)
+    if importance.shape != shape and not (of_inputs and all(own in (1, size) for own, size in ends)):
         raise ValueError(
             f"{name} has {k} inputs and the shape {shape}, but the importance has shape {importance.shape}"
         )
-    f = importance.T if importance.ndim == 2 and dims[0] == "k" else importance
-    return jnp.maximum(f, 1e-4 * f.mean(axis=-1, keepdims=True) + jnp.finfo(jnp.float32).tiny)
+    f = importance.mT if importance.shape == shape and dims[0] == "k" else importance
+    least = 1e-4 * f.mean(axis=-1, keepdims=True) + jnp.finfo(jnp.float32).tiny
+    each = jnp.maximum(f, least)
+    return each if importance.shape == shape else jnp.broadcast_to(each, (*stack, k))
 
 
 def check_weight(w: jax.Array, name: str) -> None:
@@ -220,7 +241,7 @@ def check_weight(w: jax.Array, name: str) -> None:
     dense = "or leave it dense, in a model by a rule with the format None"
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"{name} is {w.dtype}{list(w.shape)}: cast it to a floating type, {dense}")
-    if w.ndim != 2 or w.size == 0:
+    if w.ndim < 2 or w.size == 0:
         raise ValueError(f"{name} has shape {w.shape}: give a matrix with at least one entry, {dense}")
     if not isinstance(w, jax.core.Tracer):
         bad = w.size - int(jnp.isfinite(w).sum())

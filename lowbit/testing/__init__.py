@@ -11,8 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowbit.ops import LoweringError as LoweringError
-    from lowbit.ops import lowering as lowering
+    from lowbit.planning import LoweringError as LoweringError
+    from lowbit.planning import lowering as lowering
     from lowbit.testing import strategies as strategies
     from lowbit.testing.checks import check_decode as check_decode
     from lowbit.testing.checks import check_gradients as check_gradients
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lowbit.testing.tolerance import exact_and_bound as exact_and_bound
 
 _HOME = {
-    "LoweringError": "ops", "lowering": "ops",
+    "LoweringError": "planning", "lowering": "planning",
     "check_decode": "testing.checks", "check_gradients": "testing.checks", "check_product": "testing.checks",
     "random_array": "testing.checks",
     "Checked": "testing.kit", "check_format": "testing.kit", "check_model": "testing.kit",

@@ -27,9 +27,10 @@ from lowbit.ir.text import text
 from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params
 from lowbit.nn import Kernel, Linear, report
-from lowbit.ops import MACHINES, lowering, matmul, plan, take
+from lowbit.ops import matmul, take
 from lowbit.passes.choose import choose
 from lowbit.passes.lower_xla import align, emit
+from lowbit.planning import MACHINES, lowering, plan
 from lowbit.quantizers import Quantizer, quantize_array
 from lowbit.testing.tolerance import Array, assert_within, exact_and_bound, expect, in_float64, rounded
 

@@ -14,8 +14,8 @@ from flax import nnx
 from lowbit.array import QuantArray, QuantType
 from lowbit.formats.format import Format
 from lowbit.nn import kernels
-from lowbit.ops import LoweringError, plan, watching
 from lowbit.passes.pipeline import PIPELINES
+from lowbit.planning import LoweringError, plan, watching
 from lowbit.quantizers.quantizer import Quantizer, has_default
 from lowbit.testing import checks
 

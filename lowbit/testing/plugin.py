@@ -137,7 +137,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def lowbit_lowering(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a lowering, in which products run while the test does."""
-    from lowbit.ops import lowering
+    from lowbit.planning import lowering
 
     with lowering(request.param):
         yield request.param
@@ -147,7 +147,7 @@ def lowbit_lowering(request: pytest.FixtureRequest) -> Iterator[str]:
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
     if "lowbit_lowering" not in pyfuncitem.fixturenames or _lowerings(pyfuncitem.config):
         return (yield)
-    from lowbit.ops import LoweringError
+    from lowbit.planning import LoweringError
 
     try:
         return (yield)

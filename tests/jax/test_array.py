@@ -196,7 +196,7 @@ def test_of_takes_exactly_the_fields():
             lambda a: a.astype(np.float16),
             "stores 'alpha' as f32[p=3 n=3 g=3], but the array is float16[3, 3, 3]",
         ),
-        ("beta", lambda a: a[None], "stores 'beta' as f32[n=3 g=3], but the array is float32[1, 3, 3]"),
+        ("beta", lambda a: a[:, None], "stores 'beta' as f32[n=3 g=3], but the array is float32[3, 1, 3]"),
         (
             "planes",
             lambda a: a.astype(np.int8),

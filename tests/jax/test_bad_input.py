@@ -11,6 +11,7 @@ from flax import nnx
 
 import lowbit as lb
 from lowbit.ir import Expr, param
+from lowbit.nn.kinds import NAMES
 from tests.models import Net, fast, inputs
 
 BCQ = lb.bcq(2, group=8)
@@ -270,7 +271,7 @@ def test_formats_and_quantizers_that_do_not_go_together() -> None:
 
 
 def test_models_with_nothing_to_quantize() -> None:
-    text = "holds no nnx.Linear or nnx.Embed: there is nothing to quantize"
+    text = f"holds no {NAMES}: there is nothing to quantize"
     raises(ValueError, f"Dict {text}", lambda: lb.quantize(nnx.Dict(), BCQ))
     raises(ValueError, f"LayerNorm {text}", lambda: lb.quantize(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), BCQ))
     raises(ValueError, f"Linear {text}", lambda: lb.quantize(lb.quantize(pair(), fast(BCQ)).up, BCQ))

@@ -18,6 +18,7 @@ from lowbit.nn.calibrate import _probed, _wanted
 from lowbit.nn.gradients import Means, differentiated
 from lowbit.nn.importance import importance
 from lowbit.nn.probe import probes
+from lowbit.nn.quantize import layers
 
 FISHER = lb.alternating(weighs_by=("gradient_square",))
 
@@ -139,14 +140,15 @@ def test_importance_is_the_product_of_the_statistics() -> None:
     k, n, square = jnp.arange(3.0), jnp.arange(1, 3.0), np.arange(6, dtype=np.float32).reshape(3, 2)
     stats = {"a": LayerStats(k, k + 1, 1, square, n)}
 
-    def of(*names: str, dims: Any = ("k", "n"), shape: Any = (3, 2)) -> Any:
-        rule = lb.Rule("a", lb.bcq(2), lb.alternating(weighs_by=names))
-        return importance(stats, "a", rule, dims, shape)
+    linear, table = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.Embed(2, 3, rngs=nnx.Rngs(0))
+
+    def of(*names: str, layer: Any = linear) -> Any:
+        return importance(stats, "a", lb.Rule("a", lb.bcq(2), lb.alternating(weighs_by=names)), layer)
 
     assert of() is None
     np.testing.assert_array_equal(of("second_moment", "largest"), k * (k + 1))
     np.testing.assert_array_equal(of("second_moment", "output_gradient"), np.outer(k, n))
-    np.testing.assert_array_equal(of("second_moment", "output_gradient", dims=("n", "k"), shape=(2, 3)), np.outer(n, k))
+    np.testing.assert_array_equal(of("second_moment", "output_gradient", layer=table), np.outer(n, k))
     np.testing.assert_array_equal(of("output_gradient"), np.broadcast_to(n, (3, 2)))
     np.testing.assert_array_equal(of("gradient_square", "largest"), square * np.asarray(k + 1)[:, None])
 
@@ -206,7 +208,7 @@ def test_the_device_holds_the_gradient_of_one_layer() -> None:
             return x
 
     model, x = Deep(), jnp.ones((rows, width))
-    probed = _probed(model, _wanted(model, ("gradient_square", "output_gradient"), None))
+    probed = _probed(model, _wanted(layers(model), ("gradient_square", "output_gradient"), None))
     means = Means({path: p.weight.shape for path, p in probes(probed).items()}, None)
     graph, state = nnx.split(probed)
     step = differentiated(lambda m, x: jnp.mean(m(x) ** 2), means)

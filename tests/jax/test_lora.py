@@ -212,3 +212,18 @@ def test_what_is_refused(tmp_path: Path) -> None:
     lb.save(base(), tmp_path / "base.safetensors")
     with pytest.raises(lb.CheckpointError, match=r"group=16\), but the model has .* \+ lora\(rank=2, alpha=16\)"):
         lb.load(tmp_path / "base.safetensors", into=model)
+
+
+def test_every_slice_of_a_stack_has_an_adapter_of_its_own() -> None:
+    make = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs))
+    small = lb.quantize(make(nnx.Rngs(0).split(3)), lb.uniform(4))
+    model = lb.nn.lora(small, rank=2, rngs=nnx.Rngs(1))
+    assert model.kernel.lora_a.shape == (3, 8, 2) and model.kernel.lora_b.shape == (3, 2, 8)
+    assert float(jnp.abs(model.kernel.lora_a[0] - model.kernel.lora_a[1]).max()) > 0
+    np.testing.assert_array_equal(lb.dequantize(model.kernel.array), lb.dequantize(small.kernel.array))
+
+    def loss(m: nnx.Module) -> jax.Array:
+        return nnx.scan(lambda x, layer: (layer(x), None))(inputs(2, 8), m)[0].sum()
+
+    grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+    assert float(jnp.abs(grads["kernel"]["lora_b"][...]).min()) > 0

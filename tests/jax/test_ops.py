@@ -14,9 +14,10 @@ from lowbit.array import QuantArray, QuantType
 from lowbit.formats import Format
 from lowbit.ir import Concat, Merge, const, param, params, slice_, transpose
 from lowbit.ir.dtypes import numpy_dtype, short
-from lowbit.ops import MACHINES, take
+from lowbit.ops import take
 from lowbit.passes import choose
 from lowbit.passes.lower_xla import emit
+from lowbit.planning import MACHINES
 from lowbit.testing.checks import check_gradients, check_product, product_term, stored
 from lowbit.testing.tolerance import assert_within, exact_and_bound, gamma, rounded, tiny
 from tests.terms import environment

@@ -14,6 +14,7 @@ from flax import nnx
 
 import lowbit as lb
 from lowbit.formats import Format
+from lowbit.nn.kinds import NAMES
 from tests.models import NET, TOKENS, Net, Shared, Tied, arrays, assert_same, dense, fast, inputs
 
 BCQ = lb.bcq(2, group=8)
@@ -243,7 +244,7 @@ def test_rules_that_mean_what_cannot_be_named() -> None:
 
     model = nnx.Dict(sub=Sub(16, 16, rngs=nnx.Rngs(0)), plain=linear())
     such = "matches none of the 1 layers that can be quantized, such as 'plain'"
-    text = f"rule 'sub' {such}; 'sub' is a Sub; only nnx.Linear and nnx.Embed themselves can be"
+    text = f"rule 'sub' {such}; 'sub' is a Sub; only {NAMES} themselves can be"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         lb.quantize(model, {"sub": BCQ})
     text = "such as 'a/q', 'sub/0'; 'z' is the shared layer 'sub/0', which goes by this path"
@@ -270,7 +271,7 @@ def other_layers() -> nnx.Dict:
     return nnx.Dict(
         a=linear(),
         b=Sub(16, 16, rngs=nnx.Rngs(0)),
-        c=nnx.Conv(4, 8, 3, rngs=nnx.Rngs(0)),
+        c=nnx.ConvTranspose(4, 8, 3, rngs=nnx.Rngs(0)),
         d=linear(),
         e=nnx.LayerNorm(16, rngs=nnx.Rngs(0)),
     )
@@ -279,11 +280,14 @@ def other_layers() -> nnx.Dict:
 def test_skipped_layers_are_logged_and_reported(caplog: pytest.LogCaptureFixture) -> None:
     q = lb.quantize(other_layers(), fast({"d": BCQ}))
     said = [(r.levelno, r.getMessage()) for r in caplog.records]
-    assert said == [(logging.WARNING, "lowbit: no rule quantizes a, b (Sub), c (Conv): left dense")]
+    assert said == [(logging.WARNING, "lowbit: no rule quantizes a, b (Sub), c (ConvTranspose): left dense")]
     assert type(q.b).__name__ == "Sub" and type(q.b.kernel) is nnx.Param
     assert formats(q) == {
-        "d": "bcq(bits=2, group=8)", "a": "dense float32", "b": "dense float32 (Sub)", "c": "dense float32 (Conv)",
-    }  # fmt: skip
+        "d": "bcq(bits=2, group=8)",
+        "a": "dense float32",
+        "b": "dense float32 (Sub)",
+        "c": "dense float32 (ConvTranspose)",
+    }
     report = lb.report(q)
     assert report.other_bytes == 4 * (16 + 16 + 8 + 16 + 2 * 16)  # biases, and the norm's scale and bias
     caplog.clear()

@@ -13,7 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 
 import lowbit as lb
-from lowbit import ops
+from lowbit import ops, planning
 from lowbit.ir import Bitcast, Call, CallSpec, Type, Unpack, const, contract, merge, param, parse, register_call, text
 from lowbit.passes import PIPELINES, Pass
 from lowbit.passes.lower_xla import emit
@@ -217,8 +217,8 @@ def test_a_pass_that_fails_is_named(monkeypatch):
 
 
 def test_a_wrong_gradient_is_caught(monkeypatch):
-    real = ops.transpose
-    monkeypatch.setattr(ops, "transpose", lambda *args: real(*args) * 2.0)
+    real = planning.transpose
+    monkeypatch.setattr(planning, "transpose", lambda *args: real(*args) * 2.0)
     found = failures(planted("fp3_wrong_gradient"), lowerings=["decode"])
     assert list(found) == ["gradients"]
     assert re.match(r"the cotangent of '\w+' \['\w'(, '\w')?\]: \d+ of \d+ differ; at ", found["gradients"])

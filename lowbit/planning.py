@@ -1,0 +1,158 @@
+"""Which form of a product runs: every candidate with its predicted cost, and the ways to ask for another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import jax
+
+from lowbit.array import QuantArray, QuantType
+from lowbit.ir.build import contract, param
+from lowbit.ir.dtypes import short
+from lowbit.ir.expr import Expr, Param
+from lowbit.ir.transpose import transpose
+from lowbit.ir.walk import params
+from lowbit.passes.choose import Form, Machine, forms
+from lowbit.passes.pipeline import PIPELINES
+from lowbit.passes.style import Style
+
+WATCH: ContextVar[Callable[[jax.Array, QuantArray], None] | None] = ContextVar("WATCH", default=None)
+FORCED = jax.make_user_context(None)
+"""The form that `lowering` asks for: part of every jit cache key, also of functions that were traced before."""
+
+# name, byte, dot, pointwise, moved, field, lookup, far_lookup, scatter, cache, style
+MACHINES = {
+    "cpu": Machine("cpu", 0.05, 0.0075, 0.03, 2.5, 0.03, 0.3, 1.2, 20, 1 << 20, Style(1 << 22, sums_as_dots=True)),
+    "gpu": Machine("gpu", 4e-4, 3e-6, 5e-5, 2e-3, 5e-5, 2e-3, 2e-2, 0.05, 1 << 15, Style(vectors_as_loops=True)),
+    "tpu": Machine("tpu", 6e-4, 5e-6, 2e-4, 2e-3, 2e-4, 0.5, 5, 5, 1 << 15, Style(vectors_as_loops=True)),
+}
+"""Coarse costs by platform: for a CPU fitted to times on 2 cores, for the others estimates, not yet measured."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every way to compute one product, cheapest first; the first is the one that runs."""
+
+    what: str
+    machine: str
+    forms: tuple[Form, ...]
+
+    @property
+    def term(self) -> Expr:
+        return self.forms[0].term
+
+    def form(self, name: str | None) -> Form:
+        """The form of that name, or the cheapest. Raises LoweringError for one that is not among them."""
+        found = next((f for f in self.forms if name in (None, f.name)), None)
+        if found is None:
+            raise LoweringError(f"lowering {name!r} is no form of its own for {self.what}: {_options(self.names)}")
+        return found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f.name for f in self.forms)
+
+    def __str__(self) -> str:
+        columns = f"{'form':8} {'predicted':>12} {'bytes read':>12} {'fma':>14} {'look-ups':>12}"
+        rows = [
+            f"{f.name:8} {f.nanoseconds / 1e3:>9.1f} us {f.cost.bytes:>12,} {f.cost.fma:>14,} {f.cost.lookups:>12,}"
+            for f in self.forms
+        ]
+        return "\n".join([f"{self.what} on {self.machine}", columns, *rows])
+
+
+class LoweringError(ValueError):
+    """A lowering that does not exist, or that a product does not have; the message lists those that it has."""
+
+
+def _options(names: Iterable[str]) -> str:
+    return f"use one of {', '.join(names)}"
+
+
+@contextmanager
+def lowering(name: str) -> Iterator[None]:
+    """Within it, `lb.matmul` and every quantized layer run the product in the form of that name, whatever it costs.
+
+    Functions compiled before are compiled again. Gradients are made in the forms chosen as ever. `lb.explain` lists
+    the forms of a product; those that come out the same as another go by one name.
+
+    Raises LoweringError for a name that does not exist, and then in `lb.matmul` for one that a product does not have.
+
+    >>> import jax.numpy as jnp, lowbit as lb
+    >>> w = lb.quantize_array(jnp.eye(8, 4), lb.bcq(2, group=8))
+    >>> with lb.testing.lowering("table"):
+    ...     lb.matmul(jnp.ones((3, 8)), w).shape
+    (3, 4)
+    """
+    if name not in PIPELINES:
+        raise LoweringError(f"there is no lowering {name!r}: {_options(PIPELINES)}")
+    with FORCED(name):
+        yield
+
+
+@contextmanager
+def watching(seen: Callable[[jax.Array, QuantArray], None]) -> Iterator[None]:
+    """Within it, `seen(x, w)` is called with the operands of every product; tracers where it is being compiled."""
+    before = WATCH.set(seen)
+    try:
+        yield
+    finally:
+        WATCH.reset(before)
+
+
+def plan(x_shape: Sequence[int], t: QuantType, platform: str | None = None, dtype: Any = "float32") -> Plan:
+    """The candidate forms of x @ w, cheapest first.
+
+    Args:
+      x_shape: of the activations, [..., k]; at least one row.
+      t: the type of w.
+      platform: "cpu", "gpu" (also "cuda", "rocm") or "tpu"; the default backend's if None.
+      dtype: of the activations.
+
+    Raises ValueError for a shape that does not fit, no rows, or an unknown platform.
+
+    >>> import jax.numpy as jnp, lowbit as lb
+    >>> w = lb.quantize_array(jnp.eye(8, 4), lb.bcq(2, group=8))
+    >>> lb.plan((1, 8), w.type, "cpu").forms[0].cost.bytes  # x, 2 planes of 4 bytes, 2 scales for each of 4 outputs
+    72
+    """
+    check_last_dim(x_shape, t)
+    rows = prod(x_shape[:-1])
+    if rows < 1:
+        raise ValueError(f"x has shape {tuple(x_shape)}: a plan needs at least one row")
+    name = {"cuda": "gpu", "rocm": "gpu"}.get(str(platform), platform)
+    if name is not None and name not in MACHINES:
+        raise ValueError(f"platform {platform!r} has no costs here: use one of {', '.join(MACHINES)}")
+    return planned(rows, t, short(dtype), name or jax.default_backend())
+
+
+@lru_cache(maxsize=4096)
+def planned(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
+    machine = MACHINES.get(platform, MACHINES["gpu"])
+    return Plan(f"x[{m}, k] @ {t}", machine.name, forms(_product(m, t, dtype), machine))
+
+
+def _product(m: int, t: QuantType, dtype: Any) -> Expr:
+    x = param("x", dtype, None, m=m, k=dict(t.dims)["k"])
+    return contract((x, t.decode), ("k",))
+
+
+def check_last_dim(shape: Sequence[int], t: QuantType) -> None:
+    k = dict(t.dims)["k"]
+    if not shape or shape[-1] != k:
+        raise ValueError(f"x has shape {tuple(shape)}, but w is {t}: x's last dim must be k = {k}")
+
+
+@lru_cache(maxsize=4096)
+def cotangent_term(m: int, t: QuantType, dtype: Any, dy_dtype: Any, name: str, platform: str) -> tuple[Expr, Param]:
+    product = _product(m, t, dtype)
+    leaf = params(product)[name]
+    dy = param("dy", dy_dtype, None, m=m, n=dict(t.dims)["n"])
+    term = transpose(product, leaf, dy)
+    return forms(term, MACHINES.get(platform, MACHINES["gpu"]))[0].term, leaf
