@@ -11,7 +11,7 @@ export PYTHON JAX
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,7 +47,11 @@ bench:  ## time everything in benchmarks/ on this machine; writes benchmarks/res
 	@for name in cpu_matmul gradient_memory quantize_speed; do \
 		$(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; done
 
-clean:  ## remove environments, builds, caches and what the demo wrote
-	rm -rf .venv .venv-* build dist *.egg-info demo-out
+docs:  ## the pages of docs/, every output in them made on the way; writes docs/_build/html
+	@tools/venv.sh $(VENV) docs
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+clean:  ## remove environments, builds, caches and what the demo and the docs wrote
+	rm -rf .venv .venv-* build dist *.egg-info demo-out docs/_build docs/api
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowbit import nn as nn
+    from lowbit import testing as testing
     from lowbit import tune as tune
     from lowbit.array import QuantArray as QuantArray
     from lowbit.array import QuantType as QuantType
@@ -52,11 +53,11 @@ _HOME = {
     "alternating": "quantizers", "greedy": "quantizers", "quantize_array": "quantizers",
     "round_to_nearest": "quantizers", "set_default_quantizer": "quantizers", "to_bcq": "quantizers",
 }  # fmt: skip
-__all__ = [*_HOME, "nn", "tune"]
+__all__ = [*_HOME, "nn", "testing", "tune"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("nn", "tune"):
+    if name in ("nn", "testing", "tune"):
         return importlib.import_module(f"lowbit.{name}")
     if name in _HOME:
         value = getattr(importlib.import_module(f"lowbit.{_HOME[name]}"), name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
@@ -15,17 +17,24 @@ import numpy as np
 from lowbit.array import QuantArray, QuantType, expect_array, over_stack
 from lowbit.ir.build import contract, param
 from lowbit.ir.dtypes import numpy_dtype, short
-from lowbit.ir.expr import Expr, Param
+from lowbit.ir.expr import Const, Expr, Param
 from lowbit.ir.transpose import transpose
-from lowbit.ir.walk import params
+from lowbit.ir.walk import params, topo
 from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.lower_xla import align, emit
+from lowbit.passes.pipeline import PIPELINES
+from lowbit.passes.style import Style
+from lowbit.passes.tile import Tiles, keeps
 
-# name, byte, dot, pointwise, field, lookup, far_lookup, scatter, cache, part
+_WATCH: ContextVar[Callable[[jax.Array, QuantArray], None] | None] = ContextVar("_WATCH", default=None)
+_FORCED = jax.make_user_context(None)
+"""The form that `lowering` asks for: part of every jit cache key, also of functions that were traced before."""
+
+# name, byte, dot, pointwise, moved, field, lookup, far_lookup, scatter, cache, style
 MACHINES = {
-    "cpu": Machine("cpu", 0.05, 0.011, 0.2, 0.2, 1.0, 10, 20, 1 << 20, 1 << 23),
-    "gpu": Machine("gpu", 4e-4, 3e-6, 5e-5, 5e-5, 2e-3, 2e-2, 0.05, 1 << 15),
-    "tpu": Machine("tpu", 6e-4, 5e-6, 2e-4, 2e-4, 0.5, 5, 5, 1 << 15),
+    "cpu": Machine("cpu", 0.05, 0.0075, 0.03, 2.5, 0.03, 0.3, 1.2, 20, 1 << 20, Style(1 << 22, sums_as_dots=True)),
+    "gpu": Machine("gpu", 4e-4, 3e-6, 5e-5, 2e-3, 5e-5, 2e-3, 2e-2, 0.05, 1 << 15, Style(vectors_as_loops=True)),
+    "tpu": Machine("tpu", 6e-4, 5e-6, 2e-4, 2e-3, 2e-4, 0.5, 5, 5, 1 << 15, Style(vectors_as_loops=True)),
 }
 """Coarse costs by platform: for a CPU fitted to times on 2 cores, for the others estimates, not yet measured."""
 
@@ -42,6 +51,17 @@ class Plan:
     def term(self) -> Expr:
         return self.forms[0].term
 
+    def form(self, name: str | None) -> Form:
+        """The form of that name, or the cheapest. Raises LoweringError for one that is not among them."""
+        found = next((f for f in self.forms if name in (None, f.name)), None)
+        if found is None:
+            raise LoweringError(f"lowering {name!r} is no form of its own for {self.what}: {_options(self.names)}")
+        return found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f.name for f in self.forms)
+
     def __str__(self) -> str:
         columns = f"{'form':8} {'predicted':>12} {'bytes read':>12} {'fma':>14} {'look-ups':>12}"
         rows = [
@@ -49,6 +69,45 @@ class Plan:
             for f in self.forms
         ]
         return "\n".join([f"{self.what} on {self.machine}", columns, *rows])
+
+
+class LoweringError(ValueError):
+    """A lowering that does not exist, or that a product does not have; the message lists those that it has."""
+
+
+def _options(names: Iterable[str]) -> str:
+    return f"use one of {', '.join(names)}"
+
+
+@contextmanager
+def lowering(name: str) -> Iterator[None]:
+    """Within it, `lb.matmul` and every quantized layer run the product in the form of that name, whatever it costs.
+
+    Functions compiled before are compiled again. Gradients are made in the forms chosen as ever. `lb.explain` lists
+    the forms of a product; those that come out the same as another go by one name.
+
+    Raises LoweringError for a name that does not exist, and then in `lb.matmul` for one that a product does not have.
+
+    >>> import jax.numpy as jnp, lowbit as lb
+    >>> w = lb.quantize_array(jnp.eye(8, 4), lb.bcq(2, group=8))
+    >>> with lb.testing.lowering("table"):
+    ...     lb.matmul(jnp.ones((3, 8)), w).shape
+    (3, 4)
+    """
+    if name not in PIPELINES:
+        raise LoweringError(f"there is no lowering {name!r}: {_options(PIPELINES)}")
+    with _FORCED(name):
+        yield
+
+
+@contextmanager
+def watching(seen: Callable[[jax.Array, QuantArray], None]) -> Iterator[None]:
+    """Within it, `seen(x, w)` is called with the operands of every product; tracers where it is being compiled."""
+    before = _WATCH.set(seen)
+    try:
+        yield
+    finally:
+        _WATCH.reset(before)
 
 
 def matmul(x: jax.Array, w: QuantArray) -> jax.Array:
@@ -81,6 +140,8 @@ def matmul(x: jax.Array, w: QuantArray) -> jax.Array:
         y: jax.Array = over_stack(lambda one, x: matmul(x, one), w, x)
         return y
     _check_last_dim(x.shape, w.type)
+    if (seen := _WATCH.get()) is not None:
+        seen(x, w)
     batch, rows = x.shape[:-1], prod(x.shape[:-1])
     if rows == 0:
         return jnp.zeros((*batch, sizes["n"]), x.dtype)
@@ -99,7 +160,9 @@ def _check_last_dim(shape: Sequence[int], t: QuantType) -> None:
 
 
 def take(w: QuantArray, ids: jax.Array) -> jax.Array:
-    """Rows of a quantized table with dims n and k: ids [...] to [..., k] in w's dtype. Only those rows are decoded.
+    """Rows of a quantized table with dims n and k: ids [...] to [..., k] in w's dtype.
+
+    Only those rows are decoded, unless the format makes a row of others.
 
     Raises TypeError for ids that are not integers or a w that is no QuantArray, ValueError for a stack of tables. As in
     `jnp.take`, negative ids count from the end and an id out of range gives NaN.
@@ -117,19 +180,27 @@ def take(w: QuantArray, ids: jax.Array) -> jax.Array:
         raise ValueError(f"w is a stack {list(w.stack)} of {w.type}: take rows of one table, or use jax.vmap or scan")
     if ids.size == 0:
         return jnp.zeros((*ids.shape, sizes["k"]), w.dtype)
-    few = w.type.resized(n=ids.size)
     flat = ids.reshape(-1)
     if jnp.iinfo(flat.dtype).max < sizes["n"]:
         flat = flat.astype(jnp.int32)  # or comparing with n, and adding it, would wrap
     flat = jnp.where(flat < 0, flat + sizes["n"], flat)
+    inside = (flat >= 0) & (flat < sizes["n"])
+    return jnp.where(inside[:, None], _rows(w, flat).astype(w.dtype), jnp.nan).reshape(*ids.shape, sizes["k"])
+
+
+def _rows(w: QuantArray, ids: jax.Array) -> jax.Array:
+    """Rows [ids, k] of the decode; ids out of range give any row."""
+    decode = w.type.decode
+    if not all(keeps(e, "n") and not (isinstance(e, Const) and "n" in e.dims) for e in topo(decode)):
+        whole = align(emit(decode, w.fields), decode.dims, {d: decode.dims[d] for d in ("n", "k")})
+        return jnp.take(whole, ids, axis=0, mode="clip")  # a row is made of others, or depends on where it stands
+    few = Tiles("n", 1, False, {}, decode).part(ids.size)
     fields = {
         name: w.fields[name] if "n" not in leaf.dims
-        else jnp.take(w.fields[name], flat, axis=list(leaf.dims).index("n"), mode="clip")
+        else jnp.take(w.fields[name], ids, axis=list(leaf.dims).index("n"), mode="clip")
         for name, leaf in w.type.fields.items()
     }  # fmt: skip
-    rows = align(emit(few.decode, fields), few.decode.dims, {"n": flat.size, "k": sizes["k"]}).astype(w.dtype)
-    inside = (flat >= 0) & (flat < sizes["n"])
-    return jnp.where(inside[:, None], rows, jnp.nan).reshape(*ids.shape, sizes["k"])
+    return align(emit(few, fields), few.dims, {"n": ids.size, "k": few.dims["k"]})
 
 
 def plan(x_shape: Sequence[int], t: QuantType, platform: str | None = None, dtype: Any = "float32") -> Plan:
@@ -176,15 +247,16 @@ def _matmul(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Arr
 
 @partial(jax.jit, static_argnums=0)
 def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
-    term = _plan(x.shape[0], t, short(x.dtype), jax.default_backend()).term
+    term = _plan(x.shape[0], t, short(x.dtype), jax.default_backend()).form(_FORCED.value).term
     return _emit_in_order(term, {**fields, "x": x}, ("m", "n"), x.dtype)
 
 
 def _emit_in_order(
     term: Expr, env: dict[str, jax.Array], order: Sequence[str], dtype: Any, share: int = 1
 ) -> jax.Array:
-    limit = MACHINES.get(jax.default_backend(), MACHINES["gpu"]).part / share
-    return align(emit(term, env, limit), term.dims, {d: term.dims[d] for d in order}).astype(dtype)
+    style = MACHINES.get(jax.default_backend(), MACHINES["gpu"]).style
+    value = emit(term, env, replace(style, part=style.part / share))
+    return align(value, term.dims, {d: term.dims[d] for d in order}).astype(dtype)
 
 
 Residuals = tuple[jax.Array, dict[str, jax.Array]]

@@ -13,7 +13,7 @@ from flax import nnx
 import lowbit as lb
 from lowbit.array import QuantArray
 from lowbit.nn.kinds import KINDS, weight
-from tests.tolerance import gamma, unit
+from lowbit.testing.tolerance import gamma, unit
 
 Array = np.ndarray[Any, Any]
 

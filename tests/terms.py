@@ -22,7 +22,6 @@ from lowbit.ir import (
     Bucket,
     Call,
     CallSpec,
-    Cast,
     Concat,
     Const,
     Contract,
@@ -43,7 +42,6 @@ from lowbit.ir import (
     contract,
     params,
     register_call,
-    topo,
 )
 from lowbit.ir.dtypes import is_float, numpy_dtype
 
@@ -59,6 +57,7 @@ register_call(
         oracle=lambda v: v[..., ::-1],
         operations=lambda t: prod(t.dims.values()),
         xla=lambda v: v[..., ::-1],
+        bound=lambda v, bound: bound[..., ::-1],
     ),
 )
 
@@ -464,23 +463,3 @@ def environment(e: Expr, seed: int, *, exact: bool = True) -> dict[str, np.ndarr
             values = rng.integers(p.bounds[0], p.bounds[1] + 1, sizes)
         out[name] = np.asarray(values).astype(numpy_dtype(p.dtype))
     return out
-
-
-def in_float64(root: Expr) -> Expr:
-    """The same term without rounding. Floats that are bits of integers are converted."""
-    new: dict[Expr, Expr] = {}
-    for e in topo(root):
-        match e:
-            case Param(name, shape, dtype, _) if is_float(dtype):
-                new[e] = Param(f"{name}_64", shape, "f64")
-            case Const() if is_float(e.dtype):
-                new[e] = const(e.values.astype(np.float64), "f64", *e.dims)
-            case Bitcast():
-                new[e] = cast(e, "f64") if is_float(e.dtype) else e
-            case Cast(x, to, _):
-                new[e] = cast(new[x], "f64" if is_float(to) else to)
-            case Contract(factors, over, ring, acc):
-                new[e] = Contract(tuple(new[f] for f in factors), over, ring, "f64" if is_float(acc) else acc)
-            case _:
-                new[e] = e.map(new.__getitem__)
-    return new[root]

@@ -7,11 +7,13 @@ term; its gradients, lowerings, costs and files follow from the term.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from lowbit.ir.expr import Expr
+from lowbit.ir.walk import params
 
 Decode = Callable[..., Expr]
 TRIAL = (4096, 4096)
@@ -24,7 +26,7 @@ class Format:
 
     Attributes:
       name: the registered name.
-      options: sorted (option, value) pairs; values are ints, bools, strings or None.
+      options: sorted (option, value) pairs; values are ints, floats, bools, strings or None.
     """
 
     name: str
@@ -67,7 +69,7 @@ def register_format(name: str, *, version: int = 1) -> Callable[[Decode], Callab
 
     The function takes the sizes `n` (outputs) and `k` (inputs), then keyword options, and returns a term with the
     dims n and k. Integer leaves are codes and never trained; float leaves are scales, or codebooks where a code
-    selects from them.
+    selects from them. A leaf is not called `x` or `dy`, which are the activation and a cotangent.
 
     >>> import lowbit as lb
     >>> from lowbit.ir import const, param
@@ -87,7 +89,8 @@ def register_format(name: str, *, version: int = 1) -> Callable[[Decode], Callab
         def make(*args: Any, **kwargs: Any) -> Format:
             bound = options.bind(*args, **kwargs)
             bound.apply_defaults()
-            decode(*TRIAL, **bound.arguments)  # wrong options are an error here, not layers later
+            _check_names(name, decode(*TRIAL, **bound.arguments))  # wrong options are an error here, not layers later
+            _check_storable(name, bound.arguments)
             return Format(name, tuple(sorted(bound.arguments.items())))
 
         make.__name__, make.__doc__ = name, decode.__doc__
@@ -96,6 +99,18 @@ def register_format(name: str, *, version: int = 1) -> Callable[[Decode], Callab
         return make
 
     return wrap
+
+
+def _check_storable(name: str, options: Mapping[str, Any]) -> None:
+    for option, value in options.items():
+        if type(value) not in (int, float, bool, str, NoneType):
+            what = f"option {option} of format {name!r} is {value!r}, a {type(value).__name__}"
+            raise TypeError(f"{what}: files hold ints, floats, bools, strings and None")
+
+
+def _check_names(name: str, term: Expr) -> None:
+    if taken := params(term).keys() & {"x", "dy"}:
+        raise ValueError(f"format {name!r} stores {sorted(taken)}: x and dy name what weights meet, so rename them")
 
 
 def definition(name: str) -> Definition:

@@ -6,19 +6,16 @@ quantized array of them is our header (`lowbit.io.header`). Nothing is pickled a
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
 
 import jax
-from safetensors import safe_open
 
 from lowbit.array import QuantArray, QuantType
 from lowbit.io.atomic import replacing
-from lowbit.io.error import CheckpointError
+from lowbit.io.error import AGAIN, CheckpointError
 from lowbit.io.header import Header, describe, pack, tensors_of, unpack
+from lowbit.io.mapped import Mapped
 from lowbit.io.tensors import Array, decode, encoded_as, safetensors_bytes, sha256, to_jax
 from lowbit.io.types import stored_type
 
@@ -58,20 +55,25 @@ def read(path: Path) -> dict[str, Value]:
     """What `write` wrote, by name in the order written, after checking everything.
 
     Dense entries come as jax arrays, those of 64 bits as numpy arrays unless jax_enable_x64 is on: nothing is narrowed.
-    One tensor at a time is read, so the peak is the arrays themselves and one more.
+
+    The file is mapped, not copied. On a CPU the arrays are its pages: there is no second copy at any time, and the
+    processes that load one file share the memory. (A tensor that does not begin on a multiple of 64 bytes is copied;
+    `write` aligns all but those whose size is no multiple of 64 bytes.) Replacing the file, as `write` does, or
+    deleting it leaves the arrays as they are. Overwriting or truncating it *in place* changes them or ends the process:
+    `jnp.copy` them first. On other devices the arrays are copies.
 
     Raises CheckpointError for a file that is damaged, not lowbit's, of a newer version, or that holds a format which is
     not registered or not the same here; OSError when it cannot be opened.
     """
-    with _opened(path) as (file, header):
-        entries: Mapping[str, Header] = header["entries"]
-        # All types before any data: what is wrong with a format is said at once.
-        types = {
-            name: stored_type(f"{path}: layer {name!r}", entry)
-            for name, entry in entries.items()
-            if entry["kind"] == "quantized"
-        }
-        return {name: _entry(path, file, header, name, types.get(name)) for name in entries}
+    file, header = _opened(path)
+    entries: Mapping[str, Header] = header["entries"]
+    # All types before any data: what is wrong with a format is said at once.
+    types = {
+        name: stored_type(f"{path}: layer {name!r}", entry)
+        for name, entry in entries.items()
+        if entry["kind"] == "quantized"
+    }
+    return {name: _entry(path, file, header, name, types.get(name)) for name in entries}
 
 
 def read_header(path: Path) -> Header:
@@ -79,46 +81,15 @@ def read_header(path: Path) -> Header:
 
     Reads no tensor and needs no format to be registered. Raises as `read` does for what it checks.
     """
-    with _opened(path) as (_, header):
-        return header
+    return _opened(path)[1]
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Header]]:
-    with open(path, "rb") as start:
-        size = os.fstat(start.fileno()).st_size
-        head = start.read(9)
-    try:
-        file = safe_open(path, framework="np")
-    except Exception as err:  # whatever the parser makes of arbitrary bytes
-        raise CheckpointError(f"{path} {_ailment(path, head, size)} ({err})") from err
-    with file:
-        yield file, unpack(str(path), file.metadata(), file.keys())
+def _opened(path: Path) -> tuple[Mapped, Header]:
+    file = Mapped(path)
+    return file, unpack(str(path), file.metadata, file.names)
 
 
-def _ailment(path: Path, head: bytes, size: int) -> str:
-    """Why a file that safetensors refuses is one, from its length and its first bytes."""
-    again = "get the file again or restore a copy"
-    if size == 0:
-        return f"is empty: {again}"
-    length = int.from_bytes(head[:8], "little")
-    if head[8:] != b"{":
-        return f"is not a safetensors file ({size} bytes, beginning {head[:8]!r}): name the file that lowbit saved"
-    if 8 + length > size:
-        return f"is truncated or damaged: it has {size} bytes, and states a header of {length}: {again}"
-    try:
-        with open(path, "rb") as f:
-            described = json.loads(f.read(8 + length)[8:])
-        ends = [spec["data_offsets"][1] for name, spec in described.items() if name != "__metadata__"]
-        stated = 8 + length + max(ends, default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        return f"has a damaged header: {again}"
-    if stated > size:
-        return f"is truncated: it has {size} bytes, and its header describes {stated}: {again}"
-    return f"is damaged: it has {size} bytes, and its header describes {stated}: {again}"
-
-
-def _entry(path: Path, file: Any, header: Header, name: str, type_: QuantType | None) -> Value:
+def _entry(path: Path, file: Mapped, header: Header, name: str, type_: QuantType | None) -> Value:
     tensors = tensors_of(header["entries"][name])
     arrays = {field: _tensor(path, file, header, name, tensor) for field, tensor in tensors.items()}
     if type_ is None:
@@ -134,22 +105,21 @@ def _entry(path: Path, file: Any, header: Header, name: str, type_: QuantType | 
         raise CheckpointError(f"{path}: layer {name!r} is not what its type says ({err}): save it again") from err
 
 
-def _tensor(path: Path, file: Any, header: Header, name: str, tensor: str) -> jax.Array | Array:
+def _tensor(path: Path, file: Mapped, header: Header, name: str, tensor: str) -> jax.Array | Array:
     """One tensor, its dtype, shape and checksum verified."""
     spec = header["tensors"][tensor]
     where = f"{path}: tensor {tensor!r} of layer {name!r}"
-    again = "get the file again or restore a copy"
     try:
-        stored = file.get_tensor(tensor)
-    except Exception as err:  # a dtype that was flipped into one that numpy lacks, a file that shrank
-        raise CheckpointError(f"{where} cannot be read ({err}): {again}") from err
+        stored = file.array(tensor)
+    except ValueError as err:
+        raise CheckpointError(f"{where} cannot be read ({err}): {AGAIN}") from err
     dtype, shape = encoded_as(spec["dtype"], spec["shape"])
     if stored.dtype != dtype or stored.shape != shape:
         found = f"{stored.dtype}{list(stored.shape)}"
-        raise CheckpointError(f"{where} is {found}, but was saved as {dtype}{list(shape)}: {again}")
+        raise CheckpointError(f"{where} is {found}, but was saved as {dtype}{list(shape)}: {AGAIN}")
     if (digest := sha256(stored)) != spec["sha256"]:
         raise CheckpointError(
             f"{where} is damaged, the sha256 of its bytes is {digest[:16]}..., but was {spec['sha256'][:16]}... when "
-            f"it was saved: {again}"
+            f"it was saved: {AGAIN}"
         )
     return to_jax(decode(stored, spec["dtype"], spec["shape"]))

@@ -10,7 +10,9 @@
      "tensors": {"kernel/alpha": {"dtype": "float32", "shape": [3, 64, 1], "sha256": "..."}, ...}}
 
 Every version of the file keeps the two metadata keys, KEY and DIGEST, and "version": so that an old library can tell a
-newer file from a damaged one.
+newer file from a damaged one. A field that is not listed here is refused wherever it stands, for it may say that the
+arrays mean something else. Other tools may leave metadata of their own beside ours, under names that do not begin with
+"lowbit".
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lowbit.array import QuantArray, type_from_json, type_to_json
-from lowbit.io.error import CheckpointError
+from lowbit.io.error import AGAIN, CheckpointError
 from lowbit.io.tensors import DTYPES, Array, encode, sha256, to_host
 from lowbit.ir.parse import parse
 from lowbit.ir.text import text
@@ -29,6 +31,14 @@ from lowbit.ir.text import text
 VERSION = 1
 KEY = "lowbit"
 DIGEST = "lowbit.sha256"
+FIELDS = {
+    "header": {"version", "metadata", "entries", "tensors"},
+    "dense": {"kind", "tensor"},
+    "quantized": {"kind", "type", "decode", "tensors"},
+    "type": {"dims", "dtype", "format", "version", "options", "splits"},
+    "tensor": {"dtype", "shape", "sha256"},
+}
+"""What each part of a header holds; the entries by their kind."""
 Header = dict[str, Any]
 
 
@@ -122,7 +132,7 @@ def unpack(path: str, metadata: Mapping[str, str] | None, names: Collection[str]
     if want != found:
         raise CheckpointError(
             f"{path}: the header is damaged, its sha256 is {found[:16]}... but the file states "
-            f"{f'{want[:16]}...' if want else 'none'}: get the file again or restore a copy"
+            f"{f'{want[:16]}...' if want else 'none'}: {AGAIN}"
         )
     try:
         header = json.loads(packed)
@@ -130,7 +140,10 @@ def unpack(path: str, metadata: Mapping[str, str] | None, names: Collection[str]
         if type(version) is not int:
             raise TypeError(f"version {version!r}")
         if version <= VERSION:
-            _check(header, set(names))
+            _refuse_unknown(f"{path}: the metadata", [k for k in metadata if k.startswith(KEY)], (KEY, DIGEST))
+            _check(str(path), header, set(names))
+    except CheckpointError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as err:
         why = f"no {err}" if isinstance(err, KeyError) else err
         raise CheckpointError(f"{path}: the header is not one that lowbit writes ({why}): save it again") from err
@@ -142,14 +155,28 @@ def unpack(path: str, metadata: Mapping[str, str] | None, names: Collection[str]
     return dict(header)
 
 
-def _check(header: Header, names: set[str]) -> None:
+def _refuse_unknown(where: str, fields: Collection[str], known: Collection[str]) -> None:
+    if unknown := sorted(set(fields) - set(known)):
+        raise CheckpointError(
+            f"{where} has {unknown[0]!r}, which this library does not know: upgrade lowbit to the release that wrote it"
+        )
+
+
+def _check(path: str, header: Header, names: set[str]) -> None:
     """Raises ValueError, TypeError, KeyError or AttributeError unless the header is as the module's docstring shows."""
+    _refuse_unknown(f"{path}: the header", header.keys(), FIELDS["header"])
+    for name, entry in header["entries"].items():
+        _refuse_unknown(f"{path}: the kind of entry {name!r}", [entry["kind"]], ("dense", "quantized"))
+        _refuse_unknown(f"{path}: entry {name!r}", entry.keys(), FIELDS[entry["kind"]])
+        if entry["kind"] == "quantized":
+            _refuse_unknown(f"{path}: the type of entry {name!r}", entry["type"].keys(), FIELDS["type"])
     if header["version"] < 1:
         raise ValueError(f"version {header['version']}")
     for key, value in header["metadata"].items():
         if not isinstance(value, str):
             raise TypeError(f"metadata {key!r} is {value!r}")
     for tensor, spec in header["tensors"].items():
+        _refuse_unknown(f"{path}: tensor {tensor!r}", spec.keys(), FIELDS["tensor"])
         if spec["dtype"] not in DTYPES:
             raise ValueError(f"tensor {tensor!r} has the unknown dtype {spec['dtype']!r}")
         if not isinstance(spec["sha256"], str) or not all(type(n) is int and n >= 0 for n in spec["shape"]):
@@ -162,12 +189,8 @@ def _check(header: Header, names: set[str]) -> None:
 
 def tensors_of(entry: Header) -> dict[str, str]:
     """The tensors of an entry by field; a dense one has the single field ""."""
-    match entry["kind"]:
-        case "dense":
-            return {"": entry["tensor"]}
-        case "quantized":
-            if not isinstance(entry["decode"], str) or not isinstance(entry["type"], dict):
-                raise TypeError(f"a quantized entry is described as {str(entry)[:200]}")
-            return dict(entry["tensors"])
-        case kind:
-            raise ValueError(f"an entry of kind {kind!r}")
+    if entry["kind"] == "dense":
+        return {"": entry["tensor"]}
+    if not isinstance(entry["decode"], str):
+        raise TypeError(f"a quantized entry is described as {str(entry)[:200]}")
+    return dict(entry["tensors"])

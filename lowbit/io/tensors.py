@@ -31,6 +31,8 @@ RAW = (
 )  # fmt: skip
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in (*NATIVE, *RAW)}
 """Every dtype that can be stored, by its name in the header."""
+LINE = 64
+"""Bytes that jax wants an array on a CPU to be aligned to, or copies it."""
 
 
 def to_host(name: str, value: Any) -> Array:
@@ -51,8 +53,11 @@ def to_host(name: str, value: Any) -> Array:
 
 
 def to_jax(array: Array) -> jax.Array | Array:
-    """The array on the default device, or as it is where jax would narrow it: 64-bit types without jax_enable_x64."""
-    return jnp.asarray(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array
+    """The array on the default device, or as it is where jax would narrow it: 64-bit types without jax_enable_x64.
+
+    `device_put`, unlike `jnp.asarray`, takes aligned memory on a CPU as it is.
+    """
+    return jax.device_put(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array
 
 
 def encode(array: Array) -> Array:
@@ -87,7 +92,8 @@ def safetensors_bytes(tensors: Mapping[str, Array], metadata: Mapping[str, str])
     Equal tensors and metadata give equal bytes. The library's own `save_file` (0.8) is not used: it writes metadata in
     random order, and a temporary file of its own, which only its owner may read.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # widest first, so that all are aligned
+    # Whole lines first, then the widest: all are aligned, and the large ones can be used where they are mapped.
+    order = sorted(tensors, key=lambda name: (tensors[name].nbytes % LINE != 0, -tensors[name].itemsize, name))
     described: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
@@ -95,7 +101,7 @@ def safetensors_bytes(tensors: Mapping[str, Array], metadata: Mapping[str, str])
         end += array.nbytes
         described[name] = {"dtype": NATIVE[array.dtype.name], "shape": array.shape, "data_offsets": [start, end]}
     packed = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    packed += b" " * (-len(packed) % 8)
+    packed += b" " * (-(8 + len(packed)) % LINE)
     yield len(packed).to_bytes(8, "little") + packed
     for name in order:
         yield _bytes(tensors[name])

@@ -31,7 +31,8 @@ def stored_type(where: str, entry: dict[str, Any]) -> QuantType:
     except UnknownFormatError as err:
         raise CheckpointError(f"{where}: {err}") from err
     except Exception as err:  # a format's decode is anyone's code, called with options from a file
-        raise CheckpointError(f"{where}: no type can be made of {str(data)[:200]} ({err}): save it again") from err
+        what = f"no type can be made of {str(data)[:200]} ({err})"
+        raise CheckpointError(f"{where}: {what}: upgrade lowbit, or save it again") from err
     try:
         stored = parse(entry["decode"])
     except ParseError as err:

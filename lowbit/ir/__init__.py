@@ -1,4 +1,4 @@
-"""What a program is, and its readings. Standard library and numpy only."""
+"""What a program is, and its readings. Standard library, numpy and ml_dtypes only."""
 
 from lowbit.ir.build import add as add
 from lowbit.ir.build import broadcast as broadcast

@@ -8,20 +8,32 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.ir.dims import Shape, fresh_all
+from lowbit.ir.dims import DimError, Shape, fresh_all
 from lowbit.ir.dtypes import DType, converts_exactly, exactly, is_float
 from lowbit.ir.expr import CONST_LIMIT, Add, Cast, Const, Contract, Expr, Merge, Pad, Param, Ring, Slice, Split
 from lowbit.ir.walk import rename
 
 
 def param(name: str, dtype: DType, within: tuple[int, int] | None = None, /, **dims: int) -> Param:
-    """A stored array: `param("codes", "u8", n=64, j=16)`, dims in storage order."""
+    """A stored array, dims in storage order; `within` narrows the range of integers.
+
+    >>> from lowbit.ir import param
+    >>> param("codes", "u8", (0, 15), n=64, k=16).type
+    Type(dims={'n': 64, 'k': 16}, dtype='u8', bounds=(0, 15))
+    """
     return Param(name, tuple(dims.items()), dtype, within)
 
 
 def const(values: Any, dtype: DType, *dims: str) -> Const:
-    """A compile-time table; every value must be one of `dtype`."""
+    """A compile-time table of at most CONST_LIMIT entries; raises ValueError for a value that is not one of `dtype`.
+
+    >>> from lowbit.ir import const
+    >>> print(const([[1, -1], [0, 2]], "i8", "p", "c"))
+    %0 = const {1, -1, 0, 2}         : i8[p=2 c=2]
+    """
     array = exactly(values, dtype)
+    if array.ndim != len(dims):
+        raise DimError(f"const of shape {array.shape} over the dims {dims}: name one dim for each axis")
     shape = tuple(zip(dims, array.shape, strict=True))
     return Const(shape, dtype, array.astype(array.dtype.newbyteorder("<")).tobytes())
 
@@ -34,7 +46,12 @@ def lift(value: Expr | float, like: Expr) -> Expr:
 
 
 def add(a: Expr, b: Expr) -> Add:
-    """A sum; operands of different types meet in the first type that holds both exactly."""
+    """A sum; operands of different types meet in the first type that holds both exactly.
+
+    >>> from lowbit.ir import add, param
+    >>> add(param("a", "f16", n=3), param("b", "u8", k=2)).type
+    Type(dims={'n': 3, 'k': 2}, dtype='f16', bounds=None)
+    """
     if a.dtype != b.dtype:
         to = next((d for d in (a.dtype, b.dtype, *_MEET) if _exact(a, d) and _exact(b, d)), None)
         if to is not None:
@@ -50,7 +67,13 @@ def _exact(e: Expr, to: DType) -> bool:
 
 
 def cast(x: Expr, to: DType) -> Expr:
-    """A conversion, marked as rounding when it can lose values; `x` itself when there is nothing to do."""
+    """A conversion, marked as rounding when it can lose values; `x` itself when there is nothing to do.
+
+    >>> from lowbit.ir import cast, param
+    >>> print(cast(param("x", "f32", k=2), "bf16"))
+    %0 = param x                     : f32[k=2]
+    %1 = cast %0 rounding            : bf16[k=2]
+    """
     if x.dtype == to:
         return x
     return Cast(x, to, rounds=not _exact(x, to))
@@ -59,7 +82,16 @@ def cast(x: Expr, to: DType) -> Expr:
 def contract(factors: Iterable[Expr], over: Iterable[str], ring: Ring = "real", acc: DType | None = None) -> Expr:
     """The one way to make a Contract: nested sums of products of one ring and accumulator flatten.
 
-    Bound dims of a flattened factor that its neighbours use are renamed first, never captured.
+    Bound dims of a flattened factor that its neighbours use are renamed first, never captured. `acc` is float64 if a
+    factor is, float32 beside any other float, and i32 for integers.
+
+    >>> from lowbit.ir import contract, param
+    >>> a, b = param("a", "f32", k=2), param("b", "f32", k=2)
+    >>> print(contract((a.sum("k"), b), ("k",)))
+    %0 = param a                     : f32[k=2]
+    %1 = split %0 k -> k_1           : f32[k_1=2]
+    %2 = param b                     : f32[k=2]
+    %3 = sum[k k_1] %1 * %2          : f32[]
     """
     factors, over = tuple(factors), set(over)
     acc = acc or ("u8" if ring == "gf2" else _accumulator(factors))
@@ -122,6 +154,11 @@ def _ones(name: str, size: int, dtype: DType) -> Expr:
 
 
 def broadcast(e: Expr, dims: Mapping[str, int]) -> Expr:
-    """`e` with every one of `dims`, repeated along those it lacks."""
+    """`e` with every one of `dims`, repeated along those it lacks.
+
+    >>> from lowbit.ir import broadcast, param
+    >>> broadcast(param("scale", "f16", n=3), {"n": 3, "k": 2}).type
+    Type(dims={'n': 3, 'k': 2}, dtype='f16', bounds=None)
+    """
     missing = tuple((k, n) for k, n in dims.items() if k not in e.dims)
     return contract((e, *ones(missing, e.dtype)), (), acc=e.dtype) if missing else e

@@ -42,6 +42,7 @@ class Cost:
       read: bytes of the leaves, by element type.
       fma: multiply-adds, additions included.
       dot: those of them inside matrix products, which hardware runs far faster than the rest.
+      moved: elements of the operands of batched matrix products, whose batch has to be brought outermost.
       lookups: elements gathered.
       scattered: elements added into buckets.
       fields: elements made by Unpack, Bitcast and Cast.
@@ -52,6 +53,7 @@ class Cost:
     read: dict[DType, int] = field(default_factory=dict)
     fma: int = 0
     dot: int = 0
+    moved: int = 0
     lookups: int = 0
     scattered: int = 0
     fields: int = 0
@@ -64,8 +66,15 @@ class Cost:
 
 
 def cost(root: Expr) -> Cost:
+    """What one evaluation of the term reads and does.
+
+    >>> from lowbit.ir import cost, param
+    >>> c = cost((param("x", "f32", m=2, k=8) * param("w", "f16", n=3, k=8)).sum("k"))
+    >>> c.read, c.fma, c.dot
+    ({'f32': 64, 'f16': 48}, 48, 48)
+    """
     read: dict[DType, int] = {}
-    fma = dot = lookups = scattered = fields = table = largest = 0
+    fma = dot = moved = lookups = scattered = fields = table = largest = 0
     for e in topo(root):
         n = prod(e.dims.values())
         match e:
@@ -84,15 +93,15 @@ def cost(root: Expr) -> Cost:
             case Add():
                 fma += n
             case Contract():
-                every, products = contraction_fma(e)
-                fma, dot = fma + every, dot + products
+                every, products, copied = contraction_work(e)
+                fma, dot, moved = fma + every, dot + products, moved + copied
             case Call(name, operands):
                 fma += call_spec(name).operations(*(o.type for o in operands))
             case _:
                 assert_never(e)
         if not isinstance(e, Param | Const):
             largest = max(largest, nbytes(e))
-    return Cost(read, fma, dot, lookups, scattered, fields, table, largest)
+    return Cost(read, fma, dot, moved, lookups, scattered, fields, table, largest)
 
 
 def nbytes(e: Expr) -> int:
@@ -100,8 +109,10 @@ def nbytes(e: Expr) -> int:
     return prod(e.dims.values()) * bits(e.dtype) // 8
 
 
-def contraction_fma(e: Contract) -> tuple[int, int]:
-    """Multiply-adds of a contraction, and those of them that are inside matrix products."""
+def contraction_work(e: Contract) -> tuple[int, int, int]:
+    """Multiply-adds of a contraction, those inside matrix products, and the operands' elements of batched ones."""
     dims, steps = slot_dims(e), contraction_order(e)
-    dots = (step.fma for step in steps if step.is_dot([dims[s] for s in step.slots]))
-    return sum(step.fma for step in steps), sum(dots)
+    dots = [(step, [dims[s] for s in step.slots]) for step in steps if step.is_dot([dims[s] for s in step.slots])]
+    batched = [(a, b) for step, (a, b) in dots if a.keys() & b.keys() & step.out.keys()]
+    moved = sum(prod(d.values()) for pair in batched for d in pair)
+    return sum(step.fma for step in steps), sum(step.fma for step, _ in dots), moved

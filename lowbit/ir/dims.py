@@ -6,13 +6,19 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 Shape = tuple[tuple[str, int], ...]
+"""(dim, size) pairs in the order in which an array is stored."""
 Dims = Mapping[str, int]
+"""Sizes by dim."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 class DimError(TypeError):
     """An ill-formed term: the message names the dim, both sizes and the operands."""
+
+
+class RangeError(DimError):
+    """Integers that outgrow their type."""
 
 
 def check_name(kind: str, name: str) -> None:
@@ -23,12 +29,21 @@ def check_name(kind: str, name: str) -> None:
 
 def check_shape(what: str, shape: Shape) -> None:
     """A shape has distinct names and plain positive integer sizes."""
+    seen: dict[str, int] = {}
     for name, size in shape:
         check_name("dim", name)
         if type(size) is not int or size < 1:
             raise DimError(f"{what}: dim {name!r} has size {size!r}; sizes are positive ints")
-    if len({name for name, _ in shape}) != len(shape):
-        raise DimError(f"{what}: a dim occurs twice in {show(dict(shape))}")
+        if name in seen:
+            raise DimError(f"{what}: dim {name!r} occurs twice, with the sizes {seen[name]} and {size}")
+        seen[name] = size
+
+
+def check_ints(what: str, *values: int) -> None:
+    """Counts and positions are plain ints: 2.0, True and numpy's would be the same node as 2 and 1."""
+    for value in values:
+        if type(value) is not int:
+            raise DimError(f"{what}: {value!r} is not a plain int")
 
 
 def show(dims: Dims) -> str:

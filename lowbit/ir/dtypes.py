@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 DType = Literal["f64", "f32", "f16", "bf16", "e4m3", "e5m2", "i8", "u8", "i16", "u16", "i32", "u32"]
+"""Element types by their short names; e4m3 and e5m2 are floats of 8 bits."""
 Bounds = tuple[int, int]
 """Inclusive value range of an integer array."""
 
@@ -32,7 +33,9 @@ _WIDER: dict[DType, frozenset[DType]] = {
 
 
 def numpy_dtype(d: DType) -> np.dtype[Any]:
-    """The numpy (or ml_dtypes) dtype behind a short name."""
+    """The numpy (or ml_dtypes) dtype behind a short name; raises TypeError for what is none."""
+    if d not in _NUMPY:
+        raise TypeError(f"{d!r} is not an element type; use one of {', '.join(DTYPES)}")
     return _NUMPY[d]
 
 
@@ -47,7 +50,7 @@ def short(dtype: Any) -> DType:
 
 
 def is_float(d: DType) -> bool:
-    return d in _SIGNIFICAND
+    return numpy_dtype(d).kind not in "iu"
 
 
 def bits(d: DType) -> int:
@@ -81,7 +84,7 @@ def exactly(values: Any, d: DType) -> np.ndarray[Any, Any]:
     """`values` as an array of `d`; raises ValueError when one of them is not a value of `d`."""
     given = np.asarray(values)
     with np.errstate(invalid="ignore", over="ignore"):  # what overflows is found by looking at the result
-        array = given.astype(_NUMPY[d])
+        array = given.astype(numpy_dtype(d))
     if not np.array_equal(array.astype(np.float64), given.astype(np.float64), equal_nan=True):
         raise ValueError(f"{given.tolist()} has values that {d} cannot hold")
     return array

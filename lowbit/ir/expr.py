@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from lowbit.ir.dims import Dims, Shape
-from lowbit.ir.dtypes import Bounds, DType, numpy_dtype
+from lowbit.ir.dtypes import Bounds, DType, converts_exactly, numpy_dtype
 
 if TYPE_CHECKING:
     from lowbit.ir.typing import Type
@@ -189,7 +189,7 @@ class Gather(Base):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Bucket(Base):
-    """`out[c] = sum of x over `over`, where index == c`: the transpose of Gather."""
+    """`out[c]` is the sum of x over `over` where index == c: the transpose of Gather."""
 
     x: Expr
     index: Expr
@@ -239,6 +239,10 @@ class Cast(Base):
     x: Expr
     to: DType
     rounds: bool = False
+
+    def map(self, fn: Callable[[Expr], Expr]) -> Expr:
+        x = fn(self.x)  # its range may be narrower, and the conversion exact
+        return Cast(x, self.to, self.rounds and not converts_exactly(x.dtype, x.bounds, self.to))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

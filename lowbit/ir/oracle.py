@@ -40,6 +40,12 @@ def evaluate(root: Expr, env: Mapping[str, Any]) -> Array:
     """The value of a term, dims in the order of `root.dims`: float64 for float terms, int64 for integer ones.
 
     Raises KeyError for a leaf that `env` lacks and ValueError for an array that is not of the leaf's type.
+
+    >>> import numpy as np
+    >>> from lowbit.ir import Unpack, evaluate, param
+    >>> evaluate(Unpack(param("w", "u8", n=2), 4, "v", 2), {"w": np.array([0x21, 0xF3])})
+    array([[ 1,  2],
+           [ 3, 15]])
     """
     val: dict[Expr, Array] = {}
     for e in topo(root):

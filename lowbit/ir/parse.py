@@ -62,6 +62,11 @@ def parse(source: str) -> Expr:
 
     Raises ParseError for anything else: an unknown operation, a forward reference, a type that is not the node's,
     more than MAX_CHARS characters or MAX_NODES lines.
+
+    >>> from lowbit.ir import param, parse, text
+    >>> scaled = param("codes", "u8", n=3) * 0.5
+    >>> parse(text(scaled)) is scaled
+    True
     """
     if len(source) > MAX_CHARS:
         raise ParseError(f"the text has {len(source)} characters, at most {MAX_CHARS} are read")
@@ -75,11 +80,13 @@ def parse(source: str) -> Expr:
         if not left.startswith(head):
             raise ParseError(f"line {len(nodes) + 1}: expected '{head}... : type', found {line[:80]!r}")
         try:
-            nodes.append(_node(left[len(head) :].strip(), *_type(right), nodes))
+            node = _node(left[len(head) :].strip(), *_type(right), nodes)
+            made = str(node.type)  # Python refuses to write sizes of thousands of digits
         except (ValueError, TypeError, KeyError, IndexError) as err:
             raise ParseError(f"line {len(nodes) + 1}: {err} in {line[:80]!r}") from err
-        if str(nodes[-1].type) != right.strip():
-            raise ParseError(f"line {len(nodes)}: states type {right.strip()}, but the node is {nodes[-1].type}")
+        if made != right.strip():
+            raise ParseError(f"line {len(nodes) + 1}: states type {right.strip()}, but the node is {made}")
+        nodes.append(node)
     return nodes[-1]
 
 

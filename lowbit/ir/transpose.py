@@ -37,7 +37,7 @@ class NotDifferentiableError(TypeError):
 
 
 def transpose(e: Expr, leaf: Param, dy: Expr) -> Expr:
-    """The cotangent of `e` in `leaf`: dims of the leaf, float32 (float64 for a float64 leaf).
+    """The cotangent of `e` in `leaf`: dims of the leaf, float32 (float64 where `e` or `dy` has any).
 
     Args:
       e: a float term.
@@ -45,13 +45,20 @@ def transpose(e: Expr, leaf: Param, dy: Expr) -> Expr:
       dy: the cotangent of `e`, with the dims of `e`: usually a Param.
 
     Raises NotDifferentiableError for an integer leaf, one that `e` does not hold, or one behind an opaque step.
+
+    >>> from lowbit.ir import param, transpose
+    >>> x, w = param("x", "f32", m=2, k=8), param("w", "f32", k=8)
+    >>> print(transpose((x * w).sum("k"), w, param("dy", "f32", m=2)))
+    %0 = param dy                    : f32[m=2]
+    %1 = param x                     : f32[m=2 k=8]
+    %2 = sum[m] %0 * %1              : f32[k=8]
     """
-    acc: DType = "f64" if "f64" in (leaf.dtype, dy.dtype) else "f32"
     if not is_float(leaf.dtype):
         raise NotDifferentiableError(f"{leaf.name!r} is {leaf.type}: integer codes have no cotangent")
     if dict(dy.dims) != dict(e.dims):
         raise NotDifferentiableError(f"the cotangent is {dy.type} but the term is {e.type}: the dims must be equal")
     nodes = topo(e)
+    acc: DType = "f64" if any(n.dtype == "f64" for n in (dy, *nodes)) else "f32"
     live: set[Expr] = {leaf}
     for n in nodes:
         if live.intersection(n.args):

@@ -8,8 +8,8 @@ from typing import assert_never
 
 import numpy as np
 
-from lowbit.ir.call import call_spec
-from lowbit.ir.dims import DimError, Dims, Shape, check_name, check_shape, drop, show, union
+from lowbit.ir.call import call_type
+from lowbit.ir.dims import DimError, Dims, RangeError, Shape, check_ints, check_name, check_shape, drop, show, union
 from lowbit.ir.dtypes import Bounds, DType, bits, converts_exactly, full_range, holds, is_float, numpy_dtype
 from lowbit.ir.expr import (
     CONST_LIMIT,
@@ -70,6 +70,7 @@ def typeof(e: Expr) -> Type:
             return _cast(e)
         case Slice(x, dim, start, stop):
             size = _size("slice", x.type, dim)
+            check_ints(f"slice {dim!r}", start, stop)
             if not 0 <= start < stop <= size:
                 raise DimError(f"slice {dim!r} {start}..{stop} of {x.type}: needs 0 <= start < stop <= {size}")
             return Type({k: stop - start if k == dim else n for k, n in x.dims.items()}, x.dtype, x.bounds)
@@ -78,7 +79,7 @@ def typeof(e: Expr) -> Type:
         case Concat(parts, dim):
             return _concat(tuple(p.type for p in parts), dim)
         case Call(name, operands):
-            return call_spec(name).type(*(o.type for o in operands))
+            return call_type(name, *(o.type for o in operands))
         case _:
             assert_never(e)
 
@@ -97,6 +98,7 @@ def _param(name: str, shape: Shape, dtype: DType, within: Bounds | None) -> Type
             raise DimError(f"param {name}: a {dtype} array has no value range, but {within} was given")
         return Type(dict(shape), dtype, None)
     bounds = full_range(dtype) if within is None else within
+    check_ints(f"param {name} in a range", *bounds)
     if bounds[0] > bounds[1] or not holds(dtype, bounds):
         raise DimError(f"param {name}: range {bounds[0]}..{bounds[1]} is not one of {dtype}")
     return Type(dict(shape), dtype, bounds)
@@ -115,6 +117,7 @@ def _const(e: Const) -> Type:
 
 def _unpack(e: Unpack) -> Type:
     t = e.x.type
+    check_ints("unpack", e.width, e.count)
     if t.bounds is None or not t.dtype.startswith("u"):
         raise DimError(f"unpack of {t}: words are unsigned integers")
     if e.width < 1 or e.count < 1 or e.width * e.count > bits(t.dtype):
@@ -131,8 +134,7 @@ def _new(dims: Dims, name: str, what: str) -> None:
 
 
 def _bitcast(e: Bitcast) -> Type:
-    t, have, want = e.x.type, bits(e.x.dtype), bits(e.to)
-    bounds = None if is_float(e.to) else full_range(e.to)
+    t, have, want, bounds = e.x.type, bits(e.x.dtype), bits(e.to), None if is_float(e.to) else full_range(e.to)
     if have == want and e.dim is None:
         return Type(t.dims, e.to, bounds)
     if e.dim is None or have == want:
@@ -149,8 +151,8 @@ def _index(what: str, index: Type, size: int, dim: str) -> None:
     if index.bounds is None:
         raise DimError(f"{what} over {dim!r}: the index is {index}, not an integer")
     if index.bounds[0] < 0 or index.bounds[1] >= size:
-        lo, hi = index.bounds
-        raise DimError(f"{what} over {dim}={size}: the index ranges over {lo}..{hi}; it must stay in 0..{size - 1}")
+        span = f"{index.bounds[0]}..{index.bounds[1]}"
+        raise DimError(f"{what} over {dim}={size}: the index ranges over {span}; it must stay in 0..{size - 1}")
     if dim in index.dims:
         raise DimError(f"{what} over {dim!r}: the index {index} has a dim of that name: rename it")
 
@@ -162,6 +164,7 @@ def _gather(e: Gather) -> Type:
 
 
 def _bucket(e: Bucket) -> Type:
+    check_ints(f"bucket over {e.dim!r}", e.size)
     _index("bucket", e.index.type, e.size, e.dim)
     dims = union("bucket", e.x.dims, e.index.dims)
     if missing := e.over - dims.keys():
@@ -180,7 +183,7 @@ def _bucket(e: Bucket) -> Type:
 
 def _fits(what: str, bounds: Bounds, dtype: DType) -> None:
     if not holds(dtype, bounds):
-        raise DimError(f"{what} reaches {bounds[0]}..{bounds[1]}, more than {dtype} holds: use a wider type")
+        raise RangeError(f"{what} reaches {bounds[0]}..{bounds[1]}, more than {dtype} holds: use a wider type")
 
 
 def _add(a: Type, b: Type) -> Type:
@@ -195,6 +198,8 @@ def _add(a: Type, b: Type) -> Type:
 
 def _contract(e: Contract) -> Type:
     what = "xor" if e.ring == "gf2" else "sum"
+    if e.ring not in ("real", "gf2") or (e.ring == "gf2" and is_float(e.acc)):
+        raise DimError(f"{what} over the ring {e.ring!r} in {e.acc}: use 'real', or 'gf2' with an integer type")
     if not e.factors:
         raise DimError(f"{what} of no factors")
     all_dims = union(what, *(f.dims for f in e.factors))
@@ -209,29 +214,31 @@ def _contract(e: Contract) -> Type:
     for f in e.factors:
         if not converts_exactly(f.dtype, f.bounds, e.acc):
             raise DimError(f"{what}: factor {f.type} is not exact in the accumulator {e.acc}: cast it, or widen")
-    return Type(dims, e.acc, _product_bounds(e, prod(all_dims[d] for d in e.over)))
+    return Type(dims, e.acc, _product_bounds(e, all_dims))
 
 
-def _product_bounds(e: Contract, times: int) -> Bounds | None:
-    """The interval of an integer sum; exact entries of a Const are used, so that joined digits stay tight."""
+def _product_bounds(e: Contract, all_dims: Dims) -> Bounds | None:
+    """The interval of an integer sum; exact entries of Consts are used, so that joined digits stay tight."""
     if is_float(e.acc):
         return None
-    at = next((i for i, f in enumerate(e.factors) if isinstance(f, Const) and f.dims.keys() & e.over), None)
+    tables: list[Const] = []
     lo, hi = 1, 1
-    for i, f in enumerate(e.factors):
+    for f in e.factors:
         assert f.bounds is not None  # exact in an integer accumulator, hence an integer
-        if i != at:
+        entries = prod(union("sum", *(t.dims for t in tables), f.dims).values())
+        if isinstance(f, Const) and f.dims.keys() & e.over and entries <= CONST_LIMIT:
+            tables.append(f)
+        else:
             ends = [a * b for a in (lo, hi) for b in f.bounds]
             lo, hi = min(ends), max(ends)
-    if at is not None:
-        table = e.factors[at]
-        assert isinstance(table, Const)
-        values = table.values.astype(np.int64)
-        axes = tuple(i for i, k in enumerate(table.dims) if k in e.over)
-        times //= prod(values.shape[i] for i in axes)
-        low, high = np.minimum(values * lo, values * hi), np.maximum(values * lo, values * hi)
-        lo, hi = int(low.sum(axes).min()), int(high.sum(axes).max())
-    bounds = lo * times, hi * times
+    axis = {k: i for i, k in enumerate(union("sum", *(t.dims for t in tables)))}
+    # Python's integers: a product of tables may leave int64.
+    operands = [part for t in tables for part in (t.values.astype(object), [axis[k] for k in t.dims])]
+    values = np.einsum(*operands, [*axis.values()]) if tables else np.array(1, object)
+    summed = tuple(i for k, i in axis.items() if k in e.over)
+    times = prod(n for k, n in all_dims.items() if k in e.over and k not in axis)
+    least, most = (np.asarray(pick(values * lo, values * hi).sum(summed)) for pick in (np.minimum, np.maximum))
+    bounds = int(least.min()) * times, int(most.max()) * times
     _fits("sum", bounds, e.acc)
     return bounds
 
@@ -239,6 +246,8 @@ def _product_bounds(e: Contract, times: int) -> Bounds | None:
 def _split(t: Type, dim: str, into: Shape) -> Type:
     size = _size("split", t, dim)
     check_shape("split", into)
+    if not into:
+        raise DimError(f"split {dim}={size} into nothing: name at least one dim")
     if prod(n for _, n in into) != size:
         raise DimError(f"split {dim}={size} into {show(dict(into))}: the product is {prod(n for _, n in into)}")
     for name, _ in into:
@@ -270,6 +279,7 @@ def _cast(e: Cast) -> Type:
 
 def _pad(t: Type, dim: str, before: int, after: int) -> Type:
     size = _size("pad", t, dim)
+    check_ints(f"pad {dim!r}", before, after)
     if before < 0 or after < 0 or before + after == 0:
         raise DimError(f"pad {dim!r} by {before} and {after}: neither may be negative, nor both zero")
     bounds = None if t.bounds is None else (min(0, t.bounds[0]), max(0, t.bounds[1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from lowbit.ir.dims import fresh_all
+from lowbit.ir.dims import RangeError, fresh_all
 from lowbit.ir.expr import Add, Cast, Const, Contract, Expr, Gather, Param, Split, Unpack
 
 Rule = Callable[[Expr], Expr | None]
@@ -27,7 +27,12 @@ def topo(*roots: Expr) -> list[Expr]:
 
 
 def params(*roots: Expr) -> dict[str, Param]:
-    """The leaves by name. Two leaves of one name must be one leaf."""
+    """The leaves by name. Raises ValueError, with both types, where one name stands for two leaves.
+
+    >>> from lowbit.ir import param, params
+    >>> list(params(param("codes", "u8", n=3) * param("scale", "f16", n=3)))
+    ['codes', 'scale']
+    """
     out: dict[str, Param] = {}
     for e in topo(*roots):
         if isinstance(e, Param) and out.setdefault(e.name, e) is not e:
@@ -36,7 +41,13 @@ def params(*roots: Expr) -> dict[str, Param]:
 
 
 def substitute(root: Expr, new: Mapping[Expr, Expr]) -> Expr:
-    """`root` with nodes replaced; replacements are not searched again."""
+    """`root` with nodes replaced; replacements are not searched again.
+
+    >>> from lowbit.ir import param, substitute
+    >>> a, b = param("a", "f32", n=3), param("b", "f32", n=3)
+    >>> substitute(a * a + 1, {a: b}) is b * b + 1
+    True
+    """
     done: dict[Expr, Expr] = dict(new)
     for e in topo(root):
         if e not in done:
@@ -45,18 +56,39 @@ def substitute(root: Expr, new: Mapping[Expr, Expr]) -> Expr:
 
 
 def rewrite(root: Expr, rule: Rule, *, top_down: bool = False) -> Expr:
-    """Apply one rule wherever it matches, until it stops matching. The same object when it never did."""
+    """Apply one rule wherever it matches, until it stops matching. The same object when it never did.
+
+    A rule gives an equal term, or None where it does not match. It does not apply where its integers would leave the
+    range that the term around them was checked with.
+
+    >>> from lowbit.ir import Merge, param, rewrite
+    >>> x = param("x", "f32", k=2)
+    >>> def same_name(e):
+    ...     return e.x if isinstance(e, Merge) and e.parts == (e.into,) else None
+    >>> rewrite(Merge(x, ("k",), "k") + 1, same_name) is x + 1
+    True
+    """
     done: dict[Expr, Expr] = {}
 
     def go(e: Expr) -> Expr:
         if e not in done:
             here = e if top_down else e.map(go)
-            new = rule(here)
+            new = _in_range(rule, here)
             changed = new is not None and new is not here
             done[e] = go(new) if changed and new is not None else here.map(go) if top_down else here
         return done[e]
 
     return go(root)
+
+
+def _in_range(rule: Rule, e: Expr) -> Expr | None:
+    try:
+        new = rule(e)
+    except RangeError:
+        return None
+    if new is None or new.bounds is None or e.bounds is None:
+        return new
+    return new if e.bounds[0] <= new.bounds[0] and new.bounds[1] <= e.bounds[1] else None
 
 
 def rename(e: Expr, to: Mapping[str, str]) -> Expr:

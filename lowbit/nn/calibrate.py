@@ -1,23 +1,35 @@
-"""`lb.calibrate`: what the inputs of each layer look like, measured while a model runs on sample data."""
+"""`lb.calibrate`: what the inputs and gradients of each layer look like, measured while a model runs on sample data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import Any
+from os import PathLike
+from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from lowbit.nn.gradients import Means, differentiated
 from lowbit.nn.kernel import expect_module
-from lowbit.nn.kinds import KINDS, NAMES, refusal, weight
+from lowbit.nn.kinds import KINDS, NAMES, refusal
+from lowbit.nn.probe import Probe, probes
+from lowbit.nn.rules import Rules, as_rules, assign, needed
+from lowbit.nn.running import Running
+
+Statistic = Literal["second_moment", "largest", "gradient_square", "output_gradient"]
+STATISTICS: tuple[str, ...] = get_args(Statistic)
+DEFAULT = ("second_moment", "largest")
+OF_GRADIENTS = {"gradient_square", "output_gradient"}
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """The inputs of one layer's product, over every row that it was given.
+    """What one layer's product was given and what its errors cost. What was not measured is None.
+
+    With x [rows, k] every row of inputs, of all batches, y [rows, n] = x w the product's outputs, and L the loss of one
+    batch, a scalar:
 
     Of a stack of matrices each slice has its own, with its axes before k; k runs as in the quantized layer.
 
@@ -25,72 +37,53 @@ class LayerStats:
       second_moment: float32 [k], the mean of x squared for each input: how much an error in its weights costs.
       largest: float32 [k], the largest |x| of each input.
       rows: how many rows were seen, by each slice.
+      gradient_square: float32, of the weight's shape: the mean over *batches* of (dL/dw) squared, dL/dw summed over the
+        rows of a batch and all places that use the weight: the diagonal of the empirical Fisher matrix, as SqueezeLLM
+        (Kim et al., ICML 2024) weighs errors if each batch is one sequence. A numpy array, on the host.
+      output_gradient: float32 [n], the mean over rows of (dL/dy) squared for each output, L being the loss of the row's
+        batch: GuidedQuant's weights (Kim et al., ICML 2025), averaged over rows.
     """
 
-    second_moment: jax.Array
-    largest: jax.Array
+    second_moment: jax.Array | None
+    largest: jax.Array | None
     rows: int
-
-
-class Seen(nnx.Variable[jax.Array]):
-    """A running statistic of a probed layer."""
-
-
-class Probe(nnx.Module):
-    """A layer that keeps count of what it is multiplied with, and otherwise behaves like the one inside."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-        kind = KINDS[type(layer)]
-        view = kind.view(layer)
-        lead, stack = view.lead(weight(layer).get_value()), () if kind.shares else view.sizes(view.stack)
-        inputs = (*lead, *stack, prod(view.sizes(view.summed)))
-        self.rows = Seen(jnp.zeros(lead, jnp.float32))
-        self.second_moment = Seen(jnp.zeros(inputs, jnp.float32))
-        self.largest = Seen(jnp.zeros(inputs, jnp.float32))
-
-    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        if not isinstance(self.layer, nnx.Embed):
-            self.see(KINDS[type(self.layer)].rows(self.layer, inputs))
-        return self.layer(inputs, *args, **kwargs)
-
-    def attend(self, query: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        assert isinstance(self.layer, nnx.Embed)
-        self.see(query)
-        return self.layer.attend(query, *args, **kwargs)
-
-    def see(self, x: jax.Array) -> None:
-        """Moves the running means towards those of x [*stack, ..., k]: no sum grows until it swallows its terms."""
-        rows, mean = self.rows.get_value(), self.second_moment.get_value()
-        flat = x.astype(jnp.float32).reshape(*mean.shape[:-1], -1, mean.shape[-1])
-        count = flat.shape[-2]
-        total = rows + count
-        share = count / jnp.maximum(total, 1)
-        self.second_moment.set_value(mean + ((flat**2).sum(-2) / max(1, count) - mean) * share)
-        largest = self.largest.get_value()
-        self.largest.set_value(jnp.maximum(largest, jnp.abs(flat).max(-2, initial=0.0)))
-        self.rows.set_value(total)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or "layer" not in vars(self):
-            raise AttributeError(name)
-        return getattr(vars(self)["layer"], name)
+    gradient_square: np.ndarray[Any, np.dtype[np.float32]] | None = None
+    output_gradient: jax.Array | None = None
 
 
 def calibrate(
-    model: nnx.Module, batches: Iterable[Any], call: Callable[[Any, Any], Any] | None = None
+    model: nnx.Module,
+    batches: Iterable[Any],
+    call: Callable[[Any, Any], Any] | None = None,
+    *,
+    statistics: Sequence[Statistic] | None = None,
+    rules: Rules | None = None,
+    loss: Callable[[Any, Any], jax.Array] | None = None,
+    resume: str | PathLike[str] | None = None,
 ) -> dict[str, LayerStats]:
-    """Run a model on sample data and measure the inputs of every layer that `lb.quantize` could quantize.
+    """Run a model on sample data, once, and measure every layer that `lb.quantize` could quantize.
 
     Args:
       model: left as it is; its weights are shared, not copied.
       batches: what `call` takes, one at a time: only one is held.
       call: `call(model, batch)`, compiled; `model(batch)` by default.
+      statistics: fields of `LayerStats`, for all layers; its second moments and maxima by default.
+      rules: instead of `statistics`, what `lb.quantize` will be given: each layer gets what its quantizer weighs errors
+        by, and layers whose quantizer needs nothing get none.
+      loss: instead of `call`, `loss(model, batch)`, a scalar; statistics of gradients need it.
+      resume: a folder that holds everything measured so far after each batch. A run that was killed, started again with
+        the same folder and the same batches, skips what it had counted and ends with the same bits.
 
     Returns the statistics by layer path, as in rules. Layers that never ran, and embeddings that are only looked up,
     have none: they are left out.
 
-    Raises ValueError when there are no batches or no layers, TypeError for what is no module.
+    The device holds the model, what running one batch needs, [k] and [n] numbers a layer, and the gradient of *one*
+    weight at a time: its square is sent to the host as soon as it is made. There all squares together are as large as
+    the model in float32: in memory without `resume`; with it in two files a layer, of which one layer's is held.
+
+    Raises ValueError when there are no batches or no layers, for rules that need no statistics, for gradients without
+    `loss`, and for a folder of another model, other statistics or other batches; CheckpointError for a damaged one;
+    TypeError for what is no module.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb
@@ -102,24 +95,83 @@ def calibrate(
     expect_module(model, "calibrate")
     if not any(type(m) in KINDS for _, m in nnx.iter_modules(model)):
         raise ValueError(f"{type(model).__name__} holds no {NAMES}: there is nothing to calibrate")
-    found: dict[str, Probe] = {}
+    wanted = _wanted(model, statistics, rules)
+    gradients = {name for names in wanted.values() for name in names} & OF_GRADIENTS
+    if loss is not None and call is not None:
+        raise ValueError("both call= and loss= were given: leave out call, the loss runs the model")
+    if gradients and loss is None:
+        raise ValueError(f"{min(gradients)!r} is of gradients: give loss=, a function of (model, batch)")
+    probed = _probed(model, wanted)
+    found, owners = probes(probed), _owners(probed)
+    running = None if resume is None else Running(resume, model, wanted)
+    shapes = {owner: found[owner].weight.shape for path, owner in owners.items() if "gradient_square" in wanted[path]}
+    means = Means(shapes, running.folder if running else None)
+    run = loss or call or (lambda m, batch: m(batch))
+    step = nnx.jit(differentiated(run, means) if gradients else run)
+    if running:
+        means.count = running.restore(probed)
+    for batch in running.new(batches) if running else batches:
+        step(probed, batch)
+        jax.effects_barrier()
+        means.finish()
+        if running:
+            running.keep(probed, means.count)
+    if not means.count:
+        raise ValueError("no batches were given: nothing was measured")
+    return {path: _stats(p, means, owners[path]) for path, p in found.items() if p.rows.get_value().any()}
+
+
+def _wanted(model: nnx.Module, statistics: Sequence[str] | None, rules: Rules | None) -> dict[str, frozenset[str]]:
+    """What to measure of each layer by path; layers of which nothing is wanted are left out."""
+    kinds = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if type(m) in KINDS}
+    if rules is None:
+        names = DEFAULT if statistics is None else tuple(statistics)
+        if not names or not set(names) <= set(STATISTICS):
+            raise ValueError(f"statistics={names!r} must be some of {', '.join(STATISTICS)}")
+        return _measurable(dict.fromkeys(kinds, frozenset(names)), kinds)
+    if statistics is not None:
+        raise ValueError("both statistics= and rules= were given: leave one out")
+    chosen = {path: rule for path, rule in assign(as_rules(rules), list(kinds), {}).items() if rule.format is not None}
+    needs = {path: frozenset(needed(rule)) for path, rule in chosen.items()}
+    if not any(needs.values()):
+        raise ValueError("no quantizer of these rules weighs errors by anything: there is nothing to calibrate")
+    return _measurable({path: names for path, names in needs.items() if names}, kinds)
+
+
+def _measurable(wanted: Mapping[str, frozenset[str]], found: Mapping[str, Any]) -> dict[str, frozenset[str]]:
+    """Without the layers that cannot be quantized. Raises ValueError for a statistic that a kind of layer lacks."""
+    out = {path: names for path, names in wanted.items() if not refusal(found[path])}
+    for path, names in out.items():
+        if "output_gradient" in names and not KINDS[type(found[path])].flat:
+            kind = type(found[path]).__name__
+            raise ValueError(
+                f"'output_gradient' of layer {path!r} cannot be measured: it is for nnx.Linear and nnx.Embed, not for "
+                f"{kind}; leave the layer or the statistic out with rules="
+            )
+    return out
+
+
+def _probed(model: nnx.Module, wanted: Mapping[str, frozenset[str]]) -> nnx.Module:
+    """A clone with a Probe in place of each wanted layer."""
+    made: dict[int, Probe] = {}
 
     def probe(path: tuple[Any, ...], node: Any) -> Any:
-        if type(node) not in KINDS or refusal(node):
+        names = wanted.get("/".join(map(str, path)), frozenset())
+        if type(node) not in KINDS or not names:
             return node
-        return found.setdefault("/".join(map(str, path)), Probe(node))
+        return made.setdefault(id(node), Probe(node, names))
 
-    probed = nnx.recursive_map(probe, nnx.clone(model))
-    run = nnx.jit(call or (lambda m, batch: m(batch)))
-    count = 0
-    for batch in batches:
-        run(probed, batch)
-        count += 1
-    if not count:
-        raise ValueError("no batches were given: nothing was measured")
-    out = {path: _stats(p) for path, p in found.items()}
-    return {path: s for path, s in out.items() if s.rows}
+    return nnx.recursive_map(probe, nnx.clone(model))
 
 
-def _stats(p: Probe) -> LayerStats:
-    return LayerStats(p.second_moment.get_value(), p.largest.get_value(), int(p.rows.get_value().max()))
+def _owners(probed: nnx.Module) -> dict[str, str]:
+    """For each probed layer the first one with the same weight, whose gradient is that of both."""
+    first: dict[int, str] = {}
+    return {path: first.setdefault(id(p.weight), path) for path, p in probes(probed).items()}
+
+
+def _stats(p: Probe, means: Means, owner: str) -> LayerStats:
+    seen = {name: getattr(p, name).get_value() for name in p.wanted - {"gradient_square"}}
+    square = means.mean(owner) if "gradient_square" in p.wanted else None
+    rows = int(p.rows.get_value().max())
+    return LayerStats(seen.get("second_moment"), seen.get("largest"), rows, square, seen.get("output_gradient"))

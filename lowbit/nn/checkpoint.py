@@ -21,7 +21,8 @@ NUMBERS = (bool, int, float, complex)
 def save(model: nnx.Module, path: str | PathLike[str]) -> None:
     """Write every Variable of a model to one safetensors file, quantized weights with the text of their decode.
 
-    The file appears whole or not at all: it is written aside, synced and renamed, so a killed save leaves the old one.
+    The file appears whole or not at all: it is written aside, synced and renamed. A killed save leaves the old one, and
+    may leave what it had written beside it, under a hidden name that ends in `.tmp`: nothing reads that, delete it.
 
     Raises ValueError for a model without Variables or with abstract ones, TypeError for what is no module or for a
     Variable that holds neither arrays nor a number, OSError when the path cannot be written.
@@ -41,9 +42,9 @@ def save(model: nnx.Module, path: str | PathLike[str]) -> None:
     quantized = kernels(model)
     entries: dict[str, Any] = {name: k.array for name, k in quantized.items()}
     fields = {f"{name}/{field}" for name, k in quantized.items() for field in k.type.fields}
-    for name, variable in _variables(nnx.state(model)).items():
+    for name, variable in variables(nnx.state(model)).items():
         if name not in fields:
-            entries[name] = _plain(name, variable.get_value())
+            entries[name] = plain(name, variable.get_value())
     if not entries:
         raise ValueError(f"{type(model).__name__} holds no Variables: there is nothing to save")
     write(path, entries)
@@ -62,6 +63,8 @@ def load(path: str | PathLike[str], into: nnx.Module | None = None) -> Any:
         `nnx.eval_shape(lambda: lb.quantize(Model(rngs=nnx.Rngs(0)), rules))`. It is left as it is.
 
     Returns a model like `into` with the stored arrays, or without `into` a dict from names to arrays and QuantArrays.
+    The file is mapped: on a CPU the arrays are its pages and take no memory of their own. It may be replaced, by
+    `lb.save` too, or deleted, but not overwritten in place while they are in use (see `lb.io.read`).
 
     Raises CheckpointError for a file that is damaged, of a newer version, or that does not fit `into`: the message
     names the file, the layer, and what both sides hold. TypeError when `into` is no module. See `save` for an example.
@@ -72,13 +75,13 @@ def load(path: str | PathLike[str], into: nnx.Module | None = None) -> Any:
     if into is None:
         return entries
     graph, state = nnx.split(into)
-    values = _match(path, entries, into, _variables(state))
-    filled = {name: _restore(f"{path}: {name!r}", v, values[name]) for name, v in _variables(state).items()}
+    values = _match(path, entries, into, variables(state))
+    filled = {name: restored(f"{path}: {name!r}", v, values[name]) for name, v in variables(state).items()}
     flat = [(p, filled["/".join(map(str, p))]) for p, _ in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def _variables(state: Any) -> dict[str, Any]:
+def variables(state: Any) -> dict[str, Any]:
     """Variables by name. Raises ValueError for two of one name, as with nnx.Dict({"a/b": ...}) beside a.b."""
     flat = [("/".join(map(str, path)), v) for path, v in nnx.to_flat_state(state)]
     named = dict(flat)
@@ -88,7 +91,8 @@ def _variables(state: Any) -> dict[str, Any]:
     return named
 
 
-def _plain(name: str, value: Any) -> Any:
+def plain(name: str, value: Any) -> Any:
+    """What a Variable holds as an array that a file can hold. Raises ValueError for an abstract one."""
     if isinstance(value, jax.ShapeDtypeStruct):
         shape = list(value.shape)
         raise ValueError(f"{name!r} is abstract ({value.dtype}{shape}): only a model with arrays can be saved")
@@ -131,7 +135,7 @@ def _some(names: set[str]) -> str:
     return ", ".join(map(repr, sorted(names)[:3])) + more if names else "nothing"
 
 
-def _restore(where: str, variable: Any, value: Any) -> Any:
+def restored(where: str, variable: Any, value: Any) -> Any:
     """The Variable with a stored value. `where` begins the message: the file and the name."""
     want = variable.get_value()
     kind = type(variable).__name__

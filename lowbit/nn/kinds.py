@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
@@ -20,6 +21,10 @@ from lowbit.nn.layers import Embed, Linear, embed_view, linear_view
 from lowbit.nn.view import View
 
 
+def _rows(layer: Any, inputs: jax.Array) -> jax.Array:
+    return inputs
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of dense layer.
@@ -30,20 +35,24 @@ class Kind:
       view: how its weight is a stack of matrices; raises ValueError with the reason if it is none.
       rows: from a dense layer and an input of its product to what the matrices multiply, [*stack, ..., k]; [..., k] if
         the stack `shares` its rows, which are then measured together.
+      flat: whether the product's outputs are [..., n].
       attribute: that holds the weight.
     """
 
     quantized: type[nnx.Module]
     make: Callable[[Any, Kernel], nnx.Module]
     view: Callable[[Any], View]
-    rows: Callable[[Any, jax.Array], jax.Array] = lambda layer, inputs: inputs
+    rows: Callable[[Any, jax.Array], jax.Array] = _rows
     attribute: str = "kernel"
     shares: bool = False
+    flat: bool = False
 
 
 KINDS: Mapping[type[nnx.Module], Kind] = {
-    nnx.Linear: Kind(Linear, lambda layer, kernel: Linear(kernel, layer.bias, layer.dtype), linear_view),
-    nnx.Embed: Kind(Embed, lambda layer, kernel: Embed(kernel, layer.dtype), embed_view, attribute="embedding"),
+    nnx.Linear: Kind(Linear, lambda layer, kernel: Linear(kernel, layer.bias, layer.dtype), linear_view, flat=True),
+    nnx.Embed: Kind(
+        Embed, lambda layer, kernel: Embed(kernel, layer.dtype), embed_view, attribute="embedding", flat=True
+    ),
     nnx.LinearGeneral: Kind(LinearGeneral, LinearGeneral, general_view, general_rows),
     nnx.Einsum: Kind(Einsum, Einsum, einsum_view, einsum_rows),
     nnx.Conv: Kind(Conv, Conv, conv_view, conv_rows),
@@ -70,6 +79,25 @@ def weight(layer: Any) -> nnx.Variable[Any]:
 def dense_matrices(layer: Any) -> Any:
     """A layer's dense weight, [*stack, k, n]."""
     return KINDS[type(layer)].view(layer).matrices(jnp.asarray(weight(layer).get_value()))
+
+
+def lead_of(layer: Any) -> tuple[int, ...]:
+    """The axes along which `nnx.vmap` stacked a layer."""
+    return KINDS[type(layer)].view(layer).lead(weight(layer).get_value())
+
+
+def measured_shapes(layer: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each statistic of a dense layer; within `nnx.scan` or `nnx.vmap` that of one slice."""
+    kind, lead, value = KINDS[type(layer)], lead_of(layer), weight(layer).get_value()
+    view = kind.view(layer)
+    stack, k, n = (view.sizes(axes) for axes in (view.stack, view.summed, view.kept))
+    inputs = (*lead, *(() if kind.shares else stack), prod(k))
+    return {
+        "second_moment": inputs,
+        "largest": inputs,
+        "output_gradient": (*lead, prod(n)),
+        "gradient_square": tuple(value.shape),
+    }
 
 
 def refusal(layer: Any) -> str | None:

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import nullcontext
+from os import PathLike
 from typing import Any, TypeVar
 
 import jax
@@ -15,8 +16,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lowbit.nn.calibrate import LayerStats
+from lowbit.nn.importance import check_measured, importance
 from lowbit.nn.kernel import Kernel, error_stats, expect_module
 from lowbit.nn.kinds import KINDS, NAMES, dense_matrices, refusal, weight
+from lowbit.nn.resume import Finished
 from lowbit.nn.rules import Rule, Rules, as_rules, assign
 from lowbit.quantizers.quantizer import check_weight, quantize_array
 
@@ -30,6 +33,7 @@ def quantize(
     stats: Mapping[str, LayerStats] | None = None,
     donate: bool = False,
     progress: bool | None = None,
+    resume: str | PathLike[str] | None = None,
 ) -> M:
     """A copy of a model with the layers that rules name quantized; the rest is shared, not copied.
 
@@ -43,10 +47,15 @@ def quantize(
       rules: a format for all layers; a dict from path patterns to formats (None: leave dense); or `Rule`s, which can
         also name the quantizer. Ordered, the first match wins.
       stats: what `lb.calibrate` measured. Binary-coding solvers then weigh the error of each input by its second
-        moment, which is the expected error of the layer's output; round to nearest has no use for it.
+        moment, which is the expected error of the layer's output, or by what else they were told to (`lb.alternating`);
+        round to nearest has no use for it.
       donate: free each dense weight of `model` as soon as it is quantized. The old model is unusable afterwards. A
         weight that a part left dense uses too is kept.
       progress: show a progress bar; by default when standard error is a terminal.
+      resume: a folder that each layer is written to when it is done. A run that was killed, started again with the same
+        folder, takes the finished layers from it and ends with the same bits. What was made of other weights, stats,
+        formats, quantizers or versions is never taken, and a damaged file is named in a warning and made again. The
+        folder is yours to delete.
 
     Layers that no rule matches stay dense, and so do other modules with a matrix, such as nnx.ConvTranspose or a
     subclass of nnx.Linear, which may compute something else: a logged warning names them, and `lb.report` lists them.
@@ -65,18 +74,18 @@ def quantize(
     """
     expect_module(model, "quantize")
     found, rest = layers(model), others(model)
-    if unknown := sorted((stats or {}).keys() - found.keys()):
-        raise ValueError(f"stats has {unknown[0]!r}, which is no layer of this {type(model).__name__}: calibrate it")
     if not found:
         raise ValueError(f"{type(model).__name__} holds no {NAMES}: there is nothing to quantize")
     assigned = assign(as_rules(rules), list(found), _hints(model, found, rest))
     chosen = {p: r for p, r in assigned.items() if r.format is not None}
+    _check_stats(stats or {}, found, chosen, model)
     keys = {_join(keys): keys for keys, _ in nnx.iter_modules(model)}
     for path in chosen:  # all before any is freed, or solved for minutes
         if reason := refusal(found[path]) or _fixed(model, keys[path]):
             raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
         check_weight(dense_matrices(found[path]), f"layer {path!r}")
-    job = _Job(_holders(model) if donate else None, stats or {})
+    finished = None if resume is None else Finished(resume, chosen.values())
+    job = _Job(_holders(model) if donate else None, stats or {}, finished)
     with _bar(progress, len(chosen)) as advance:
 
         def replace(path: tuple[Any, ...], node: Any) -> Any:
@@ -93,6 +102,14 @@ def quantize(
     if skipped:
         logging.warning("lowbit: no rule quantizes %s: left dense", ", ".join(skipped))
     return out
+
+
+def _check_stats(
+    stats: Mapping[str, LayerStats], found: Mapping[str, Any], chosen: Mapping[str, Rule], model: nnx.Module
+) -> None:
+    if unknown := sorted(stats.keys() - found.keys()):
+        raise ValueError(f"stats has {unknown[0]!r}, which is no layer of this {type(model).__name__}: calibrate it")
+    check_measured(stats, chosen, found)
 
 
 def layers(model: nnx.Module) -> dict[str, Any]:
@@ -153,9 +170,12 @@ def _fixed(model: nnx.Module, keys: tuple[Any, ...]) -> str | None:
 class _Job:
     """One run over a model: what is shared or freed, and when."""
 
-    def __init__(self, holders: Counter[int] | None, stats: Mapping[str, LayerStats]) -> None:
+    def __init__(
+        self, holders: Counter[int] | None, stats: Mapping[str, LayerStats], finished: Finished | None
+    ) -> None:
         self.holders = holders
         self.stats = stats
+        self.finished = finished
         self.made: dict[Any, Kernel] = {}
 
     def quantized(self, layer: Any, rule: Rule, path: str) -> nnx.Module:
@@ -165,14 +185,17 @@ class _Job:
         key = id(variable), view, rule.format, id(rule.quantizer)
         if key not in self.made:
             dense = dense_matrices(layer)
-            assert rule.format is not None
-            importance = self.stats[path].second_moment if path in self.stats else None
-            if importance is not None and kind.shares:
-                importance = importance[..., None, :]
-            array = quantize_array(
-                dense, rule.format, rule.quantizer, dims=view.dims, name=f"layer {path!r}", importance=importance
-            )
-            self.made[key] = Kernel(array, error_stats(dense, array))
+            weighed = importance(self.stats, path, rule, layer)
+
+            def solve() -> Kernel:
+                assert rule.format is not None
+                array = quantize_array(
+                    dense, rule.format, rule.quantizer, dims=view.dims, name=f"layer {path!r}", importance=weighed
+                )
+                return Kernel(array, error_stats(dense, array))
+
+            kept = self.finished
+            self.made[key] = kept.kernel(path, dense, rule, view.dims, weighed, solve) if kept else solve()
         self._release(variable.get_value(), self.made[key])
         return kind.make(layer, self.made[key])
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 from lowbit.formats import Format
 from lowbit.quantizers import Quantizer
+from lowbit.quantizers.quantizer import default_quantizer, weighs_by
 
 
 @dataclass(frozen=True)
@@ -88,3 +89,9 @@ def _unused(rule: Rule, taken: dict[str, Rule], paths: list[str], hints: Mapping
     such = f"none of the {len(paths)} layers that can be quantized, such as {', '.join(map(repr, close))}"
     meant = next((f"; {path!r} {hint}" for path, hint in hints.items() if rule.matches(path)), "")
     return f"rule {rule.path!r} matches {such}{meant}"
+
+
+def needed(rule: Rule) -> tuple[str, ...]:
+    """The statistics that a rule's quantizer weighs errors by. Raises ValueError for a format without a quantizer."""
+    assert rule.format is not None
+    return weighs_by(rule.quantizer or default_quantizer(rule.format))

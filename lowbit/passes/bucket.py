@@ -1,6 +1,7 @@
 """sum_k x[k] * t[i[k]]  =  sum_c t[c] * bucket(x, i)[c]
 
 The dual of commute_gather, for tables of scalars: add up the activations that share a code, then multiply once a code.
+Entries that no code selects are multiplied by zero, so they must be finite.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def _bucket(e: Contract, at: int, g: Gather, summed: frozenset[str]) -> Expr:
     rest = e.factors[:at] + e.factors[at + 1 :]
     near = [f for f in rest if summed & f.dims.keys()]
     far = [f for f in rest if not summed & f.dims.keys()]
-    new = fresh_all([g.dim], {*e.over, *g.index.dims, *(k for f in rest for k in f.dims)})
+    new = fresh_all([g.dim], {*e.over, *(k for f in e.factors for k in f.dims)})
     dim = new.get(g.dim, g.dim)
     x = contract(near, (), acc=e.acc) if near else const(1, e.acc)
     sums = Bucket(x, g.index, dim, g.table.dims[g.dim], summed)

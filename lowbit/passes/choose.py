@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
 
 from lowbit.ir.cost import Cost, cost
 from lowbit.ir.expr import Expr
 from lowbit.passes.pipeline import PIPELINES, Pipeline, run
+from lowbit.passes.style import PLAIN, Style
 
 
 @dataclass(frozen=True)
@@ -21,29 +21,31 @@ class Machine:
       byte: reading one stored byte.
       dot: a multiply-add in a matrix product.
       pointwise: a multiply-add anywhere else.
+      moved: an element of an operand whose layout does not suit a batched product.
       field: an element unpacked or converted.
       lookup: an element gathered from a computed table of at most `cache` bytes, or from a stored one.
       far_lookup: the same from a larger table.
       scatter: an element added into a bucket.
       cache: bytes.
-      part: bytes of an array in between above which a product is made in parts (see `tile`).
+      style: how to write a term for its compiler.
     """
 
     name: str
     byte: float
     dot: float
     pointwise: float
+    moved: float
     field: float
     lookup: float
     far_lookup: float
     scatter: float
     cache: int
-    part: float = inf
+    style: Style = PLAIN
 
     def nanoseconds(self, c: Cost) -> float:
         """Predicted time."""
         lookup = self.lookup if c.table <= self.cache else self.far_lookup
-        arithmetic = c.dot * self.dot + (c.fma - c.dot) * self.pointwise + c.fields * self.field
+        arithmetic = c.dot * self.dot + (c.fma - c.dot) * self.pointwise + c.moved * self.moved + c.fields * self.field
         return c.bytes * self.byte + arithmetic + c.lookups * lookup + c.scattered * self.scatter
 
 

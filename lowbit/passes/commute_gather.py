@@ -28,7 +28,7 @@ def _commute(e: Contract, at: int, g: Gather, inner: frozenset[str]) -> Expr:
     near = [f for f in rest if inner & f.dims.keys()]
     far = [f for f in rest if not inner & f.dims.keys()]
     # The gathered dim is bound inside g; a neighbour may use its name for something else.
-    new = fresh_all([g.dim], {*g.index.dims, *(k for f in near for k in f.dims)})
+    new = fresh_all([g.dim], {*g.dims, *(k for f in near for k in f.dims)})
     dim = new.get(g.dim, g.dim)
     psum = contract((*near, rename(g.table, new)), inner, acc=e.acc)
     return contract((*far, Gather(psum, g.index, dim)), e.over - inner, acc=e.acc)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from lowbit.ir.build import const
-from lowbit.ir.expr import Call, Const, Expr
+from lowbit.ir.expr import CONST_LIMIT, Call, Const, Expr
 from lowbit.ir.oracle import evaluate
 from lowbit.ir.walk import params
 
@@ -14,6 +16,8 @@ def fold(e: Expr) -> Expr | None:
 
 def constant(e: Expr) -> Const | None:
     """A term without leaves as a Const; None if it is too large, or if its dtype would round it."""
+    if prod(e.dims.values()) > CONST_LIMIT:
+        return None
     try:
         return const(evaluate(e, {}), e.dtype, *e.dims)
     except (ValueError, TypeError):

@@ -23,7 +23,7 @@ def hoist_merge(e: Expr) -> Expr | None:
 
 def _hoist(e: Contract, at: int, m: Merge) -> Expr:
     others = e.factors[:at] + e.factors[at + 1 :]
-    taken = {*e.over, *(k for f in others for k in f.dims)} - {m.into}
+    taken = {*e.over, *(k for f in e.factors for k in f.dims)} - {m.into}
     new = fresh_all([k for k in m.x.dims if k in m.parts], taken)
     x, parts = rename(m.x, new), tuple(new.get(p, p) for p in m.parts)
     into = tuple((p, x.dims[p]) for p in parts)

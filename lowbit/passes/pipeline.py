@@ -57,7 +57,17 @@ terms and factors of their own; or make one index of the planes (and add up the 
 
 
 def run(e: Expr, pipeline: Pipeline, dump: Callable[[str], None] | None = None) -> Expr:
-    """Apply the passes in order. `dump=print` shows the text after each pass that changed something."""
+    """Apply the passes in order. `dump=print` shows the text after each pass that changed something.
+
+    >>> from lowbit.ir import merge, param
+    >>> from lowbit.passes import PIPELINES, run
+    >>> x, w = param("x", "f32", k=8), param("w", "f32", n=3, g=2, t=4)
+    >>> print(run((x * merge(w, "g", "t", into="k")).sum("k"), PIPELINES["table"]))
+    %0 = param x                     : f32[k=8]
+    %1 = split %0 k -> g t           : f32[g=2 t=4]
+    %2 = param w                     : f32[n=3 g=2 t=4]
+    %3 = sum[g t] %1 * %2            : f32[n=3]
+    """
     for step in pipeline:
         new = step(e)
         if dump is not None:

@@ -48,17 +48,20 @@ def is_function_of(e: Expr, word: Expr) -> bool:
     dependent = between_nodes(e, word)
     if not dependent or any(isinstance(n, Param) for n in _cut(e, word)):
         return False
-    return all(word.dims.items() <= n.dims.items() and not _steps_along(n, word) for n in dependent)
+    live = {word, *dependent}
+    return all(word.dims.items() <= n.dims.items() and not _steps_along(n, word, live) for n in dependent)
 
 
-def _steps_along(n: Expr, word: Expr) -> bool:
-    """Whether the node may move elements along a dim of `word` and still have that dim."""
+def _steps_along(n: Expr, word: Expr, live: set[Expr]) -> bool:
+    """Whether the node may move elements along a dim of `word` and still have that dim, or sets others beside them."""
     match n:
+        case Concat(parts, dim):
+            return dim in word.dims or not live.issuperset(parts)
         case Call():
             return True
         case Merge(_, parts, _):
             return not word.dims.keys().isdisjoint(parts)
-        case Split(_, dim, _) | Slice(_, dim) | Pad(_, dim) | Concat(_, dim) | Bucket(_, _, dim):
+        case Split(_, dim, _) | Slice(_, dim) | Pad(_, dim) | Bucket(_, _, dim):
             return dim in word.dims
         case _:
             return False
@@ -73,7 +76,7 @@ def table_of(e: Expr, word: Expr) -> tuple[Const, Expr, str] | None:
     if size * prod(extra.values()) > CONST_LIMIT:
         return None
     dim = fresh("c", {k for n in topo(e) for k in n.dims})
-    every_word = const(range(size), word.dtype, dim)
+    every_word = const([max(word.bounds[0], i) for i in range(size)], word.dtype, dim)  # in range, as e demands
     table = constant(substitute(e, {word: every_word}))
     return None if table is None else (table, word, dim)
 

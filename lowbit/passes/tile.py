@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from math import prod
 
 from lowbit.ir.cost import nbytes
-from lowbit.ir.dims import Dims, fresh
+from lowbit.ir.dims import Dims, RangeError, fresh
 from lowbit.ir.dtypes import bits
 from lowbit.ir.expr import Bitcast, Bucket, Call, Concat, Const, Contract, Expr, Gather, Merge, Pad, Param, Slice, Split
 from lowbit.ir.order import contraction_order, slot_dims
 from lowbit.ir.walk import params, substitute, topo
+from lowbit.passes.one_loop import added_up, one_loop
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,38 @@ def _least(t: Tiles) -> int:
 
 def written(e: Expr) -> int:
     """Bytes of the largest array below the root that a lowering has to write: the others fuse into their consumer."""
-    largest = 0
-    for n in topo(e):
-        if isinstance(n, Gather | Bucket) and n is not e:
-            largest = max(largest, nbytes(n))
+    nodes = topo(e)
+    loops = {n: step for n in nodes if isinstance(n, Contract) and (step := one_loop(n))}
+    fused = {f for n in loops for f in n.factors if isinstance(f, Gather)}
+    found = [nbytes(n) for n in nodes if isinstance(n, Gather | Bucket) and n is not e and n not in fused]
+    found += [_size(added_up(step), n) for n, step in loops.items()]
+    for n in nodes:
         if isinstance(n, Contract):
             dims = slot_dims(n)
             for at, step in enumerate(contraction_order(n), len(n.factors)):
                 if step.is_dot([dims[s] for s in step.slots]):
                     computed = [s for s in step.slots if s >= len(n.factors) or n.factors[s].args]
                     result = [at] if n is not e or at < len(dims) - 1 else []
-                    largest = max([largest, *(_size(dims[s], n) for s in (*computed, *result))])
-    return largest
+                    found += [_size(dims[s], n) for s in (*computed, *result)]
+    return max(found, default=0)
+
+
+def largest_operand(e: Expr) -> Expr | None:
+    """The largest operand of a matrix product that is computed, before it is merely reshaped; None without one."""
+    found: list[Expr] = []
+    for n in topo(e):
+        if isinstance(n, Contract):
+            dims = slot_dims(n)
+            for step in contraction_order(n):
+                if step.is_dot([dims[s] for s in step.slots]):
+                    found += [_unshaped(n.factors[s]) for s in step.slots if s < len(n.factors)]
+    return max((f for f in found if f.args), key=nbytes, default=None)
+
+
+def _unshaped(e: Expr) -> Expr:
+    while isinstance(e, Merge | Split):
+        e = e.x
+    return e
 
 
 def _size(dims: Dims, e: Contract) -> int:
@@ -102,17 +123,20 @@ def _along(e: Expr, dim: str, limit: float) -> Tiles | None:
     if sums and not (isinstance(e, Contract) and e.ring == "real" and dim in e.over):
         return None
     nodes = topo(e)
-    if not all(_keeps(n, dim) for n in nodes if not (sums and n is e)):
+    if not all(keeps(n, dim) for n in nodes if not (sums and n is e)):
         return None
     outer = dict(_invariant(e, dim, {n.name for n in nodes if isinstance(n, Param)}))
-    term = substitute(e, {whole: leaf for leaf, whole in outer.items()})
+    try:
+        term = substitute(e, {whole: leaf for leaf, whole in outer.items()})
+    except RangeError:  # the sum of a Const's own entries was in range, that of any entries as large is not
+        return None
     tiles = Tiles(dim, 1, sums, {leaf.name: whole for leaf, whole in outer.items()}, term)
     if _least(tiles) >= written(e):
         return None
     return Tiles(dim, _part_size(tiles.total, written(e), limit), sums, tiles.outer, term)
 
 
-def _keeps(e: Expr, dim: str) -> bool:
+def keeps(e: Expr, dim: str) -> bool:
     """Whether a slice of `e` along `dim` is `e` over the same slice of its operands."""
     if isinstance(e, Param | Const):  # a Const with the dim becomes a leaf
         return True

@@ -34,15 +34,17 @@ class BinarySolver:
     """
 
     rounds: int = 15
+    weighs_by: tuple[str, ...] = ("second_moment",)
     takes_importance: ClassVar[bool] = True
 
     def __call__(self, w: jax.Array, fmt: Format, importance: jax.Array | None = None) -> Fields:
-        """The stored arrays; with `importance` [k], the squared error of input k counts that much, all positive."""
+        """The stored arrays; with `importance` [k] or [n, k], squared errors count that much, all positive."""
         _expect(fmt, "bcq", self)
         values, mask = _groups(w, fmt)
         ragged = w.shape[1] % values.shape[2] != 0
         if importance is not None:
-            mask, ragged = _groups(importance[None], fmt)[0][0] * mask, True
+            weights = _groups(jnp.atleast_2d(importance), fmt)[0] * mask[None]
+            mask, ragged = weights.reshape(-1, values.shape[2]), True
         code = solve(
             values.reshape(-1, values.shape[2]),
             fmt["bits"],
@@ -85,15 +87,19 @@ def greedy() -> BinarySolver:
     return BinarySolver(rounds=0)
 
 
-def alternating(rounds: int = 15) -> BinarySolver:
+def alternating(rounds: int = 15, weighs_by: tuple[str, ...] = ("second_moment",)) -> BinarySolver:
     """The alternating solver, the default for `bcq`: at most `rounds` rounds after the greedy start, the best one kept.
+
+    Where `lb.quantize` is given `stats`, the squared error of each weight counts as much as the product of these
+    statistics: the second moment of its input, which is the expected error of the layer's output; ("gradient_square",),
+    the expected change of the loss by SqueezeLLM's estimate; or others that a `LayerStats` has.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> w = jnp.array([[-3.0], [-1.0], [1.0], [3.0]])
     >>> bool(jnp.allclose(lb.dequantize(lb.quantize_array(w, lb.bcq(2), lb.alternating())), w))  # signs of 2 and 1
     True
     """
-    return BinarySolver(rounds)
+    return BinarySolver(rounds, weighs_by)
 
 
 def round_to_nearest() -> RoundToNearest:
@@ -119,6 +125,11 @@ def set_default_quantizer(format_name: str, quantizer: Quantizer) -> None:
     _DEFAULTS[format_name] = quantizer
 
 
+def has_default(fmt: Format) -> bool:
+    """Whether a format has a default quantizer."""
+    return fmt.name in _DEFAULTS
+
+
 def quantize_array(
     w: Any,
     fmt: Format,
@@ -137,8 +148,9 @@ def quantize_array(
       quantizer: how to find codes and scales; the format's default if None.
       dims: the order of w's last two dims: n outputs (or rows), k summed inputs.
       name: what errors call the weight.
-      importance: nonnegative [k], or for a stack what broadcasts to [*stack, k]: how much the squared error of each
-        input counts. Only binary-coding solvers, and quantizers with `takes_importance = True`, are given it.
+      importance: nonnegative, how much squared errors count: [k] of each input, for a stack what broadcasts to
+        [*stack, k], or of w's shape, of each weight. Only binary-coding solvers, and quantizers with
+        `takes_importance = True`, are given it.
 
     Raises TypeError for a weight that is not floating, ValueError for NaN or inf, or one that is not a matrix.
 
@@ -152,11 +164,11 @@ def quantize_array(
     check_weight(w, name)
     stack, shape = w.shape[:-2], w.shape[-2:]
     type_ = QuantType(tuple(zip(dims, shape, strict=True)), short(w.dtype), fmt)
-    solver = quantizer or _default(fmt)
+    solver = quantizer or default_quantizer(fmt)
     if importance is None or not getattr(solver, "takes_importance", False):
         weights = None
     else:
-        weights = _positive(importance, stack, dict(type_.dims)["k"], name)
+        weights = _positive(importance, dims, w.shape, name)
 
     def one(at: tuple[int, ...]) -> QuantArray:
         f = None if weights is None else weights[at]
@@ -197,7 +209,8 @@ def to_bcq(w: QuantArray) -> QuantArray:
     return QuantArray.of(fields, replace(w.type, format=new))
 
 
-def _default(fmt: Format) -> Quantizer:
+def default_quantizer(fmt: Format) -> Quantizer:
+    """The quantizer of rules that name none. Raises ValueError if the format has none."""
     if fmt.name not in _DEFAULTS:
         raise ValueError(f"format {fmt.name!r} has no default quantizer: name one, or use lb.set_default_quantizer")
     return _DEFAULTS[fmt.name]
@@ -208,15 +221,18 @@ def _expect(fmt: Format, names: str | tuple[str, ...], who: Any) -> None:
         raise TypeError(f"{who} makes {names if isinstance(names, str) else ' or '.join(names)}, not {fmt}")
 
 
-def _positive(importance: jax.Array, stack: tuple[int, ...], k: int, name: str) -> jax.Array:
-    """For every slice; no input counts for nothing: its weights would be anything."""
-    fits = importance.shape[-1:] == (k,) and importance.ndim <= len(stack) + 1
+def _positive(importance: jax.Array, dims: tuple[str, str], shape: tuple[int, ...], name: str) -> jax.Array:
+    """[*stack, k] or [*stack, n, k]. No weight counts for nothing: it would be anything."""
+    stack, k, of_weights = shape[:-2], shape[dims.index("k") - 2], importance.ndim == len(shape)
     ends = zip(importance.shape[:-1][::-1], stack[::-1], strict=False)
-    if not fits or any(own not in (1, size) for own, size in ends):
-        inputs = f"{list(stack)} slices of {k}" if stack else k
-        raise ValueError(f"{name} has {inputs} inputs, but the importance has shape {importance.shape}")
-    least = 1e-4 * importance.mean(-1, keepdims=True) + jnp.finfo(jnp.float32).tiny
-    return jnp.broadcast_to(jnp.maximum(importance, least), (*stack, k))
+    of_inputs = importance.shape[-1:] == (k,) and importance.ndim < len(shape) and all(a in (1, b) for a, b in ends)
+    if importance.shape != shape if of_weights else not of_inputs:
+        raise ValueError(
+            f"{name} has {k} inputs and the shape {shape}, but the importance has shape {importance.shape}"
+        )
+    f = importance.swapaxes(-1, -2) if of_weights and dims[0] == "k" else importance
+    f = jnp.maximum(f, 1e-4 * f.mean(axis=-1, keepdims=True) + jnp.finfo(jnp.float32).tiny)
+    return jnp.broadcast_to(f, (*stack, *f.shape[-2 if of_weights else -1 :]))
 
 
 def check_weight(w: jax.Array, name: str) -> None:
@@ -248,6 +264,13 @@ def _check_range(array: QuantArray, w: jax.Array, name: str) -> None:
     if scales and not any(normal.values()) and bool(w.any()):
         field, v = next(iter(scales.items()))
         raise ValueError(f"{name}: {field!r} underflows {v.dtype}; use scale_dtype='float32' or scale the weights up")
+
+
+def weighs_by(quantizer: Quantizer) -> tuple[str, ...]:
+    """The statistics of a layer, fields of `LayerStats`, whose product a quantizer weighs errors by; none if it takes
+    no importance."""
+    takes = getattr(quantizer, "takes_importance", False)
+    return getattr(quantizer, "weighs_by", ("second_moment",)) if takes else ()
 
 
 @partial(jax.jit, static_argnums=1)

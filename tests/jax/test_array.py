@@ -13,8 +13,8 @@ import lowbit as lb
 from lowbit.array import QuantArray, QuantType, type_from_json, type_to_json
 from lowbit.formats import UnknownFormatError
 from lowbit.ir import Gather, evaluate, merge, param
+from lowbit.testing.tolerance import assert_within, exact_and_bound
 from tests.terms import environment
-from tests.tolerance import assert_within, exact_and_bound
 
 
 def type_of(fmt: lb.Format, k: int = 40, n: int = 3, **more: Any) -> QuantType:

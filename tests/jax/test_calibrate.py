@@ -11,8 +11,8 @@ from flax import nnx
 import lowbit as lb
 from lowbit.nn import LayerStats
 from lowbit.nn.kinds import NAMES
+from lowbit.testing.tolerance import gamma
 from tests.models import Net, arrays, assert_same
-from tests.tolerance import gamma
 
 BCQ = lb.bcq(2, group=16)
 
@@ -112,5 +112,8 @@ def test_statistics_of_another_model() -> None:
     ones = jnp.ones(5)
     with pytest.raises(ValueError, match=r"^stats has 'middle', which is no layer of this Dict: calibrate it$"):
         lb.quantize(pair(), BCQ, stats={"middle": LayerStats(ones, ones, 1)})
-    with pytest.raises(ValueError, match=r"^layer 'up' has 32 inputs, but the importance has shape \(5,\)$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^stats has 'second_moment' of layer 'up' with the shape \(5,\), but the weight's is \(32, 8\): calib",
+    ):
         lb.quantize(pair(), BCQ, stats={"up": LayerStats(ones, ones, 1)})

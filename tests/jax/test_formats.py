@@ -20,7 +20,7 @@ from lowbit.formats.format import definition
 from lowbit.formats.planes import groups, pack_planes
 from lowbit.ir import Unpack, cast, evaluate, merge, param
 from lowbit.quantizers.quantizer import RoundToNearest, set_default_quantizer
-from tests.tolerance import assert_within, dot_tolerance, gamma, unit
+from lowbit.testing.tolerance import assert_within, dot_tolerance, gamma, unit
 
 GROUPS = [33, 8, 1, None]
 
@@ -111,6 +111,26 @@ def test_packing_is_that_of_numpy(t, data):
 @pytest.mark.parametrize(("k", "group", "count"), [(70, 128, 1), (70, 33, 3), (70, 1, 70), (70, None, 1), (64, 32, 2)])
 def test_groups_count_the_ragged_one(k, group, count):
     assert groups(k, group) == count
+
+
+# ---------------------------------------------------------------- all that the library does with a format
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        lb.bcq(3, 16),
+        lb.bcq(2, 33, offset=True),
+        lb.bcq(1, None, offset=True, scale_dtype="float16"),
+        lb.uniform(4, 16),
+        lb.uniform(3, 33, scale_dtype="float16"),
+    ],
+    ids=str,
+)
+def test_the_kit(fmt):
+    quantizer = lb.greedy() if fmt.name == "bcq" else None
+    passed = lb.testing.check_format(fmt, shapes=[(5, 70)], quantizer=quantizer).passed["n=5 k=70"]
+    assert {"product decode", "product table", "product join", "quantizer"} <= set(passed) or fmt["bits"] == 1
 
 
 # ---------------------------------------------------------------- options
@@ -207,6 +227,29 @@ def test_own_format_needs_a_quantizer_until_it_has_a_default():
 def test_registering_twice():
     with pytest.raises(ValueError, match=r"^format 'bcq' is already registered$"):
         lb.register_format("bcq")(lambda n, k: param("w", "f32", n=n, k=k))
+
+
+def test_options_that_no_file_can_hold():
+    @lb.register_format("test_levels")
+    def levels(n: int, k: int, values=(0.0, 1.0)):
+        return param("codes", "u8", n=n, k=k) * values[0]
+
+    message = (
+        "option values of format 'test_levels' is (0.5, 1.0), a tuple: files hold ints, floats, bools, strings and"
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)} None$"):
+        levels((0.5, 1.0))
+
+
+def test_names_of_what_a_weight_meets():
+    @lb.register_format("test_x")
+    def named_x(n: int, k: int):
+        return param("x", "f32", n=n, k=k)
+
+    with pytest.raises(
+        ValueError, match=r"^format 'test_x' stores \['x'\]: x and dy name what weights meet, so rename"
+    ):
+        named_x()
 
 
 def test_unknown_format():

@@ -3,12 +3,10 @@
 import errno
 import json
 import os
-import random
 import re
 import resource
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 
 import jax
@@ -27,7 +25,7 @@ from lowbit.io.tensors import DTYPES
 from lowbit.ir import Gather, const, evaluate, param, params, text
 from lowbit.ir.dtypes import is_float, numpy_dtype
 from lowbit.ir.parse import MAX_CHARS, parse
-from tests.tolerance import assert_within, exact_and_bound
+from lowbit.testing.tolerance import assert_within, exact_and_bound
 
 CheckpointError = io.CheckpointError
 
@@ -261,17 +259,67 @@ def test_the_header_can_be_read_without_the_format(path, a_format, monkeypatch):
     )
 
 
-def test_reading_holds_the_arrays_and_one_more(path):
-    size = 1 << 20
-    io.write(path, {str(i): np.full(size // 8, i, np.int64) for i in range(12)})
-    tracemalloc.start()
-    try:
-        back = io.read(path)
-        held, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert len(back) == 12 and held > 12 * size  # or the allocations were not seen
-    assert peak < 12 * size + 2 * size
+def test_on_a_cpu_the_arrays_are_the_pages_of_the_file(path):
+    io.write(path, {"x": np.arange(1024, dtype=np.float32), "wide": np.arange(8)})
+    back = io.read(path)
+    with open(path, "r+b") as file:  # what nobody should do to a loaded file shows that there is no other copy
+        file.seek(-4096, os.SEEK_END)  # the widest are first, x is last
+        file.write(np.array([7, 8], np.float32).tobytes())
+    np.testing.assert_array_equal(back["x"][:3], np.array([7, 8, 2], np.float32))
+    back["wide"][0] = 9
+    assert (
+        np.frombuffer(path.read_bytes(), np.int64, 1, data_start(path)) == 0
+    )  # but writing to an array does not reach the file
+
+
+@pytest.mark.parametrize("go", [lambda path: io.write(path, {"x": np.zeros(1024)}), os.remove], ids=["write", "remove"])
+def test_a_file_that_goes_away_leaves_its_arrays(path, go):
+    x = np.arange(1024, dtype=np.float32)
+    io.write(path, {"x": x})
+    back = io.read(path)
+    go(path)
+    np.testing.assert_array_equal(back["x"], x)
+
+
+def test_a_donated_array_leaves_the_file(path):
+    io.write(path, {"x": np.arange(1024, dtype=np.float32)})
+    before = path.read_bytes()
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    np.testing.assert_array_equal(step(io.read(path)["x"]), np.arange(1, 1025, dtype=np.float32))
+    assert path.read_bytes() == before
+
+
+PEAK = """
+import sys
+from lowbit import io
+def kilobytes(what):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what))
+io.read(sys.argv[1])  # what is compiled and imported for any file
+before = kilobytes("VmRSS")
+entries = io.read(sys.argv[2])
+print(kilobytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux, which says what a process held at most"
+)
+def test_reading_holds_nothing_but_the_arrays(path, tmp_path):
+    def write(where, k):
+        type_ = QuantType((("k", k), ("n", 4096)), "f32", bcq(2, group=128))
+        fields = {name: np.zeros(tuple(f.dims.values()), numpy_dtype(f.dtype)) for name, f in type_.fields.items()}
+        x = np.zeros((k // 8, 4096), np.float32)
+        io.write(where, {"w": QuantArray.of(fields, type_), **dict.fromkeys("abc", x)})
+        return x.nbytes
+
+    write(tmp_path / "small", 128)
+    tensor = write(path, 24 * 1024)  # as large as the planes: four of 48 MiB and the scales
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(path)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    # Another copy of a tensor, of one at a time too, is 48 MiB more; half of one is for interpreter and compiler.
+    assert int(run.stdout) * 1024 < path.stat().st_size + tensor // 2
 
 
 # ---------------------------------------------------------------- what cannot be written
@@ -409,49 +457,6 @@ def test_data_and_folder_are_synced_around_the_rename(path, entries, monkeypatch
     (_, aside), *rest = done
     assert aside.parent == path.parent and aside.suffix == ".tmp"
     assert rest == [("rename", aside), ("sync", path.parent)]
-
-
-KILLED = """
-import os, random, signal, sys, time
-import numpy as np
-from pathlib import Path
-from lowbit import io
-
-path, rng, seen = Path(sys.argv[1]), random.Random(1), set()
-arrays = lambda i: {name: np.full(20_000, i, np.int64) for name in "abc"}
-io.write(path, arrays(0))
-for _ in range(20):
-    first = int(io.read(path)["a"][0])
-    child = os.fork()
-    if child == 0:
-        for i in range(first + 1, first + 10_000):
-            io.write(path, arrays(i))
-        os._exit(0)
-    time.sleep(rng.uniform(0.002, 0.04))
-    os.kill(child, signal.SIGKILL)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    values = {int(v) for a in io.read(path).values() for v in a}
-    assert len(values) == 1, values
-    seen |= values
-others = [p.name for p in path.parent.iterdir() if p != path]
-assert all(name.startswith(".") and name.endswith(".tmp") for name in others), others
-print(len(seen), len(others))
-"""
-
-
-def test_a_killed_save_leaves_a_whole_file(path):
-    """20 processes that save in a loop, each killed within some milliseconds; what they leave must read."""
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLED, str(path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    saves, torn = map(int, run.stdout.split())
-    assert saves > 5, "the children were killed before they saved anything: the test showed nothing"
-    assert torn > 0, "no save was caught in the middle: the test showed nothing"
 
 
 def test_paths_that_cannot_be_written(tmp_path, entries, monkeypatch):
@@ -600,7 +605,7 @@ def test_a_decode_text_that_is_none(saved, decode, why):
         (set_at("version", to=0), "version 0"),
         (lambda h: h.pop("tensors") and None, "no 'tensors'"),
         (set_at("entries", "bias", to={"kind": "dense", "tensor": "step"}), "missing, unused or used twice: 'bias'"),
-        (set_at("entries", "bias", "kind", to="sparse"), "an entry of kind 'sparse'"),
+        (set_at("entries", "bias", "kind", to=["dense"]), "unhashable"),
         (set_at("tensors", "bias", "dtype", to="float31"), "tensor 'bias' has the unknown dtype 'float31'"),
         (set_at("tensors", "bias", "shape", to=[-1]), "tensor 'bias' is described as"),
         (
@@ -616,6 +621,59 @@ def test_a_decode_text_that_is_none(saved, decode, why):
 def test_a_faulty_writer(saved, change, why):
     resign(saved, change)
     with pytest.raises(CheckpointError, match=f"^{saved}: .*{why}"):
+        io.read(saved)
+
+
+NEWER = ", which this library does not know: upgrade lowbit to the release that wrote it"
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ((), "the header has 'rotation'"),
+        (("entries", "bias"), "entry 'bias' has 'rotation'"),
+        (ENTRY, "entry 'up/kernel' has 'rotation'"),
+        ((*ENTRY, "type"), "the type of entry 'up/kernel' has 'rotation'"),
+        (("tensors", "bias"), "tensor 'bias' has 'rotation'"),
+    ],
+)
+def test_a_field_that_is_unknown(saved, where, what):
+    resign(saved, set_at(*where, "rotation", to="hadamard"))
+    for reader in (io.read, io.read_header):
+        with pytest.raises(CheckpointError) as err:
+            reader(saved)
+        assert str(err.value) == f"{saved}: {what}{NEWER}"
+
+
+def test_a_kind_of_entry_that_is_unknown(saved):
+    resign(saved, set_at("entries", "bias", "kind", to="sparse"))
+    with pytest.raises(CheckpointError) as err:
+        io.read(saved)
+    assert str(err.value) == f"{saved}: the kind of entry 'bias' has 'sparse'{NEWER}"
+
+
+def test_an_option_and_a_stored_field_that_are_unknown(saved):
+    good = saved.read_bytes()
+    options = io.read_header(saved)["entries"]["up/kernel"]["type"]["options"]
+    resign(saved, set_at(*ENTRY, "type", "options", to=options | {"rotation": 1}))
+    with pytest.raises(
+        CheckpointError, match=r"'up/kernel': no type can be made of .*'rotation'.*: upgrade lowbit, or"
+    ):
+        io.read(saved)
+    saved.write_bytes(good)
+    resign(saved, lambda h: h["entries"]["up/kernel"]["tensors"].update(rotation=h["entries"].pop("bias")["tensor"]))
+    with pytest.raises(
+        CheckpointError, match=r"layer 'up/kernel' is not what its type says \(.*but the fields are .*'rot"
+    ):
+        io.read(saved)
+
+
+def test_metadata_of_other_tools(saved, entries):
+    tensors, packed = load_file(saved), pack(io.read_header(saved))
+    save_file(tensors, saved, metadata=packed | {"format": "pt"})
+    assert same(entries, io.read(saved))
+    save_file(tensors, saved, metadata=packed | {"lowbit.signature": "..."})
+    with pytest.raises(CheckpointError, match=f"^{saved}: the metadata has 'lowbit.signature'{NEWER}$"):
         io.read(saved)
 
 
@@ -701,89 +759,3 @@ def test_a_truncated_file(saved):
     saved.write_bytes(content + b"\0")
     with pytest.raises(CheckpointError, match=f"is damaged: it has {size + 1} bytes, and its header describes {size}"):
         io.read(saved)
-
-
-def reads_right_or_refuses(path, entries):
-    """True if refused. Anything but CheckpointError or the same data fails the test."""
-    try:
-        back = io.read(path)
-    except CheckpointError:
-        return True
-    assert same(entries, back)
-    return False
-
-
-def test_random_bytes_at_random_places(saved, entries):
-    rng, good, refused = random.Random(2), saved.read_bytes(), 0
-    for _ in range(500):
-        content = bytearray(good)
-        # As often in the first bytes, where the structure is, as in the rest; one byte mostly, sometimes several.
-        reach = rng.choice([16, 200, len(content)])
-        for _ in range(rng.choice([1, 1, 1, 2, 5])):
-            content[rng.randrange(reach)] = rng.randrange(256)
-        saved.write_bytes(content)
-        refused += reads_right_or_refuses(saved, entries)
-    assert refused > 430  # the others wrote what was there
-
-
-def test_random_cuts_and_repeats(saved, entries):
-    rng, good = random.Random(3), saved.read_bytes()
-    cuts = [*range(24), *(rng.randrange(len(good)) for _ in range(120))]
-    for at in cuts:
-        saved.write_bytes(good[:at])
-        assert reads_right_or_refuses(saved, entries)
-        other = rng.randrange(len(good))
-        saved.write_bytes(good[:at] + good[other:])  # a piece lost or doubled
-        assert at == other or reads_right_or_refuses(saved, entries)
-
-
-JUNK = [None, True, -1, 0, 10**30, 0.5, float("nan"), "", "x", "bcq", [], [[]], [1, 2], {}, {"a": {}}, "float8_e4m3fn"]
-
-
-def places(tree, at=()):
-    yield at
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in items:
-        yield from places(value, (*at, key))
-
-
-def reads_as_described_or_refuses(path, entries):
-    """True if refused. What a header may say otherwise is the logical type of the arrays, never what they hold."""
-    try:
-        back = io.read(path)
-    except CheckpointError:
-        return True
-    assert back.keys() == entries.keys()
-    described = io.read_header(path)["entries"]
-    for name, value in back.items():
-        if isinstance(value, QuantArray):
-            assert parse(described[name]["decode"]) is value.type.decode
-            assert same(entries[name].fields, value.fields)
-        else:
-            assert same_bits(entries[name], value)
-    return False
-
-
-def test_random_headers_with_a_right_checksum(saved, entries):
-    """Not damage but malice, or a bug in a writer: still nothing but CheckpointError."""
-    rng, good, refused = random.Random(4), saved.read_bytes(), 0
-    header = io.read_header(saved)
-    spots = [p for p in places(header) if p]
-    for _ in range(300):
-        changed = json.loads(json.dumps(header))
-        *way, last = rng.choice(spots)
-        at = changed
-        for key in way:
-            at = at[key]
-        match rng.randrange(3):
-            case 0:
-                del at[last]
-            case 1 if isinstance(at[last], str) and at[last]:
-                cut = rng.randrange(len(at[last]))
-                at[last] = at[last][:cut] + rng.choice(["", "9", "%", " ", "x=", "-1", "[", "\n"]) + at[last][cut + 1 :]
-            case _:
-                at[last] = rng.choice(JUNK)
-        resign(saved, lambda _, changed=changed: changed)
-        refused += reads_as_described_or_refuses(saved, entries)
-        saved.write_bytes(good)
-    assert refused > 180

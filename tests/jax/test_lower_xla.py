@@ -1,5 +1,6 @@
 """`emit` under jit against the numpy oracle, on random terms and on every form of random products."""
 
+import re
 from collections import Counter
 from math import inf
 from typing import get_args
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from lowbit.formats import bcq
 from lowbit.ir import (
     Bitcast,
     Bucket,
@@ -32,16 +34,18 @@ from lowbit.ir import (
 )
 from lowbit.ir.dtypes import DTYPES, is_float, short
 from lowbit.passes import PIPELINES, run
-from lowbit.passes.lower_xla import COMPARE, UNROLL, emit
+from lowbit.passes.lower_xla import COMPARE, emit
+from lowbit.passes.one_loop import UNROLL
+from lowbit.passes.style import Style
 from lowbit.passes.tile import tile, written
+from lowbit.testing.tolerance import assert_within, exact_and_bound
 from tests.terms import environment, matmuls, terms
-from tests.tolerance import assert_within, exact_and_bound
 
 Env = dict[str, np.ndarray]
 
 
 def lowered(e: Expr, env: Env, limit: float = inf) -> jax.Array:
-    return jax.jit(lambda env: emit(e, env, limit))(env)
+    return jax.jit(lambda env: emit(e, env, Style(limit, sums_as_dots=True)))(env)
 
 
 def check(e: Expr, env: Env, source: Expr | None = None, limit: float = inf) -> bool:
@@ -119,6 +123,15 @@ def test_parts_that_do_not_divide_the_whole(rows: int):
     tiles = tile(e, 10 * 4 * 8 * 4)  # ten rows of floats
     assert tiles is not None and (tiles.dim, tiles.size) == ("n", 8 if rows == 96 else 10)
     assert check(e, values(e), limit=10 * 4 * 8 * 4)
+
+
+def test_a_sum_of_looked_up_terms_is_a_product_with_ones():
+    e = run(
+        contract((param("x", "f32", None, m=1, k=128), bcq(3, group=64).decode(48, 128)), ("k",)), PIPELINES["table"]
+    )
+    program = jax.jit(lambda env: emit(e, env, Style(sums_as_dots=True))).lower(values(e)).as_text()
+    assert len(re.findall(r"= \"?stablehlo.gather", program)) == 3  # one a plane, added up before the sum
+    assert "stablehlo.reduce" not in program
 
 
 def test_float64_needs_x64():
@@ -254,6 +267,24 @@ register_call(
 def test_opaque_step_without_a_jnp_reading():
     with pytest.raises(NotImplementedError, match=r"^call 'oracle_only' has no jnp reading: register it with `xla=`"):
         lowered(Call("oracle_only", (X,)), values(X))
+
+
+register_call(
+    "grows",
+    CallSpec(type=lambda t: t, oracle=lambda v: v, operations=lambda t: 0, xla=lambda v: v.repeat(2, 0).astype("int8")),
+)
+
+
+def test_opaque_step_whose_jnp_reading_is_of_another_type():
+    message = r"^call 'grows' is f32\[m=2 k=3\], but its jnp reading makes int8\[4, 3\]$"
+    with pytest.raises(ValueError, match=message):
+        emit(Call("grows", (X,)), {"x": jax.numpy.zeros((2, 3))})
+
+
+def test_buckets_under_strict_promotion():
+    e = Bucket(X, param("i", "u8", (0, 3), k=3), "c", 4, frozenset("k"))
+    with jax.numpy_dtype_promotion("strict"):
+        assert check(e, values(e))
 
 
 def test_constants_need_no_arrays():

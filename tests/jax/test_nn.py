@@ -13,8 +13,8 @@ from flax import nnx
 from jax import export
 
 import lowbit as lb
+from lowbit.testing.tolerance import assert_within, gamma, unit
 from tests.models import TOKENS, Net, Shared, arrays, assert_same, dense, fast, inputs, largest, product_bound
-from tests.tolerance import assert_within, gamma, unit
 
 FORMATS = [
     lb.bcq(3),

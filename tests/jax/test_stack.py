@@ -18,8 +18,8 @@ import lowbit as lb
 import lowbit.io
 from lowbit.array import QuantArray
 from lowbit.ops import take
+from lowbit.testing.tolerance import assert_within
 from tests.models import arrays, assert_same, fast, inputs, product_bound, whole, wholes
-from tests.tolerance import assert_within
 
 BCQ = lb.bcq(2, group=8)
 ONE = lb.bcq(1, group=4)
@@ -99,7 +99,7 @@ def test_importance_of_all_slices_or_of_each() -> None:
         for got, weights in ((each, f[i]), (same, f[1])):
             want = lb.quantize_array(dense[i], BCQ, importance=weights)
             assert all(np.array_equal(want.fields[n], got.fields[n][i]) for n in want.fields)
-    text = "the weight has [2] slices of 12 inputs, but the importance has shape (3, 12)"
+    text = "the weight has 12 inputs and the shape (2, 12, 5), but the importance has shape (3, 12)"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         lb.quantize_array(dense, BCQ, importance=jnp.ones((3, 12)))
 
@@ -240,6 +240,20 @@ def test_calibrating_a_scanned_model_measures_each_slice() -> None:
     second = nnx.relu(x @ weights + bias.reshape(1, -1))
     np.testing.assert_array_equal(stats["blocks"].second_moment[1], (second**2).mean(0))
     lb.quantize(model, fast(ONE), stats=stats)
+
+
+def test_gradient_statistics_of_each_slice() -> None:
+    model, x = Scanned(), wholes(4, 8)
+    loss = lambda m, x: m(x).sum() / 4096  # noqa: E731
+    names = ["gradient_square", "output_gradient"]
+    stats = lb.calibrate(model, [x], statistics=names, loss=loss)["blocks"]
+    np.testing.assert_array_equal(stats.gradient_square, nnx.grad(loss)(model, x).blocks.kernel[...] ** 2)
+    assert stats.output_gradient is not None and stats.output_gradient.shape == (3, 8)
+    through = (model.head.kernel[...].sum(1) / 4096)[None] * (x[:, :1] * 0 + 1)
+    assert np.all(stats.output_gradient[2] <= (through**2).mean(0))  # what relu lets through of each row
+    rules = [lb.Rule("blocks", ONE, lb.alternating(0, weighs_by=("second_moment", *names)))]
+    both = lb.calibrate(model, [x], rules=rules, loss=loss)
+    assert lb.quantize(model, rules, stats=both).blocks.kernel.shape == (3, 8, 8)
 
 
 def test_comparing_scanned_models_has_a_row_a_slice() -> None:

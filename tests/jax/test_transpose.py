@@ -36,8 +36,8 @@ from lowbit.ir import (
 )
 from lowbit.ir.dtypes import is_float
 from lowbit.passes.lower_xla import emit
-from tests.terms import environment, in_float64, terms
-from tests.tolerance import assert_within, exact_and_bound, gamma
+from lowbit.testing.tolerance import assert_within, exact_and_bound, gamma, in_float64
+from tests.terms import environment, terms
 
 LINEAR = {Add, Bucket, Concat, Contract, Gather, Merge, Pad, Slice, Split}
 """The nodes that have a cotangent, less Cast, which is the identity in float64."""
@@ -144,3 +144,10 @@ A = param("a", "f32", None, k=3)
 def test_errors(term: Expr, leaf: Param, dims: tuple[str, ...], message: str):
     with pytest.raises(NotDifferentiableError, match=f"^{message}$"):
         transpose(term, leaf, param("dy", "f32", None, **dict.fromkeys(dims, 3)))
+
+
+def test_a_double_in_between_is_kept():
+    """A float32 leaf and cotangent, a float64 product between them."""
+    a, b = param("a", "f32", None, k=3), param("b", "f64", None, k=3)
+    e = cast((cast(a, "f64") * b).sum("k"), "f32")
+    assert transpose(e, a, param("dy", "f32")).dtype == "f64"

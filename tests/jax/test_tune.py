@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 import lowbit as lb
+from lowbit.testing.tolerance import assert_within, gamma, unit
 from tests.models import TOKENS, Net, Shared, arrays, assert_same, fast, inputs, product_bound
-from tests.tolerance import assert_within, gamma, unit
 
 RULES = fast(
     {"embed": lb.uniform(4, group=8), "head/**": None, "**/up": lb.bcq(3, group=8), "**": lb.bcq(2, offset=True)}

@@ -27,7 +27,7 @@ from lowbit.ir import (
     param,
     params,
 )
-from lowbit.ir.cost import contraction_fma
+from lowbit.ir.cost import contraction_work
 from lowbit.ir.dtypes import bits
 from lowbit.ir.expr import Contract
 from lowbit.ir.order import EXHAUSTIVE, contraction_order
@@ -45,6 +45,12 @@ def test_a_matrix_product() -> None:
 def test_a_scaled_sum_is_no_matrix_product() -> None:
     found = cost(contract((X, param("a", "f32", k=8)), ("k",)))
     assert (found.fma, found.dot) == (16, 0)
+
+
+def test_a_batched_product_moves_its_operands_unless_the_batch_is_summed_with_the_rest() -> None:
+    x, w = param("x", "f32", m=2, g=3, k=8), param("w", "f32", n=5, g=3, k=8)
+    assert cost(contract((x, w), ("k",))).moved == 2 * 3 * 8 + 5 * 3 * 8
+    assert cost(contract((x, w), ("g", "k"))).moved == 0
 
 
 def test_a_shared_node_counts_once() -> None:
@@ -123,7 +129,7 @@ def test_products_run_in_the_cheapest_order(factors: list[set[str]], over: set[s
     leaves = [param(f"f{i}", "f32", **shape) for i, shape in enumerate(shapes)]
     e = contract(leaves, over.intersection(*([set().union(*factors)])))
     if isinstance(e, Contract):
-        assert contraction_fma(e)[0] == cheapest(shapes, set(e.dims))
+        assert contraction_work(e)[0] == cheapest(shapes, set(e.dims))
 
 
 def test_many_factors_are_taken_from_left_to_right() -> None:

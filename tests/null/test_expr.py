@@ -17,6 +17,8 @@ from lowbit.ir import (
     Add,
     Bitcast,
     Bucket,
+    Call,
+    CallSpec,
     Cast,
     Concat,
     Const,
@@ -29,12 +31,14 @@ from lowbit.ir import (
     Param,
     Slice,
     Split,
+    Type,
     Unpack,
     add,
     cast,
     const,
     contract,
     param,
+    register_call,
 )
 from lowbit.ir.expr import CONST_LIMIT, Interned
 from tests.terms import terms
@@ -43,6 +47,8 @@ X = param("x", "f32", m=2, k=8)
 CODES = param("codes", "u8", (0, 3), n=3, k=8)
 WORDS = param("words", "u8", n=3, j=2)
 TABLE = param("table", "f16", n=3, c=4)
+FOURS, PAST = const([4, 4], "i32", "k"), param("past", "i32", (-(2**31), 0), k=2)  # 2 * 4 * 2**62 is 0 in 64 bits
+register_call("codes_without_range", CallSpec(lambda t: Type(t.dims, "u8", None), lambda v: v, lambda t: 0))
 
 
 def test_equal_structure_is_one_object() -> None:
@@ -109,20 +115,33 @@ def test_operators_lift_numbers_beside_their_operand() -> None:
     assert cast(X, "f32") is X
 
 
+def test_a_sum_with_tables_ranges_over_their_products() -> None:
+    """Digits of digits: each of the 64 values once, however many tables the place values are in."""
+    bits, ones, eights = param("b", "u8", (0, 1), p=3, n=2), const([1, 2, 4], "i32", "p"), const([1, 8], "i32", "n")
+    assert contract((contract((bits, ones), ("p",)), eights), ("n",)).type.bounds == (0, 63)
+    assert contract((bits, ones, eights), ("p",)).type.bounds == (0, 56)  # the largest of 7 and 56
+    assert contract((bits, const([-1, 2, 4], "i32", "p"), eights), ("p", "n")).type.bounds == (-9, 54)
+    large, small = const(np.arange(4096) % 2, "i32", "k"), const([1, 2], "i32", "n")  # too many products to list
+    assert contract((param("w", "u8", (0, 1), k=4096, n=2), large, small), ("k", "n")).type.bounds == (0, 8192)
+
+
 ILL_FORMED: list[tuple[Callable[[], Expr], str]] = [
     (lambda: param("a b", "f32"), "param 'a b' is not a name: use letters, digits and underscores, no digit first"),
     (lambda: param("a", "f32", n=0), "param a: dim 'n' has size 0; sizes are positive ints"),
     (lambda: param("a", "f32", n=True), "param a: dim 'n' has size True; sizes are positive ints"),
-    (lambda: Param("a", (("n", 2), ("n", 3)), "f32"), "param a: a dim occurs twice in [n=3]"),
+    (lambda: Param("a", (("n", 2), ("n", 3)), "f32"), "param a: dim 'n' occurs twice, with the sizes 2 and 3"),
     (lambda: param("a", "f32", (0, 1), n=2), "param a: a f32 array has no value range, but (0, 1) was given"),
     (lambda: param("a", "u8", (0, 256), n=2), "param a: range 0..256 is not one of u8"),
     (lambda: param("a", "u8", (3, 2), n=2), "param a: range 3..2 is not one of u8"),
+    (lambda: param("a", "u8", (0, 3.0), n=2), "param a in a range: 3.0 is not a plain int"),  # type: ignore[arg-type]
+    (lambda: const([[1, 2]], "u8", "c"), "const of shape (1, 2) over the dims ('c',): name one dim for each axis"),
     (lambda: Const((("c", 3),), "f32", b"1234"), "const f32[c=3]: 4 bytes do not fill 3 entries"),
     (
         lambda: const(np.zeros(CONST_LIMIT + 1), "f32", "c"),
         "const [c=4097] has 4097 entries, at most 4096: make it a Param",
     ),
     (lambda: Unpack(X, 1, "v", 8), "unpack of f32[m=2 k=8]: words are unsigned integers"),
+    (lambda: Unpack(WORDS, True, "v", 8), "unpack: True is not a plain int"),
     (lambda: Unpack(WORDS, 3, "v", 3), "unpack 3 fields of 3 bits from u8[n=3 j=2]: the word has 8 bits"),
     (lambda: Unpack(WORDS, 1, "j", 8), "unpack makes dim 'j', which [n=3 j=2] already has: rename one"),
     (
@@ -144,6 +163,7 @@ ILL_FORMED: list[tuple[Callable[[], Expr], str]] = [
         lambda: Bucket(X, CODES, "m", 4, frozenset({"k"})),
         "bucket makes dim 'm', which [m=2 n=3] already has: rename one",
     ),
+    (lambda: Bucket(X, CODES, "c", 4.0, frozenset("k")), "bucket over 'c': 4.0 is not a plain int"),  # type: ignore[arg-type]
     (lambda: X + param("y", "f32", k=9), "add: dim 'k' is 8 in operand [m=2 k=8] and 9 in [k=9]"),
     (
         lambda: Add(X, param("y", "f16", k=8)),
@@ -154,9 +174,22 @@ ILL_FORMED: list[tuple[Callable[[], Expr], str]] = [
         lambda: Contract((X, CODES), frozenset(), "real", "f16"),
         "sum: factor f32[m=2 k=8] is not exact in the accumulator f16: cast it, or widen",
     ),
+    (
+        lambda: Contract((FOURS, PAST, PAST), frozenset("k"), "real", "i32"),
+        "sum reaches 0..36893488147419103232, more than i32 holds: use a wider type",
+    ),
+    (
+        lambda: Contract((CODES,), frozenset("k"), "gf2", "f32"),
+        "xor over the ring 'gf2' in f32: use 'real', or 'gf2' with an integer type",
+    ),
+    (
+        lambda: Contract((CODES,), frozenset("k"), "xor", "u8"),  # type: ignore[arg-type]
+        "sum over the ring 'xor' in u8: use 'real', or 'gf2' with an integer type",
+    ),
     (lambda: contract((CODES,), (), "gf2"), "xor factor u8[n=3 k=8] is not a bit: its values must lie in 0..1"),
     (lambda: Split(X, "k", (("g", 3), ("t", 3))), "split k=8 into [g=3 t=3]: the product is 9"),
     (lambda: Split(X, "k", (("m", 2), ("t", 4))), "split makes dim 'm', which [m=2] already has: rename one"),
+    (lambda: Split(param("a", "f32", k=1), "k", ()), "split k=1 into nothing: name at least one dim"),
     (lambda: Merge(X, (), "z"), "merge of (): name at least one dim, each once"),
     (lambda: Merge(X, ("k", "k"), "z"), "merge of ('k', 'k'): name at least one dim, each once"),
     (lambda: Cast(X, "f16"), "cast f32[m=2 k=8] to f16 can lose values: mark it as rounding"),
@@ -167,8 +200,14 @@ ILL_FORMED: list[tuple[Callable[[], Expr], str]] = [
     ),
     (lambda: Slice(X, "k", 4, 9), "slice 'k' 4..9 of f32[m=2 k=8]: needs 0 <= start < stop <= 8"),
     (lambda: Slice(X, "k", 4, 4), "slice 'k' 4..4 of f32[m=2 k=8]: needs 0 <= start < stop <= 8"),
+    (lambda: Slice(X, "k", 0, np.int64(2)), "slice 'k': np.int64(2) is not a plain int"),  # type: ignore[arg-type]
+    (lambda: Pad(X, "k", 1, 1.0), "pad 'k': 1.0 is not a plain int"),  # type: ignore[arg-type]
     (lambda: Pad(X, "k", -1, 2), "pad 'k' by -1 and 2: neither may be negative, nor both zero"),
     (lambda: Concat((), "k"), "concat of nothing"),
+    (
+        lambda: Call("codes_without_range", (X,)),
+        "call codes_without_range makes u8[m=2 k=8] in the range None: integers have a range, floats have none",
+    ),
     (lambda: Concat((X, TABLE), "k"), "concat over 'k': the operand is f16[n=3 c=4], which has no such dim"),
 ]
 
@@ -178,3 +217,16 @@ def test_an_ill_formed_node_cannot_be_built(build: Callable[[], Expr], message: 
     with pytest.raises(DimError) as err:
         build()
     assert str(err.value) == message
+
+
+@pytest.mark.parametrize("build", [lambda d: param("a", d), lambda d: const(1, d), lambda d: cast(X, d)])
+def test_an_unknown_element_type_is_named(build: Callable[[str], Expr]) -> None:
+    with pytest.raises(TypeError, match=r"^'float32' is not an element type; use one of f64, f32, f16, "):
+        build("float32")
+
+
+def test_joined_digits_stay_tight_in_a_product_of_tables() -> None:
+    """Flattening must not widen a range: what indexes a table of 8 still does."""
+    digits = contract((Unpack(WORDS, 1, "v", 3), const([1, 2, 4], "i32", "v")), ("v",))
+    signs = const([1, -1], "i32", "j")
+    assert contract((digits, signs), ("j",)).bounds == (-7, 7)

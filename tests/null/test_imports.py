@@ -15,3 +15,16 @@ def test_ir_and_passes_do_not_import_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_plugin_and_the_tolerances_do_not_import_jax():
+    """pytest loads the plugin in every project of an environment that has lowbit."""
+    code = (
+        "import sys, lowbit.testing.plugin\n"
+        "assert not [m for m in sys.modules if m.startswith('lowbit.') and 'testing' not in m]\n"
+        "import lowbit.testing.tolerance\n"
+        "heavy = sorted({'jax', 'jaxlib', 'flax', 'optax', 'hypothesis'} & set(sys.modules))\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

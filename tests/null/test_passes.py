@@ -9,7 +9,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit.ir import Expr, cost, evaluate, parse, text
+from lowbit.ir import (
+    Call,
+    CallSpec,
+    Cast,
+    Concat,
+    Expr,
+    Gather,
+    Merge,
+    Slice,
+    Unpack,
+    cast,
+    const,
+    contract,
+    cost,
+    evaluate,
+    param,
+    parse,
+    register_call,
+    text,
+)
 from lowbit.passes import (
     PIPELINES,
     Machine,
@@ -44,7 +63,7 @@ PASSES: dict[str, tuple[Pass, tuple[Pass, ...], float]] = {
     "flatten": (Pass("flatten", (flatten,)), (HOIST, DISTRIBUTE), 0.05),
     "fold": (Pass("fold", (fold,)), (), 0.0),
 }
-MACHINE = Machine("test", 1, 1, 1, 1, 1, 1, 1, 1 << 20)
+MACHINE = Machine("test", 1, 1, 1, 1, 1, 1, 1, 1, 1 << 20)
 
 
 def same(before: Expr, after: Expr, seed: int) -> None:
@@ -99,3 +118,45 @@ def test_choose_takes_the_cheapest_form() -> None:
 @given(st.one_of(terms(), matmuls()))
 def test_text_round_trip(e: Expr) -> None:
     assert parse(text(e)) is e
+
+
+def x(within: tuple[int, int] | None = None, /, **dims: int) -> Expr:
+    return param("x", "f32", **dims) if within is None else param("x", "i32", within, **dims)
+
+
+T, CODE = param("t", "f32", c=4, c_1=4, v=8), param("i", "u8", (0, 3), n=3)
+TWO, FEW = Slice(param("w", "u8", (1, 2), p=3, n=40), "n", 0, 39), const([100, 0], "i32", "k")
+INDEX = contract((x((0, 1)), param("y", "i32", (0, 3)) + -3), ()) + 3
+# Terms that once broke a pass; whether it applies.
+EXAMPLES_OF: list[tuple[str, bool, Expr]] = [
+    # a new name for a dim that is taken is also no kept dim's name
+    ("hoist_merge", True, contract((x(k=8, g=2), Merge(param("w", "f32", j=4, g=2, g_1=2), ("j", "g"), "k")), ("k",))),
+    ("commute_gather", True, contract((x(v=8, c=4), Gather(T, CODE, "c")), ("v",))),
+    ("bucket", True, contract((x(n=3, c=4), Gather(T, CODE, "c")), ("n",))),
+    # integers that would outgrow their type, or the index that they are
+    ("hoist_slice", False, contract((Slice(param("w", "i32", (0, 1 << 28), k=8), "k", 0, 4),), ("k",))),
+    ("distribute", False, contract((param("a", "i32", (0, 1 << 16)) + -(1 << 15), x((0, 1 << 15))), ())),
+    ("distribute", False, Gather(param("t", "f32", c=4), INDEX, "c")),
+    # a range that becomes narrower makes a rounding conversion exact
+    ("fold", True, x(k=2) * Cast(contract((FEW, const([0, 100], "i32", "k")), ()), "bf16", True)),
+    # what stands beside the fields of a word knows nothing of the word
+    ("tabulate", True, Concat((Unpack(CODE, 1, "v", 8), const(np.ones((3, 2)), "u8", "n", "v")), "v")),
+    # words below the range of a word mean nothing
+    ("join_planes", True, contract((x(p=3), cast(TWO - 1, "u8")), ("p",))),
+    ("join_planes", True, contract((x(p=3), Gather(const([1.0, 2.0], "f32", "c"), TWO - 1, "c")), ("p",))),
+]
+
+
+@pytest.mark.parametrize(("name", "applies", "e"), EXAMPLES_OF, ids=[n for n, _, _ in EXAMPLES_OF])
+def test_examples(name: str, applies: bool, e: Expr) -> None:
+    after = PASSES[name][0](e)
+    assert (after is not e) is applies
+    same(e, after, 0)
+
+
+def test_a_constant_is_not_computed_to_find_that_it_is_too_large() -> None:
+    called: list[int] = []
+    register_call("counted", CallSpec(lambda t: t, lambda v: called.append(1) or v, lambda t: 0))
+    ones = const(np.ones(4096), "f32", "n")
+    assert fold(contract((Call("counted", (ones,)), const([1.0, 1.0], "f32", "m")), ())) is None
+    assert not called

@@ -47,6 +47,7 @@ def test_short_form_hides_long_tables_and_is_refused() -> None:
         parse(shown)
 
 
+HUGE = "9" * 4000
 REFUSED = [
     ("", "line 1: expected '%0 = ... : type', found ''"),
     ("%1 = param x : f32[]", "line 1: expected '%0 = ... : type', found '%1 = param x : f32[]'"),
@@ -60,6 +61,7 @@ REFUSED = [
     (f"{LINE}\n%1 = sum[z] %0 : f32[m=2]", "line 2: sum over ['z']"),
     (f"{LINE}\n%1 = call nobody_has_this %0 : f32[]", "line 2: \"call 'nobody_has_this' is not registered"),
     ("%0 = const b64:AA=A : u8[c=1]", "line 1: "),
+    (f"%0 = param x : f32[j={HUGE} k={HUGE}]\n%1 = merge %0 j k -> z : f32[z=1]", "line 2: Exceeds the limit"),
     ("%0 = const {1, , 2} : u8[c=3]", "line 1: could not convert string to float: ' ' in"),
     ("%0 = const {1} : u8[c=2]", "line 1: const u8[c=2]: 1 bytes do not fill 2 entries in"),
     ("%0 = const {300} : u8[c=1]", "line 1: [300.0] has values that u8 cannot hold in"),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lowbit.ir import Bucket, Expr, Gather, Split, contract, evaluate, param, params, topo
+from lowbit.ir import Bucket, Expr, Gather, Split, const, contract, evaluate, param, params, topo
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.passes import PIPELINES, run
 from lowbit.passes.tile import Tiles, tile, written
@@ -63,12 +63,12 @@ def test_what_is_small_stays_whole() -> None:
     assert tile(param("x", "f32", n=1 << 20), 1) is None
 
 
-def test_a_table_form_is_cut_along_planes_and_makes_its_tables_once() -> None:
+def test_a_table_form_is_cut_along_its_rows_and_makes_its_tables_once() -> None:
     e = run(Tiles("n", 1, False, {}, binary_coding()).part(512), PIPELINES["table"])  # more to look up than tables hold
     gathered = next(n for n in topo(e) if isinstance(n, Gather))
     t = tile(e, written(e) / 3)
     assert t is not None
-    assert (t.dim, t.size, t.sums) == ("p", 1, True)
+    assert (t.dim, t.size, t.sums) == ("n", 128, False)
     assert list(t.outer.values()) == [gathered.table]
 
 
@@ -99,3 +99,10 @@ X, W = param("x", "f32", m=2, n=3, k=4), param("w", "f32", o=5, k=4)
 def test_a_dim_that_does_not_reach_the_root_is_not_cut(e: Expr) -> None:
     t = tile(e, 1)
     assert t is None or t.dim != "n"
+
+
+def test_a_sum_that_only_its_constants_keep_in_range_stays_whole() -> None:
+    codes, table = param("codes", "u8", (0, 3), p=2, n=64), param("t", "i32", (0, 1), c=4)
+    e = contract((Gather(table, codes, "c"), const([1 << 30, (1 << 30) - 1], "i32", "p")), ("p",))
+    t = tile(e, 64)
+    assert t is None or t.dim == "n"

@@ -1,0 +1,94 @@
+"""The finished layers of a long `lb.quantize`, kept in a folder: a run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+from lowbit.array import QuantType, type_to_json
+from lowbit.io import CheckpointError, read, read_header, write
+from lowbit.io.tensors import sha256, to_host
+from lowbit.ir.dtypes import short
+from lowbit.nn.kernel import Kernel
+from lowbit.nn.rules import Rule
+from lowbit.quantizers.quantizer import default_quantizer
+
+
+class Finished:
+    """A folder with one checked file a layer, named by a digest of all that determines the layer's arrays.
+
+    That is its path, the bits of its weight and importance, the format with its options and version, the quantizer, the
+    versions of lowbit and jax, and the platform. So whatever has changed is solved again, and runs with other weights
+    or rules may share the folder. Nothing in it is ever removed; delete it when the quantized model is saved.
+    """
+
+    def __init__(self, folder: str | PathLike[str], rules: Iterable[Rule]) -> None:
+        """Raises TypeError for a quantizer without an identity, OSError when the folder cannot be made."""
+        for rule in rules:  # all before any layer is solved for minutes
+            _identity(rule)
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def kernel(
+        self,
+        path: str,
+        weight: Any,
+        rule: Rule,
+        dims: tuple[str, str],
+        importance: jax.Array | None,
+        solve: Callable[[], Kernel],
+    ) -> Kernel:
+        """The stored kernel of a layer, or the one that `solve` makes, which is then stored.
+
+        A file that is damaged, or not the one its name says, is named in a logged warning and made again.
+        """
+        assert rule.format is not None
+        w = to_host(path, weight)
+        key = {
+            "layer": path,
+            "stack": w.shape[:-2],
+            "type": type_to_json(QuantType(tuple(zip(dims, w.shape[-2:], strict=True)), short(w.dtype), rule.format)),
+            "weight": sha256(w),
+            "importance": None if importance is None else sha256(to_host(path, importance)),
+            "quantizer": _identity(rule),
+            "made with": [import_module("lowbit").__version__, jax.__version__, jax.default_backend()],
+        }
+        packed = json.dumps(key, sort_keys=True)
+        file = self.folder / f"{hashlib.sha256(packed.encode()).hexdigest()[:32]}.safetensors"
+        if file.exists():
+            try:
+                return _stored(file, packed)
+            except CheckpointError as err:
+                logging.warning("lowbit: layer %r is solved again: %s", path, err)
+        kernel = solve()
+        write(file, {"kernel": kernel.array, "stats": kernel.stats.get_value()}, metadata={"key": packed})
+        return kernel
+
+
+def _stored(file: Path, packed: str) -> Kernel:
+    if read_header(file)["metadata"].get("key") != packed:
+        raise CheckpointError(f"{file} holds another layer than its name says")
+    entries: dict[str, Any] = read(file)
+    return Kernel(entries["kernel"], entries["stats"])
+
+
+def _identity(rule: Rule) -> str:
+    """A digest that tells a rule's quantizer from others, in another process too. Nothing is ever unpickled."""
+    assert rule.format is not None
+    quantizer = rule.quantizer or default_quantizer(rule.format)
+    try:
+        return hashlib.sha256(pickle.dumps(quantizer)).hexdigest()
+    except Exception as err:  # whatever the class of a quantizer makes of being pickled
+        raise TypeError(
+            f"the quantizer {quantizer!r} of rule {rule.path!r} has no name that another run could know it by ({err}): "
+            "for resume=, use a function of a module or an instance of a class of one"
+        ) from err

@@ -1,0 +1,88 @@
+"""The running statistics of a calibration in a folder, with what tells the batches behind them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lowbit.io import read, read_header, write
+from lowbit.io.tensors import sha256, to_host
+from lowbit.nn.checkpoint import plain, restored, variables
+from lowbit.nn.kernel import Code, Frozen, Stats
+
+
+class Running:
+    """One checked file in a folder, replaced after each batch: every Variable that may have changed, and the count."""
+
+    def __init__(self, folder: str | PathLike[str], model: nnx.Module, wanted: Mapping[str, frozenset[str]]) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = self.folder / "calibration.safetensors"
+        self.of = _identity(model, wanted)
+        self.counted, self.counted_batches = 0, ""
+        self.batches = ""
+
+    def restore(self, probed: nnx.Module) -> int:
+        """Sets the Variables to what they were, if the folder has them; gives the number of batches counted."""
+        if not self.file.exists():
+            return 0
+        kept = read_header(self.file)["metadata"]
+        if kept["of"] != self.of:
+            raise ValueError(
+                f"{self.folder} holds statistics of another model or other statistics: give another folder or delete it"
+            )
+        entries, state = read(self.file), _changing(probed)
+        values = {name: restored(f"{self.file}: {name!r}", v, entries[name]) for name, v in variables(state).items()}
+        nnx.update(
+            probed, nnx.from_flat_state([(p, values["/".join(map(str, p))]) for p, _ in nnx.to_flat_state(state)])
+        )
+        self.counted, self.counted_batches = int(kept["count"]), kept["batches"]
+        return self.counted
+
+    def new(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches that were not counted yet. Raises ValueError if those that were are others now."""
+        given = 0
+        for batch in batches:
+            given += 1
+            self.batches = _chained(self.batches, batch)
+            if given > self.counted:
+                yield batch
+            elif given == self.counted and self.batches != self.counted_batches:
+                raise ValueError(f"{self.folder} holds statistics of {given} other batches: {SAME}")
+        if given < self.counted:
+            raise ValueError(f"{self.folder} holds statistics of {self.counted} batches, {given} were given: {SAME}")
+
+    def keep(self, probed: nnx.Module, count: int) -> None:
+        """Replaces the file. Raises OSError when it cannot be written."""
+        entries = {name: plain(name, v.get_value()) for name, v in variables(_changing(probed)).items()}
+        write(self.file, entries, metadata={"of": self.of, "count": str(count), "batches": self.batches})
+
+
+SAME = "give the same batches again, in the same order, or another folder"
+
+
+def _changing(model: nnx.Module) -> Any:
+    """The state that a run may change: statistics, counts of random keys, running means of normalizations."""
+    return nnx.state(model, nnx.Not(nnx.Any(nnx.Param, Code, Frozen, Stats)))
+
+
+def _identity(model: nnx.Module, wanted: Mapping[str, frozenset[str]]) -> str:
+    digest = hashlib.sha256(repr(sorted((path, *sorted(names)) for path, names in wanted.items())).encode())
+    for name, variable in variables(nnx.state(model)).items():
+        value = to_host(name, plain(name, variable.get_value()))
+        digest.update(repr((name, value.dtype.name, value.shape, sha256(value))).encode())
+    return digest.hexdigest()
+
+
+def _chained(before: str, batch: Any) -> str:
+    """A digest of all batches so far, from that of those before this one."""
+    leaves, tree = jax.tree.flatten(batch)
+    arrays = [to_host("a batch", plain("a batch", leaf)) for leaf in leaves]
+    told = [(a.dtype.name, a.shape, sha256(a)) for a in arrays]
+    return hashlib.sha256(repr((before, str(tree), told)).encode()).hexdigest()

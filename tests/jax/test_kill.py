@@ -1,0 +1,147 @@
+"""SIGKILL at random moments of saves, quantizations and calibrations: nothing half-written, nothing done twice."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ALL = pytest.param(50, marks=pytest.mark.slow)
+
+
+def python(code: str, *args: object) -> str:
+    """Runs `code` in a process that forks: with jax imported once, but before its threads are started."""
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, args)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=220, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+FORK = """
+import os, random, signal, sys, time, traceback
+from pathlib import Path
+
+def forked(work, steps=0, seconds=None):
+    "Runs `work(step)` in a child; kills it so many seconds after as many calls of `step`. Whether it came to its end."
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            work(lambda: os.write(writer, b"."))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    os.close(writer)
+    if seconds is not None:
+        for _ in range(steps):
+            os.read(reader, 1)
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    os.close(reader)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == 0
+"""
+
+SAVES = (
+    FORK
+    + """
+import numpy as np
+import lowbit as lb
+from flax import nnx
+
+path, kills = Path(sys.argv[1]), int(sys.argv[2])
+rng, seen = random.Random(1), set()
+# Of 64 bits, which jax leaves alone: it starts no threads before the forks.
+model = lambda i: nnx.Dict({name: nnx.Variable(np.full(20_000, i, np.int64)) for name in "abc"})
+
+def save_on(step):
+    first = int(lb.load(path)["a"][0])
+    for i in range(first + 1, first + 10_000):
+        lb.save(model(i), path)
+        step()
+
+lb.save(model(0), path)
+for _ in range(kills):
+    assert not forked(save_on, 1, rng.uniform(0, 0.02))
+    values = {int(v) for a in lb.load(path).values() for v in a}
+    assert len(values) == 1, values
+    seen |= values
+others = [p.name for p in path.parent.iterdir() if p != path]
+assert all(name.startswith(".model.safetensors.") and name.endswith(".tmp") for name in others), others
+print(len(seen), len(others))
+"""
+)
+
+
+@pytest.mark.parametrize("kills", [10, ALL])
+def test_a_killed_save_leaves_the_old_file_or_the_new_one(tmp_path: Path, kills: int) -> None:
+    files, torn = map(int, python(SAVES, tmp_path / "model.safetensors", kills).split())
+    assert files > 1, "the children were killed before they saved anything: the test showed nothing"
+    assert 0 < torn <= kills, "no save was caught in the middle: the test showed nothing"
+
+
+QUANTIZES = (
+    FORK
+    + """
+from dataclasses import dataclass
+import jax.numpy as jnp
+import numpy as np
+import lowbit as lb
+from flax import nnx
+
+folder, kills, LAYERS = Path(sys.argv[1]), int(sys.argv[2]), 8
+log, on_solve = folder / "log", lambda: None
+
+@dataclass(frozen=True)
+class Slow:
+    "Signs and means of magnitudes, noted in a file: slow as a good solver is, and compiled in no time."
+    def __call__(self, w, fmt):
+        with open(log, "a") as file:
+            file.write(".")
+        on_solve()
+        time.sleep(0.02)
+        rows = np.asarray(w)
+        planes, alpha = np.packbits(rows >= 0, axis=1, bitorder="little"), np.abs(rows).mean(axis=1)
+        return {"planes": jnp.asarray(planes[None, :, None]), "alpha": jnp.asarray(alpha[None, :, None])}
+
+def run(into, out, step=lambda: None):
+    global on_solve
+    on_solve = step
+    normal = np.random.default_rng(0).standard_normal
+    make = lambda: nnx.Linear(
+        16, 8, use_bias=False, kernel_init=lambda *_: jnp.asarray(normal((16, 8)), jnp.float32), rngs=nnx.Rngs(0)
+    )
+    layers = nnx.List([make() for _ in range(LAYERS)])
+    lb.save(lb.quantize(layers, [lb.Rule("**", lb.bcq(1), Slow())], resume=into), out)
+
+out = folder / "model.safetensors"
+assert forked(lambda _: run(folder / "whole", folder / "whole.safetensors"))
+want = {p.name: p.read_bytes() for p in (folder / "whole").iterdir()}
+assert len(want) == LAYERS == len(log.read_text())
+log.write_text("")
+rng, runs, caught, left = random.Random(2), 0, 0, LAYERS
+for _ in range(kills):
+    into = folder / f"run{runs}"
+    forked(lambda step: run(into, out, step), rng.randint(1, left), rng.uniform(0, 0.03))
+    found = {p.name: p.read_bytes() for p in into.iterdir()}
+    torn = [name for name in found if name not in want]
+    assert all(name.startswith(".") and name.endswith(".tmp") for name in torn), torn
+    assert all(found[name] == want[name] for name in found.keys() - set(torn))
+    left = LAYERS - (len(found) - len(torn))
+    caught += 0 < left < LAYERS
+    if not left:
+        runs, left = runs + 1, LAYERS
+assert forked(lambda _: run(folder / f"run{runs}", out))
+assert out.read_bytes() == (folder / "whole.safetensors").read_bytes()
+print(caught, len(log.read_text()) - (runs + 1) * LAYERS)
+"""
+)
+
+
+@pytest.mark.parametrize("kills", [2, ALL])
+def test_a_killed_quantization_goes_on_where_it_was(tmp_path: Path, kills: int) -> None:
+    caught, again = map(int, python(QUANTIZES, tmp_path, kills).split())
+    assert caught > 0, "no quantization was caught in the middle: the test showed nothing"
+    assert again <= kills, "only the layer that a kill interrupts may be solved again"
