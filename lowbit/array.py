@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import export
 
 from lowbit.formats.format import Format, definition
+from lowbit.formats.low_rank import LORA_A, LORA_B, LowRank
 from lowbit.ir.build import cast, param
 from lowbit.ir.dims import Shape
 from lowbit.ir.dtypes import DType, bits, is_float, numpy_dtype, short
@@ -34,12 +35,14 @@ class QuantType:
       dtype: the logical element type, that of the array that was quantized.
       format: the format with its options.
       splits: fields stored in two parts so that one can be trained and the other not.
+      adapter: what is added to the decoded weight and trains instead of everything else in it.
     """
 
     dims: Shape
     dtype: DType
     format: Format
     splits: tuple[Split, ...] = ()
+    adapter: LowRank | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,11 +67,19 @@ class QuantType:
     def bits_per_weight(self) -> float:
         return self.bits / prod(self.shape)
 
+    @property
+    def encoding(self) -> str:
+        """The format, and the adapter on it: "bcq(bits=3) + lora(rank=8, alpha=16)"."""
+        return " + ".join(str(part) for part in (self.format, self.adapter) if part is not None)
+
     def role(self, field: str) -> str:
-        """One of "code" (integers), "codebook" (a table that codes select from), "scale", or "frozen" (not trained)."""
+        """One of "code" (integers), "codebook" (a table that codes select from), "scale", "frozen" (not trained) or
+        "adapter"."""
         leaf = self.fields[field]
         if not is_float(leaf.dtype):
             return "code"
+        if self.adapter is not None:
+            return "adapter" if field in (LORA_A, LORA_B) else "frozen"
         if any(field == f"{split}_rest" for split, _, _ in self.splits):
             return "frozen"
         tables = (e.table for e in topo(self.decode) if isinstance(e, Gather))
@@ -79,7 +90,15 @@ class QuantType:
         return replace(self, dims=tuple((k, sizes.get(k, n)) for k, n in self.dims))
 
     def __str__(self) -> str:
-        return f"{self.dtype}[{' '.join(f'{k}={n}' for k, n in self.dims)}] as {self.format}"
+        return f"{self.dtype}[{' '.join(f'{k}={n}' for k, n in self.dims)}] as {self.encoding}"
+
+    def __repr__(self) -> str:
+        return f"QuantType({self}, {self.bits_per_weight:.3g} bits/weight)"
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        from treescope.rendering_parts import build_one_line_tree_node, text  # who calls this has it
+
+        return build_one_line_tree_node(text(repr(self)), path)
 
 
 def _is_rows_of(table: Expr, leaf: Param) -> bool:
@@ -99,7 +118,7 @@ def _decode(t: QuantType) -> Expr:
         raise ValueError(f"format {t.format} decodes to {e.type}, which is not [n={sizes['n']} k={sizes['k']}]")
     for field, dim, at in t.splits:
         e = _split_field(e, params(e)[field], dim, at)
-    return e
+    return e if t.adapter is None else e + t.adapter.decode(sizes["n"], sizes["k"])
 
 
 def _split_field(e: Expr, leaf: Param, dim: str, at: int) -> Expr:
@@ -180,8 +199,10 @@ class QuantArray:
         return numpy_dtype(self.type.dtype)
 
     def __repr__(self) -> str:
+        # After a tree_map the fields may be anything.
+        fields = (f"{n} {v.dtype}{list(v.shape)}" for n, v in self.fields.items() if hasattr(v, "shape"))
         stack = f"stack {list(self.stack)} of " if self.stack else ""
-        return f"QuantArray({stack}{self.type}, {self.type.bits_per_weight:.3g} bits/weight)"
+        return f"QuantArray({stack}{self.type}, {self.type.bits_per_weight:.3g} bits/weight: {', '.join(fields)})"
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, jax.Array]], tuple[tuple[str, ...], QuantType]]:
         names = tuple(self.fields)
@@ -235,7 +256,7 @@ def _dequantize(t: QuantType, fields: dict[str, jax.Array]) -> jax.Array:
 
 def type_to_json(t: QuantType) -> dict[str, Any]:
     """A type as plain data; `type_from_json` is its inverse."""
-    return {
+    data = {
         "dims": [list(d) for d in t.dims],
         "dtype": t.dtype,
         "format": t.format.name,
@@ -243,6 +264,7 @@ def type_to_json(t: QuantType) -> dict[str, Any]:
         "options": dict(t.format.options),
         "splits": [list(s) for s in t.splits],
     }
+    return data if t.adapter is None else {**data, "adapter": asdict(t.adapter)}
 
 
 def type_from_json(data: Mapping[str, Any]) -> QuantType:
@@ -253,7 +275,8 @@ def type_from_json(data: Mapping[str, Any]) -> QuantType:
     fmt = Format(data["format"], tuple(sorted(data["options"].items())))
     dims = tuple((str(k), int(n)) for k, n in data["dims"])
     splits = tuple((str(f), str(d), int(at)) for f, d, at in data["splits"])
-    return QuantType(dims, short(data["dtype"]), fmt, splits)
+    adapter = LowRank(**data["adapter"]) if "adapter" in data else None
+    return QuantType(dims, short(data["dtype"]), fmt, splits, adapter)
 
 
 def _aux_to_bytes(aux: tuple[tuple[str, ...], QuantType]) -> bytes:

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import prod
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -110,17 +110,47 @@ def watching(seen: Callable[[jax.Array, QuantArray], None]) -> Iterator[None]:
         _WATCH.reset(before)
 
 
-def matmul(x: jax.Array, w: QuantArray) -> jax.Array:
+Mode = Literal["vjp", "jvp"]
+_MODE = jax.make_user_context("vjp")
+
+
+@contextmanager
+def differentiable(mode: Mode) -> Iterator[None]:
+    """Within it, products that do not say otherwise are differentiable in that mode (see `matmul`): in whole models.
+
+    >>> import jax, jax.numpy as jnp, lowbit as lb, lowbit.ops
+    >>> from flax import nnx
+    >>> small = lb.quantize(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), lb.bcq(2))
+    >>> with lb.ops.differentiable("jvp"):
+    ...     y, dy = jax.jvp(small, (jnp.ones((2, 8)),), (jnp.ones((2, 8)),))
+    """
+    with _MODE(_checked(mode)):
+        yield
+
+
+def _checked(mode: str) -> str:
+    if mode not in get_args(Mode):
+        raise ValueError(f"differentiable must be 'vjp' or 'jvp', not {mode!r}")
+    return mode
+
+
+def matmul(x: jax.Array, w: QuantArray, *, differentiable: Mode | None = None) -> jax.Array:
     """`x @ w` for x [..., k] and a quantized w with dims k and n: [..., n], accumulated in float32.
 
-    The result has x's dtype. Gradients reach x and every float field of `w`; codes have none. Forward mode is not
-    supported. A batch of symbolic size, as in `jax.export`, is computed as rows, each in the form chosen for one row.
+    The result has x's dtype. Gradients reach x and every float field of `w`; codes have none. A batch of symbolic size,
+    as in `jax.export`, is computed as rows, each in the form chosen for one row.
 
     With a stack of weights, x [*stack, ..., k] gives [*stack, ..., n]: each slice multiplies its own rows. x begins
     with exactly the axes of the stack; nothing is broadcast, and [*stack, k] is one row a slice.
 
-    Raises TypeError for an x that is not floating or a w that is no QuantArray, ValueError when x's last dim is not w's
-    k or its first ones are not w's stack (both sizes are named).
+    Args:
+      differentiable: "vjp", the default, for reverse mode (`jax.grad`): gradients are terms of their own and never hold
+        a dense weight. "jvp" for forward mode too (`jax.jvp`, `jax.hessian`): JAX differentiates the product's program,
+        in reverse mode with whatever memory that takes.
+
+    Raises TypeError for an x that is not floating, a w that is no QuantArray, or forward mode through a "vjp" product,
+    ValueError when x's last dim is not w's k or its first ones are not w's stack (both sizes are named), or for another
+    mode.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> w = lb.quantize_array(jnp.eye(8, 4), lb.bcq(2, group=8))
@@ -137,7 +167,7 @@ def matmul(x: jax.Array, w: QuantArray) -> jax.Array:
                 f"x has shape {x.shape}, but w is a stack {list(stack)} of {w.type}: x must begin with the axes of the "
                 f"stack and end with k = {sizes['k']}; jnp.broadcast_to gives every slice the same x"
             )
-        y: jax.Array = over_stack(lambda one, x: matmul(x, one), w, x)
+        y: jax.Array = over_stack(lambda one, x: matmul(x, one, differentiable=differentiable), w, x)
         return y
     _check_last_dim(x.shape, w.type)
     if (seen := _WATCH.get()) is not None:
@@ -146,11 +176,27 @@ def matmul(x: jax.Array, w: QuantArray) -> jax.Array:
     if rows == 0:
         return jnp.zeros((*batch, sizes["n"]), x.dtype)
     flat = x.reshape(rows, sizes["k"])
-    if isinstance(rows, int):
-        out = _matmul(w.type, flat, w.fields)
-    else:
-        out = jax.vmap(lambda row: _matmul(w.type, row[None], w.fields)[0])(flat)
+    product = _matmul if _checked(differentiable or _MODE.value) == "vjp" else _forward
+    with _explained():
+        if isinstance(rows, int):
+            out = product(w.type, flat, w.fields)
+        else:
+            out = jax.vmap(lambda row: product(w.type, row[None], w.fields)[0])(flat)
     return out.reshape(*batch, sizes["n"])
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """JAX's error for forward mode, with what to do."""
+    try:
+        yield
+    except TypeError as err:
+        if "forward-mode" not in str(err):
+            raise
+        raise TypeError(
+            "lb.matmul is differentiated in forward mode, but its gradients are for reverse mode: pass "
+            'differentiable="jvp", or for a whole model run it within lb.ops.differentiable("jvp")'
+        ) from err
 
 
 def _check_last_dim(shape: Sequence[int], t: QuantType) -> None:

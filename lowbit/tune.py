@@ -54,7 +54,7 @@ def alpha_tuning(model: M, which: Literal["first", "all"] = "first", offsets: bo
 
     Scales that do not train, and every other parameter, are frozen: take gradients with `wrt=lb.Scale`.
 
-    Raises ValueError for a model without binary-coding planes, or for another `which`.
+    Raises ValueError for a model without binary-coding planes or with adapters on them, or for another `which`.
 
     >>> from flax import nnx
     >>> import lowbit as lb, optax
@@ -71,6 +71,12 @@ def alpha_tuning(model: M, which: Literal["first", "all"] = "first", offsets: bo
     def prepare(path: tuple[Any, ...], node: Any) -> Any:
         if not isinstance(node, Kernel):
             return node
+        if node.type.adapter is not None:
+            where = "/".join(map(str, path[:-1]))
+            raise ValueError(
+                f"layer {where!r} has the adapter {node.type.adapter}, which trains instead of its scales: tune the "
+                "model that lb.nn.lora was given, and put the adapter on the tuned one"
+            )
         new, names = _prepare(node, which, offsets)
         trained.update("/".join(map(str, (*path, name))) for name in names)
         return new

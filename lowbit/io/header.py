@@ -4,7 +4,7 @@
      "metadata": {...},                                           what the caller gave, strings
      "entries": {"bias":   {"kind": "dense", "tensor": "bias"},
                  "kernel": {"kind": "quantized",
-                            "type": {dims, dtype, format, version, options, splits},
+                            "type": {dims, dtype, format, version, options, splits[, adapter]},
                             "decode": "%0 = param alpha ...",     the text of the decode term
                             "tensors": {"alpha": "kernel/alpha", ...}}},
      "tensors": {"kernel/alpha": {"dtype": "float32", "shape": [3, 64, 1], "sha256": "..."}, ...}}
@@ -35,7 +35,7 @@ FIELDS = {
     "header": {"version", "metadata", "entries", "tensors"},
     "dense": {"kind", "tensor"},
     "quantized": {"kind", "type", "decode", "tensors"},
-    "type": {"dims", "dtype", "format", "version", "options", "splits"},
+    "type": {"dims", "dtype", "format", "version", "options", "splits", "adapter"},
     "tensor": {"dtype", "shape", "sha256"},
 }
 """What each part of a header holds; the entries by their kind."""

@@ -14,6 +14,7 @@ from flax import nnx
 from lowbit.nn.gradients import Means, differentiated
 from lowbit.nn.kernel import expect_module
 from lowbit.nn.kinds import KINDS, NAMES, refusal
+from lowbit.nn.linen import opened
 from lowbit.nn.probe import Probe, probes
 from lowbit.nn.rules import Rules, as_rules, assign, needed
 from lowbit.nn.running import Running
@@ -93,6 +94,7 @@ def calibrate(
     (4, 0.5)
     """
     expect_module(model, "calibrate")
+    model = opened(model)
     if not any(type(m) in KINDS for _, m in nnx.iter_modules(model)):
         raise ValueError(f"{type(model).__name__} holds no {NAMES}: there is nothing to calibrate")
     wanted = _wanted(model, statistics, rules)

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from lowbit.nn.kernel import expect_module
 from lowbit.nn.kinds import KINDS, QUANTIZED
+from lowbit.nn.linen import opened
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def compare(
     expect_module(model, "compare")
     expect_module(quantized, "compare with")
     run = call or (lambda m, b: m(b))
-    first, second = _outputs(model, batch, run), _outputs(quantized, batch, run)
+    first, second = _outputs(opened(model), batch, run), _outputs(opened(quantized), batch, run)
     for at, ((p, _), (q, _)) in enumerate(zip(first, second, strict=False)):  # the shorter one ends with its output
         if p != q:
             raise ValueError(f"the models do not run the same layers: at step {at} one runs {p!r}, the other {q!r}")

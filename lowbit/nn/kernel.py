@@ -39,6 +39,7 @@ VARIABLES: Mapping[str, type[nnx.Variable[Any]]] = {
     "scale": Scale,
     "codebook": Codebook,
     "frozen": Frozen,
+    "adapter": nnx.LoRAParam,
 }
 """The Variable class of each role a stored array can have."""
 

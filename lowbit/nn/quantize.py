@@ -19,6 +19,7 @@ from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.importance import check_measured, importance
 from lowbit.nn.kernel import Kernel, error_stats, expect_module
 from lowbit.nn.kinds import KINDS, NAMES, dense_matrices, refusal, weight
+from lowbit.nn.linen import Linen, opened
 from lowbit.nn.resume import Finished
 from lowbit.nn.rules import Rule, Rules, as_rules, assign
 from lowbit.quantizers.quantizer import check_weight, quantize_array
@@ -38,8 +39,9 @@ def quantize(
     """A copy of a model with the layers that rules name quantized; the rest is shared, not copied.
 
     Works on any NNX model whose weights sit in `nnx.Linear`, `nnx.Embed`, `nnx.LinearGeneral`, `nnx.Einsum`, `nnx.Conv`
-    or `lb.nn.Experts`, nested in modules, lists or dicts. A layer reachable by several paths is quantized once and
-    stays shared; so an embedding tied to the head through `attend` is looked up and multiplied from the same arrays.
+    or `lb.nn.Experts`, nested in modules, lists or dicts, and on the `nn.Dense` and `nn.Embed` layers of Linen models
+    that `nnx.bridge.ToNNX` wraps (see `lb.nn.Linen`). A layer reachable by several paths is quantized once and stays
+    shared; so an embedding tied to the head through `attend` is looked up and multiplied from the same stored arrays.
     Layers that `nnx.vmap` stacked along axis 0 are quantized slice by slice, and run in `nnx.scan` as before.
 
     Args:
@@ -73,6 +75,7 @@ def quantize(
     (2, 8)
     """
     expect_module(model, "quantize")
+    model = opened(model)
     found, rest = layers(model), others(model)
     if not found:
         raise ValueError(f"{type(model).__name__} holds no {NAMES}: there is nothing to quantize")
@@ -98,10 +101,13 @@ def quantize(
 
         # The clone has new Variables over the same arrays: training one model leaves the other alone.
         out: M = nnx.recursive_map(replace, nnx.clone(model))
-    skipped = [p for p in found if p not in assigned] + [f"{p} ({type(m).__name__})" for p, m in rest.items()]
+    _warn_of([p for p in found if p not in assigned] + [f"{p} ({type(m).__name__})" for p, m in rest.items()])
+    return out
+
+
+def _warn_of(skipped: list[str]) -> None:
     if skipped:
         logging.warning("lowbit: no rule quantizes %s: left dense", ", ".join(skipped))
-    return out
 
 
 def _check_stats(
@@ -125,13 +131,15 @@ def others(model: nnx.Module) -> dict[str, nnx.Module]:
 
 def matrices(module: Any) -> list[nnx.Variable[Any]]:
     """A module's own dense parameters of two or more dims; a quantized weight has none."""
-    own = [] if isinstance(module, Kernel) else vars(module).values()
-    return [v for v in own if isinstance(v, nnx.Param) and getattr(v.get_value(), "ndim", 0) >= 2]
+    own = {} if isinstance(module, Kernel) else module.loose if isinstance(module, Linen) else vars(module)
+    return [v for v in own.values() if isinstance(v, nnx.Param) and getattr(v.get_value(), "ndim", 0) >= 2]
 
 
 def _hints(model: nnx.Module, found: dict[str, Any], rest: dict[str, nnx.Module]) -> dict[str, str]:
     """Why a path that looks like a layer's is none that rules can name."""
     hints = {p: f"is a {type(m).__name__}; only {NAMES} themselves can be" for p, m in rest.items()}
+    for path, module in rest.items():
+        hints |= module.hints(path) if isinstance(module, Linen) else {}
     for group in nnx.find_duplicates(model, only=lambda _, node: type(node) in KINDS):
         paths = [_join(path) for path in group]
         first = next(p for p in paths if p in found)

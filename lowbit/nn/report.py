@@ -15,6 +15,7 @@ from lowbit.array import QuantArray
 from lowbit.nn.kernel import Kernel, Stats, expect_module, kernels
 from lowbit.nn.kinds import KINDS, QUANTIZED
 from lowbit.nn.layers import Embed
+from lowbit.nn.linen import opened
 from lowbit.nn.quantize import layers, matrices, others
 from lowbit.ops import plan
 
@@ -25,7 +26,7 @@ class Row:
 
     Attributes:
       layer: path of the layer.
-      format: the format, or "dense float32", with the module's type where rules cannot name it.
+      format: the format and what is on it, or "dense float32", with the module's type where rules cannot name it.
       weights: entries of the dense matrix.
       bits_per_weight: everything stored for it (codes, scales, padding) over `weights`.
       bytes: of everything stored for it.
@@ -98,6 +99,7 @@ def report(model: nnx.Module) -> Report:
     3.375
     """
     expect_module(model, "report on")
+    model = opened(model)
     rows = [_quantized_row(path.rpartition("/")[0], k) for path, k in kernels(model).items()]
     seen: set[int] = set()  # a weight that two layers share is stored, and counted, once
     for path, layer in (layers(model) | others(model)).items():
@@ -118,7 +120,7 @@ def _quantized_row(layer: str, kernel: Kernel) -> Row:
         ratio = error / norm if norm else 0.0
         relative, sqnr = ratio**0.5, (-10 * log10(ratio) if ratio else inf)
     size, count = prod(kernel.shape), prod(kernel.array.stack)
-    return Row(layer, str(t.format), size, t.bits_per_weight, count * t.bits // 8, relative, sqnr)
+    return Row(layer, t.encoding, size, t.bits_per_weight, count * t.bits // 8, relative, sqnr)
 
 
 def _dense_row(layer: str, module: Any, weights: list[Any]) -> Row:

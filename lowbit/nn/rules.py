@@ -64,8 +64,11 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
     return tuple(given)
 
 
-def assign(rules: tuple[Rule, ...], paths: list[str], hints: Mapping[str, str]) -> dict[str, Rule]:
-    """The rule of each path that one matches. `hints` says what is at other paths that a rule might mean.
+def assign(
+    rules: tuple[Rule, ...], paths: list[str], hints: Mapping[str, str], what: str = "layers that can be quantized"
+) -> dict[str, Rule]:
+    """The rule of each path that one matches. `hints` says what is at other paths that a rule might mean, and `what`
+    the paths are.
 
     Raises ValueError for a rule that is never used: it matches no path, or an earlier rule takes every one it matches.
     """
@@ -76,17 +79,17 @@ def assign(rules: tuple[Rule, ...], paths: list[str], hints: Mapping[str, str]) 
             out[path] = first
     for rule in rules:
         if not any(used is rule for used in out.values()):
-            raise ValueError(_unused(rule, out, paths, hints))
+            raise ValueError(_unused(rule, out, paths, hints, what))
     return out
 
 
-def _unused(rule: Rule, taken: dict[str, Rule], paths: list[str], hints: Mapping[str, str]) -> str:
+def _unused(rule: Rule, taken: dict[str, Rule], paths: list[str], hints: Mapping[str, str], what: str) -> str:
     matched = [p for p in paths if rule.matches(p)]
     if matched:
         first, shown = taken[matched[0]].path, ", ".join(map(repr, matched[:3]))
         return f"rule {rule.path!r} is never used: {first!r} comes first and takes {shown}"
     close = get_close_matches(rule.path, paths, n=3, cutoff=0.3) or paths[:3]
-    such = f"none of the {len(paths)} layers that can be quantized, such as {', '.join(map(repr, close))}"
+    such = f"none of the {len(paths)} {what}, such as {', '.join(map(repr, close))}"
     meant = next((f"; {path!r} {hint}" for path, hint in hints.items() if rule.matches(path)), "")
     return f"rule {rule.path!r} matches {such}{meant}"
 

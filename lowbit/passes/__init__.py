@@ -7,6 +7,7 @@ from lowbit.passes.choose import choose as choose
 from lowbit.passes.choose import forms as forms
 from lowbit.passes.commute_gather import commute_gather as commute_gather
 from lowbit.passes.distribute import distribute as distribute
+from lowbit.passes.distribute import distribute_stored as distribute_stored
 from lowbit.passes.flatten import flatten as flatten
 from lowbit.passes.fold import fold as fold
 from lowbit.passes.hoist_merge import hoist_merge as hoist_merge

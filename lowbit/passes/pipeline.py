@@ -10,7 +10,7 @@ from lowbit.ir.text import text
 from lowbit.ir.walk import Rule, rewrite
 from lowbit.passes.bucket import bucket
 from lowbit.passes.commute_gather import commute_gather
-from lowbit.passes.distribute import distribute
+from lowbit.passes.distribute import distribute, distribute_stored
 from lowbit.passes.flatten import flatten
 from lowbit.passes.fold import fold
 from lowbit.passes.hoist_merge import hoist_merge
@@ -39,6 +39,7 @@ FLATTEN = Pass("flatten", (flatten,))
 TABULATE = Pass("tabulate", (tabulate,), top_down=True)
 JOIN = Pass("join_planes", (join_planes,))
 DISTRIBUTE = Pass("distribute", (distribute,))
+APART = Pass("distribute_stored", (distribute_stored,))
 COMMUTE = Pass("commute_gather", (commute_gather,))
 BUCKET = Pass("bucket", (bucket,))
 FOLD = Pass("fold", (fold,))
@@ -47,13 +48,15 @@ Pipeline = tuple[Pass, ...]
 
 PIPELINES: Mapping[str, Pipeline] = {
     "decode": (),
-    "table": (HOIST, TABULATE, DISTRIBUTE, COMMUTE, FOLD),
-    "planes": (HOIST, DISTRIBUTE, FLATTEN, TABULATE, COMMUTE, FOLD),
-    "join": (HOIST, JOIN, DISTRIBUTE, FOLD),
-    "bucket": (HOIST, JOIN, DISTRIBUTE, FOLD, BUCKET),
+    "apart": (APART,),
+    "table": (APART, HOIST, TABULATE, DISTRIBUTE, COMMUTE, FOLD),
+    "planes": (APART, HOIST, DISTRIBUTE, FLATTEN, TABULATE, COMMUTE, FOLD),
+    "join": (APART, HOIST, JOIN, DISTRIBUTE, FOLD),
+    "bucket": (APART, HOIST, JOIN, DISTRIBUTE, FOLD, BUCKET),
 }
-"""The forms that `choose` compares: decode first; look partial sums up; the same with zero points and place values as
-terms and factors of their own; or make one index of the planes (and add up the activations that share it)."""
+"""The forms that `choose` compares: decode first; multiply by each part of a weight that is a sum, such as a low-rank
+adapter; look partial sums up; the same with zero points and place values as terms and factors of their own; or make one
+index of the planes (and add up the activations that share it)."""
 
 
 def run(e: Expr, pipeline: Pipeline, dump: Callable[[str], None] | None = None) -> Expr:

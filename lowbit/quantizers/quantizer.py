@@ -155,8 +155,8 @@ def quantize_array(
     Raises TypeError for a weight that is not floating, ValueError for NaN or inf, or one that is not a matrix.
 
     >>> import jax.numpy as jnp, lowbit as lb
-    >>> lb.quantize_array(jnp.ones((256, 4)), lb.bcq(3, group=128))
-    QuantArray(f32[k=256 n=4] as bcq(bits=3, group=128), 3.75 bits/weight)
+    >>> lb.quantize_array(jnp.ones((256, 4)), lb.bcq(3, group=128)).type
+    QuantType(f32[k=256 n=4] as bcq(bits=3, group=128), 3.75 bits/weight)
     """
     if not isinstance(fmt, Format):
         raise TypeError(f"{fmt!r} is not a format such as lb.bcq(3, group=128)")
@@ -194,8 +194,8 @@ def to_bcq(w: QuantArray) -> QuantArray:
     Raises TypeError for an array of another format.
 
     >>> import jax.numpy as jnp, lowbit as lb
-    >>> lb.to_bcq(lb.quantize_array(jnp.ones((256, 4)), lb.uniform(4, group=128)))
-    QuantArray(f32[k=256 n=4] as bcq(bits=4, group=128, offset=True), 5.25 bits/weight)
+    >>> lb.to_bcq(lb.quantize_array(jnp.ones((256, 4)), lb.uniform(4, group=128))).type
+    QuantType(f32[k=256 n=4] as bcq(bits=4, group=128, offset=True), 5.25 bits/weight)
     """
     fmt = expect_array(w, "to_bcq").type.format
     if fmt.name != "uniform":

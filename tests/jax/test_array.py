@@ -60,7 +60,8 @@ def test_type_is_a_value():
 
 def test_type_as_text():
     assert str(type_of(BCQ)) == "f32[k=40 n=3] as bcq(bits=3, group=16, offset=True)"
-    assert repr(array(lb.bcq(2))) == "QuantArray(f32[k=40 n=3] as bcq(bits=2), 3.6 bits/weight)"
+    fields = "alpha float32[2, 3, 1], planes uint8[2, 3, 1, 5]"
+    assert repr(array(lb.bcq(2))) == f"QuantArray(f32[k=40 n=3] as bcq(bits=2), 3.6 bits/weight: {fields})"
 
 
 def test_shape_dtype_and_resizing():

@@ -256,6 +256,15 @@ def test_gradient_statistics_of_each_slice() -> None:
     assert lb.quantize(model, rules, stats=both).blocks.kernel.shape == (3, 8, 8)
 
 
+def test_adapters_on_each_slice() -> None:
+    q, x = lb.quantize(Scanned(), fast(ONE)), wholes(2, 8)
+    adapted = lb.nn.lora(q, rank=2, rngs=nnx.Rngs(0))
+    assert adapted.blocks.kernel.lora_a.shape == (3, 8, 2) and adapted.blocks.kernel.lora_b.shape == (3, 2, 8)
+    np.testing.assert_array_equal(call(adapted, x), call(q, x))  # B is zero
+    grads = nnx.grad(lambda m: m(x).sum(), argnums=nnx.DiffState(0, nnx.LoRAParam))(adapted)
+    assert all(np.any(grads.blocks.kernel.lora_b[i]) for i in range(3))
+
+
 def test_comparing_scanned_models_has_a_row_a_slice() -> None:
     model = Scanned()
     found = lb.compare(model, lb.quantize(model, fast({"blocks": ONE, "head": lb.bcq(1)})), wholes(4, 8))

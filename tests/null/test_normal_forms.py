@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lowbit.ir import (
+    Add,
     Contract,
     Expr,
     Gather,
@@ -93,7 +94,13 @@ def index_planes() -> Expr:
     return product(merge(Gather(param("t", "f32", n=N, c=8), index, "c"), "g", "j", "v", into="k"))
 
 
-TERMS = (binary_coding, offset, ragged, additive_codebooks, affine, integer_planes, row_table, index_planes)
+def low_rank() -> Expr:
+    """QLoRA: binary coding and an adapter of rank 2."""
+    a, b = param("lora_a", "f32", k=K, r=2), param("lora_b", "f32", r=2, n=N)
+    return product(signed(Unpack(STORED, 1, "v", V)) + contract((const(2, "f32"), a, b), ("r",)))
+
+
+TERMS = (binary_coding, offset, ragged, additive_codebooks, affine, integer_planes, row_table, index_planes, low_rank)
 
 
 def arrays(e: Expr) -> dict[str, np.ndarray]:
@@ -159,6 +166,13 @@ def test_codebooks_end_as_a_psumbook():
     g = psumbook(run(additive_codebooks(), PIPELINES["table"]))
     assert isinstance(g.index, Param) and g.index.name == "code"
     assert {k: n for k, n in g.table.dims.items() if k != g.dim} == {"m": 2, "g": G, "j": J, "b": 2}
+
+
+def test_a_low_rank_adapter_leaves_the_forms_of_its_base_alone():
+    base, adapted = run(binary_coding(), PIPELINES["table"]), run(low_rank(), PIPELINES["table"])
+    assert isinstance(adapted, Add) and adapted.a is base
+    assert isinstance(adapted.b, Contract)
+    assert {f.name for f in adapted.b.factors if isinstance(f, Param)} == {"x", "lora_a", "lora_b"}
 
 
 def test_dump_shows_each_pass(golden):
