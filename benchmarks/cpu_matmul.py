@@ -1,9 +1,13 @@
-"""Time of x @ w in few bits beside dense float32: `python -m benchmarks.cpu_matmul --json out.json`."""
+"""Time of x @ w in few bits beside dense float32: `python -m benchmarks.cpu_matmul --json out.json`.
+
+With `lowbit[bench]` installed, beside the integer formats of qwix too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -42,7 +46,20 @@ def programs(k: int, n: int, batch: int, quantized: dict[str, lb.QuantArray]) ->
     out |= {name: partial(product, x, q) for name, q in quantized.items()}
     decoded = jax.jit(lambda x, q: x @ lb.dequantize(q))
     out["decode_then_dot_bcq3"] = partial(decoded, x, quantized["bcq3_g128"])
-    return out
+    return out | peers(x, w)
+
+
+def peers(x: jax.Array, w: jax.Array) -> dict[str, Callable[[], Any]]:
+    """The same product by qwix, if it is installed: int4 in groups of 128, int8 with a scale an output."""
+    if find_spec("qwix") is None:
+        return {}
+    import qwix
+
+    group = {0: min(128, w.shape[0])}
+    int4 = qwix.quantize(w, "int4", channelwise_axes=(1,), tiled_axes=group)
+    int8 = qwix.quantize(w, "int8", channelwise_axes=(1,))
+    product = jax.jit(qwix.dot)
+    return {"qwix_int4_g128": partial(product, x, int4), "qwix_int8": partial(product, x, int8)}
 
 
 def measure() -> Iterator[Row]:
@@ -58,4 +75,6 @@ def measure() -> Iterator[Row]:
 
 
 if __name__ == "__main__":
+    if find_spec("qwix") is None:
+        print("qwix is not installed, so it is not compared: pip install 'lowbit[bench]'")
     main("x @ w on this machine's default device", lambda: list(measure()))

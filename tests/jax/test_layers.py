@@ -199,6 +199,27 @@ def test_calibration_and_comparison_know_them() -> None:
         assert "decode" in lb.explain(layer)
 
 
+def test_squared_gradients_of_any_kind_are_weights_of_errors() -> None:
+    model = nnx.Dict(
+        up=whole(conv(4, 6, 2, padding="VALID", feature_group_count=2), group=4), down=nnx.Linear(6, 2, **FREE)
+    )
+    loss = lambda m, x: m.up(x).sum()  # noqa: E731
+    x = wholes(2, 3, 4)
+    solver = lb.alternating(0, weighs_by=("gradient_square",))
+    rules = [lb.Rule("up", ONE, solver)]
+    stats = lb.calibrate(model, [x], rules=rules, loss=loss)
+    square = nnx.grad(loss)(model, x).up.kernel[...] ** 2
+    np.testing.assert_array_equal(stats["up"].gradient_square, square)
+    q = lb.quantize(model, rules, stats=stats)
+    np.testing.assert_allclose(q.up.view.kernel(lb.dequantize(q.up.kernel.array)), model.up.kernel[...], rtol=1e-5)
+    text = (
+        "'output_gradient' of layer 'up' cannot be measured: it is for nnx.Linear and nnx.Embed, not for Conv; leave "
+        "the layer or the statistic out with rules="
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        lb.calibrate(model, [x], statistics=["output_gradient"], loss=loss)
+
+
 # ---- what is refused
 
 ALONE = "over one operand alone, which is no product"

@@ -242,6 +242,29 @@ def test_calibrating_a_scanned_model_measures_each_slice() -> None:
     lb.quantize(model, fast(ONE), stats=stats)
 
 
+def test_gradient_statistics_of_each_slice() -> None:
+    model, x = Scanned(), wholes(4, 8)
+    loss = lambda m, x: m(x).sum() / 4096  # noqa: E731
+    names = ["gradient_square", "output_gradient"]
+    stats = lb.calibrate(model, [x], statistics=names, loss=loss)["blocks"]
+    np.testing.assert_array_equal(stats.gradient_square, nnx.grad(loss)(model, x).blocks.kernel[...] ** 2)
+    assert stats.output_gradient is not None and stats.output_gradient.shape == (3, 8)
+    through = (model.head.kernel[...].sum(1) / 4096)[None] * (x[:, :1] * 0 + 1)
+    assert np.all(stats.output_gradient[2] <= (through**2).mean(0))  # what relu lets through of each row
+    rules = [lb.Rule("blocks", ONE, lb.alternating(0, weighs_by=("second_moment", *names)))]
+    both = lb.calibrate(model, [x], rules=rules, loss=loss)
+    assert lb.quantize(model, rules, stats=both).blocks.kernel.shape == (3, 8, 8)
+
+
+def test_adapters_on_each_slice() -> None:
+    q, x = lb.quantize(Scanned(), fast(ONE)), wholes(2, 8)
+    adapted = lb.nn.lora(q, rank=2, rngs=nnx.Rngs(0))
+    assert adapted.blocks.kernel.lora_a.shape == (3, 8, 2) and adapted.blocks.kernel.lora_b.shape == (3, 2, 8)
+    np.testing.assert_array_equal(call(adapted, x), call(q, x))  # B is zero
+    grads = nnx.grad(lambda m: m(x).sum(), argnums=nnx.DiffState(0, nnx.LoRAParam))(adapted)
+    assert all(np.any(grads.blocks.kernel.lora_b[i]) for i in range(3))
+
+
 def test_comparing_scanned_models_has_a_row_a_slice() -> None:
     model = Scanned()
     found = lb.compare(model, lb.quantize(model, fast({"blocks": ONE, "head": lb.bcq(1)})), wholes(4, 8))
