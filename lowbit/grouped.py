@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lowbit.array import QuantArray, expect_array
-from lowbit.ops import matmul
+from lowbit.ops import explained, matmul
 
 
 def grouped_matmul(x: jax.Array, w: QuantArray, group_sizes: jax.Array) -> jax.Array:
@@ -20,14 +20,15 @@ def grouped_matmul(x: jax.Array, w: QuantArray, group_sizes: jax.Array) -> jax.A
       group_sizes: integers [experts], the rows of each. Rows beyond their sum give zeros; where the sum is more than
         there are rows, the last groups have fewer.
 
-    Returns [rows, n] in x's dtype, accumulated in float32. Gradients reach x and the scales.
+    Returns [rows, n] in x's dtype, accumulated in float32. Gradients reach x and the scales; in forward mode too within
+    `lb.ops.differentiable("jvp")`.
 
     With no more rows than experts, each row is multiplied by its own expert's codes, all at once. Otherwise the rows of
     each expert are cut into tiles of rows / experts, at most twice as many as experts, and one tile after the other is
     multiplied: at no time is more decoded than a product with one expert does.
 
-    Raises TypeError for an x that is not floating, group sizes that are no integers or a w that is no QuantArray,
-    ValueError for shapes that do not fit.
+    Raises TypeError for an x that is not floating, group sizes that are no integers, a w that is no QuantArray, or
+    forward mode elsewhere, ValueError for shapes that do not fit.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> w = lb.quantize_array(jnp.stack([jnp.eye(4), -jnp.eye(4)]), lb.uniform(4))
@@ -50,10 +51,11 @@ def grouped_matmul(x: jax.Array, w: QuantArray, group_sizes: jax.Array) -> jax.A
         codes = {name: v[expert] for name, v in w.fields.items() if name not in scales}
         return matmul(x, QuantArray({**scales, **codes}, w.type))
 
-    if size == 1:
-        y = jax.vmap(one)((cut, expert, scales))
-    else:  # a loop whose gradient would otherwise keep the codes of every tile
-        y = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (cut, expert, scales))
+    with explained():
+        if size == 1:
+            y = jax.vmap(one)((cut, expert, scales))
+        else:  # a loop whose gradient would otherwise keep the codes of every tile
+            y = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (cut, expert, scales))
     return y.reshape(tiles * size, -1).at[place].get(mode="fill", fill_value=0)
 
 

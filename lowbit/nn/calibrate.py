@@ -143,20 +143,7 @@ def _wanted(
             raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
     if not any(needs.values()):
         raise ValueError("no quantizer of these rules weighs errors by anything: there is nothing to calibrate")
-    return _measurable({path: names for path, names in needs.items() if names}, kinds)
-
-
-def _measurable(wanted: Mapping[str, frozenset[str]], found: Mapping[str, Any]) -> dict[str, frozenset[str]]:
-    """Without the layers that cannot be quantized. Raises ValueError for a statistic that a kind of layer lacks."""
-    out = {path: names for path, names in wanted.items() if not refusal(found[path])}
-    for path, names in out.items():
-        if "output_gradient" in names and not KINDS[type(found[path])].flat:
-            kind = type(found[path]).__name__
-            raise ValueError(
-                f"'output_gradient' of layer {path!r} cannot be measured: it is for nnx.Linear and nnx.Embed, not for "
-                f"{kind}; leave the layer or the statistic out with rules="
-            )
-    return out
+    return {path: names for path, names in needs.items() if names}
 
 
 def _probed(model: nnx.Module, wanted: Mapping[str, frozenset[str]]) -> nnx.Module:

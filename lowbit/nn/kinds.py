@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import jax
@@ -19,10 +18,6 @@ from lowbit.nn.general import LinearGeneral, general_outputs, general_rows, gene
 from lowbit.nn.kernel import Kernel
 from lowbit.nn.layers import Embed, Linear, embed_view, linear_view
 from lowbit.nn.view import View
-
-
-def _rows(layer: Any, inputs: jax.Array) -> jax.Array:
-    return inputs
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,6 @@ class Kind:
     attribute: str = "kernel"
     method: str = "__call__"
     shares: bool = False
-    flat: bool = False
 
 
 KINDS: Mapping[type[nnx.Module], Kind] = {

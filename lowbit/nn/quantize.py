@@ -96,13 +96,10 @@ def quantize(
 
         # The clone has new Variables over the same arrays: training one model leaves the other alone.
         out: M = nnx.recursive_map(replace, nnx.clone(model))
-    _warn_of([p for p in found if p not in assigned] + [f"{p} ({type(m).__name__})" for p, m in rest.items()])
-    return out
-
-
-def _warn_of(skipped: list[str]) -> None:
+    skipped = [p for p in found if p not in assigned] + [f"{p} ({type(m).__name__})" for p, m in rest.items()]
     if skipped:
         logging.warning("lowbit: no rule quantizes %s: left dense", ", ".join(skipped))
+    return out
 
 
 def _check(

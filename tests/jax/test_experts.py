@@ -106,6 +106,34 @@ def test_a_layer_of_experts() -> None:
     assert np.std(lb.nn.Experts(2, 64, 64, rngs=nnx.Rngs(0)).kernel[...]) == pytest.approx(1 / 8, rel=0.05)
 
 
+@pytest.mark.parametrize("rows", [3, 10])
+def test_forward_mode(rows: int) -> None:
+    w, _ = quantized(3)
+    x, product = wholes(rows, 8), lambda x: lb.grouped_matmul(x, w, jnp.array([1, 0, rows - 1]))
+    with lb.ops.differentiable("jvp"):
+        y, dy = jax.jvp(product, (x,), (2 * x,))
+    np.testing.assert_array_equal(dy, 2 * y)
+    with pytest.raises(
+        TypeError, match=r"^lb.matmul is differentiated in forward mode, "
+    ):
+        jax.jvp(product, (x,), (x,))
+
+
+def test_experts_weigh_errors_by_what_they_share_and_by_their_own() -> None:
+    model, x, sizes = nnx.Dict(moe=experts(3)), wholes(10, 8), jnp.array([4, 1, 5])
+    names = ("second_moment", "output_gradient", "gradient_square")
+    solver = lb.alternating(0, weighs_by=names)
+    rules = [lb.Rule("moe", lb.bcq(1), solver)]
+    stats = lb.calibrate(model, [x], rules=rules, loss=lambda m, x: (m.moe(x, sizes) * jnp.arange(1, 4)[None]).sum())
+    s = stats["moe"]
+    np.testing.assert_array_equal(s.output_gradient, [1, 4, 9])
+    np.testing.assert_array_equal(s.gradient_square[1], np.outer(x[4], [1, 2, 3]) ** 2)
+    weighs = s.second_moment[:, None] * s.gradient_square[1] * s.output_gradient[None]
+    want = lb.quantize_array(model.moe.kernel[1], lb.bcq(1), solver, importance=weighs)
+    got = lb.quantize(model, rules, stats=stats).moe.kernel.array
+    assert all(np.array_equal(got.fields[name][1], want.fields[name]) for name in want.fields)
+
+
 def test_experts_are_measured_together() -> None:
     model, x, sizes = nnx.Dict(moe=experts(3)), wholes(10, 8), jnp.array([4, 1, 5])
     run = lambda m, x: m.moe(x, sizes)  # noqa: E731

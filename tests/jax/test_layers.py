@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import lowbit as lb
-from lowbit.nn.kinds import KINDS
+from lowbit.nn.kinds import KINDS, dense_matrices
 from lowbit.nn.view import View
 from lowbit.testing.tolerance import gamma
 from tests.models import fast, inputs, whole, wholes
@@ -77,6 +77,20 @@ def test_equals_the_dense_layer(
     for name, value in vars(layer).items():  # what others read of a layer is still there
         if name in vars(q) and name not in ("kernel", "bias") and not name.startswith("_"):
             assert getattr(q, name) == value, name
+
+
+@pytest.mark.parametrize(("make", "shape", "matrices"), LAYERS)
+def test_outputs_are_rows_times_matrices(
+    make: Callable[[], nnx.Module], shape: tuple[int, ...], matrices: tuple[int, ...]
+) -> None:
+    layer, x = whole(make(), group=4), wholes(*shape)
+    if layer.bias is not None:
+        layer.bias.set_value(jnp.zeros_like(layer.bias[...]))
+    kind, w = KINDS[type(layer)], np.asarray(dense_matrices(layer))
+    w = w if kind.view(layer).dims[0] == "k" else w.swapaxes(-1, -2)
+    rows = np.asarray(kind.rows(layer, x))
+    want = rows.reshape(*w.shape[:-2], -1, w.shape[-2]) @ w
+    np.testing.assert_array_equal(np.asarray(kind.outputs(layer, layer(x))).reshape(want.shape), want)
 
 
 @pytest.mark.parametrize("index", [9, 20])
@@ -200,24 +214,20 @@ def test_calibration_and_comparison_know_them() -> None:
 
 
 def test_squared_gradients_of_any_kind_are_weights_of_errors() -> None:
-    model = nnx.Dict(
-        up=whole(conv(4, 6, 2, padding="VALID", feature_group_count=2), group=4), down=nnx.Linear(6, 2, **FREE)
-    )
-    loss = lambda m, x: m.up(x).sum()  # noqa: E731
-    x = wholes(2, 3, 4)
-    solver = lb.alternating(0, weighs_by=("gradient_square",))
+    """Of the second group of features, with the axes in the order that is promised for k."""
+    model, x = nnx.Dict(up=conv(4, 6, 2, padding="VALID", feature_group_count=2)), wholes(2, 3, 4)
+    model.up.kernel.set_value(inputs(2, 2, 6))
+    loss = lambda m, x: (m.up(x) * jnp.arange(6)[None, None]).sum()  # noqa: E731
+    solver = lb.alternating(0, weighs_by=("gradient_square", "output_gradient"))
     rules = [lb.Rule("up", ONE, solver)]
-    stats = lb.calibrate(model, [x], rules=rules, loss=loss)
-    square = nnx.grad(loss)(model, x).up.kernel[...] ** 2
-    np.testing.assert_array_equal(stats["up"].gradient_square, square)
-    q = lb.quantize(model, rules, stats=stats)
-    np.testing.assert_allclose(q.up.view.kernel(lb.dequantize(q.up.kernel.array)), model.up.kernel[...], rtol=1e-5)
-    text = (
-        "'output_gradient' of layer 'up' cannot be measured: it is for nnx.Linear and nnx.Embed, not for Conv; leave "
-        "the layer or the statistic out with rules="
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        lb.calibrate(model, [x], statistics=["output_gradient"], loss=loss)
+    stats = lb.calibrate(model, [x], rules=rules, loss=loss)["up"]
+    np.testing.assert_array_equal(stats.gradient_square, nnx.grad(loss)(model, x).up.kernel[...] ** 2)
+    np.testing.assert_array_equal(stats.output_gradient, np.arange(6).reshape(2, 3) ** 2)
+    second = lambda a: jnp.asarray(a)[..., 3:].transpose(1, 0, 2).reshape(4, 3)  # noqa: E731
+    weighs = second(stats.gradient_square) * jnp.arange(3, 6)[None] ** 2
+    want = lb.quantize_array(second(model.up.kernel[...]), ONE, solver, importance=weighs)
+    got = lb.quantize(model, rules, stats={"up": stats}).up.kernel.array
+    assert all(np.array_equal(got.fields[name][1], want.fields[name]) for name in want.fields)
 
 
 # ---- what is refused
@@ -249,7 +259,11 @@ def test_layers_that_are_no_product_are_refused(make: Callable[[], nnx.Module], 
 
 def test_a_layer_that_cannot_be_quantized_is_not_measured() -> None:
     model = nnx.Dict(a=einsum("bd,dc->bdc", (6, 3)), b=nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
-    assert set(lb.calibrate(model, [wholes(2, 6)], lambda m, x: m.b(m.a(x)))) == {"b"}
+    run = lambda m, x: m.b(m.a(x))  # noqa: E731
+    assert set(lb.calibrate(model, [wholes(2, 6)], run)) == {"b"}
+    assert set(lb.calibrate(model, [wholes(2, 6)], run, rules={"a": None, "b": ONE})) == {"b"}
+    with pytest.raises(ValueError, match=r"^layer 'a' cannot be quantized: its einsum 'bd,dc->bdc' sums over no axis"):
+        lb.calibrate(model, [wholes(2, 6)], run, rules=ONE)
 
 
 def test_calls_that_do_not_fit() -> None:

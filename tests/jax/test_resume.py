@@ -88,6 +88,19 @@ def test_shared_layers_stay_shared(tmp_path: Path) -> None:
     assert again.z is again.sub[0]
 
 
+def test_stacks_and_groups_of_features(tmp_path: Path) -> None:
+    of = nnx.Dict(
+        moe=lb.nn.Experts(4, 16, 8, rngs=nnx.Rngs(0)), conv=nnx.Conv(4, 6, 4, feature_group_count=2, rngs=nnx.Rngs(1))
+    )
+    assert run(tmp_path, of=of) == 4 + 2
+    assert run(tmp_path, of=of) == 0
+    stats = {"moe": LayerStats(jnp.arange(16.0), jnp.ones(16), 4)}
+    assert (run(tmp_path, of=of, stats=stats), run(tmp_path, of=of, stats=stats)) == (4, 0)
+    twice = nnx.Dict(moe=lb.nn.Experts(2, 16, 8, rngs=nnx.Rngs(0)), conv=of.conv)
+    twice.moe.kernel.set_value(of.moe.kernel[...].reshape(2, 2, 16, 8))  # as `nnx.vmap` stacks two of them
+    assert (run(tmp_path, of=twice), run(tmp_path, of=twice), run(tmp_path, of=of)) == (4, 0, 0)
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "other"])
 def test_a_damaged_file_is_named_and_made_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     assert run(tmp_path) == 2

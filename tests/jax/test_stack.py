@@ -130,6 +130,14 @@ def test_gradients_reach_the_scales_of_each_slice() -> None:
         np.testing.assert_array_equal(dw.fields["alpha"][i], of_w.fields["alpha"])
 
 
+def test_forward_mode_of_each_slice() -> None:
+    w, x = stack(2, fmt=ONE), inputs(2, 3, 12)
+    y, dy = jax.jvp(lambda x: lb.matmul(x, w, differentiable="jvp"), (x,), (2 * x,))
+    np.testing.assert_array_equal(dy, 2 * y)
+    with pytest.raises(TypeError, match=r"^lb.matmul is differentiated in forward mode"):
+        jax.jvp(lambda x: lb.matmul(x, w), (x,), (x,))
+
+
 def test_an_exact_conversion_of_a_stack() -> None:
     w = stack(2, 3, fmt=lb.uniform(3, group=8))
     np.testing.assert_array_equal(lb.dequantize(at(lb.to_bcq(w), 1, 2)), lb.dequantize(lb.to_bcq(at(w, 1, 2))))
@@ -253,7 +261,11 @@ def test_gradient_statistics_of_each_slice() -> None:
     assert np.all(stats.output_gradient[2] <= (through**2).mean(0))  # what relu lets through of each row
     rules = [lb.Rule("blocks", ONE, lb.alternating(0, weighs_by=("second_moment", *names)))]
     both = lb.calibrate(model, [x], rules=rules, loss=loss)
-    assert lb.quantize(model, rules, stats=both).blocks.kernel.shape == (3, 8, 8)
+    model.blocks.kernel.set_value(inputs(3, 8, 8))  # of which no magnitude is exact, so that weights matter
+    got, s = lb.quantize(model, rules, stats=both).blocks.kernel.array, both["blocks"]
+    weighs = s.second_moment[1][:, None] * s.gradient_square[1] * s.output_gradient[1][None]
+    want = lb.quantize_array(model.blocks.kernel[1], ONE, rules[0].quantizer, importance=weighs)
+    assert all(np.array_equal(got.fields[name][1], want.fields[name]) for name in want.fields)
 
 
 def test_adapters_on_each_slice() -> None:
