@@ -113,9 +113,7 @@ def test_forward_mode(rows: int) -> None:
     with lb.ops.differentiable("jvp"):
         y, dy = jax.jvp(product, (x,), (2 * x,))
     np.testing.assert_array_equal(dy, 2 * y)
-    with pytest.raises(
-        TypeError, match=r"^lb.matmul is differentiated in forward mode, "
-    ):
+    with pytest.raises(TypeError, match=r"^lb.matmul is differentiated in forward mode, "):
         jax.jvp(product, (x,), (x,))
 
 
