@@ -10,9 +10,9 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from tests.tolerance import gamma
 
 import lowbit as lb
+from lowbit.testing.tolerance import gamma
 from tests.models import arrays, assert_same, fast, inputs
 
 TOKENS = jnp.array([[3, 1, 4], [1, 5, 9]])

@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tests.tolerance import assert_within, gamma
 
 import lowbit as lb
 from lowbit.array import QuantArray, QuantType, type_to_json
 from lowbit.formats.low_rank import LowRank
 from lowbit.ops import take
+from lowbit.testing.tolerance import assert_within, gamma
 from tests.models import TOKENS, Net, Shared, arrays, assert_same, dense, fast, inputs, product_bound
 
 K, N, RANK = 24, 10, 3
