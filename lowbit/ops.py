@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import prod
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -110,14 +110,43 @@ def watching(seen: Callable[[jax.Array, QuantArray], None]) -> Iterator[None]:
         _WATCH.reset(before)
 
 
-def matmul(x: jax.Array, w: QuantArray) -> jax.Array:
+Mode = Literal["vjp", "jvp"]
+_MODE = jax.make_user_context("vjp")
+
+
+@contextmanager
+def differentiable(mode: Mode) -> Iterator[None]:
+    """Within it, products that do not say otherwise are differentiable in that mode (see `matmul`): in whole models.
+
+    >>> import jax, jax.numpy as jnp, lowbit as lb, lowbit.ops
+    >>> from flax import nnx
+    >>> small = lb.quantize(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), lb.bcq(2))
+    >>> with lb.ops.differentiable("jvp"):
+    ...     y, dy = jax.jvp(small, (jnp.ones((2, 8)),), (jnp.ones((2, 8)),))
+    """
+    with _MODE(_checked(mode)):
+        yield
+
+
+def _checked(mode: str) -> str:
+    if mode not in get_args(Mode):
+        raise ValueError(f"differentiable must be 'vjp' or 'jvp', not {mode!r}")
+    return mode
+
+
+def matmul(x: jax.Array, w: QuantArray, *, differentiable: Mode | None = None) -> jax.Array:
     """`x @ w` for x [..., k] and a quantized w with dims k and n: [..., n], accumulated in float32.
 
-    The result has x's dtype. Gradients reach x and every float field of `w`; codes have none. Forward mode is not
-    supported. A batch of symbolic size, as in `jax.export`, is computed as rows, each in the form chosen for one row.
+    The result has x's dtype. Gradients reach x and every float field of `w`; codes have none. A batch of symbolic size,
+    as in `jax.export`, is computed as rows, each in the form chosen for one row.
 
-    Raises TypeError for an x that is not floating or a w that is no QuantArray, ValueError when x's last dim is not w's
-    k (both sizes are named).
+    Args:
+      differentiable: "vjp", the default, for reverse mode (`jax.grad`): gradients are terms of their own and never hold
+        a dense weight. "jvp" for forward mode too (`jax.jvp`, `jax.hessian`): JAX differentiates the product's program,
+        in reverse mode with whatever memory that takes.
+
+    Raises TypeError for an x that is not floating, a w that is no QuantArray, or forward mode through a "vjp" product,
+    ValueError when x's last dim is not w's k (both sizes are named) or for another mode.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> w = lb.quantize_array(jnp.eye(8, 4), lb.bcq(2, group=8))
@@ -135,11 +164,27 @@ def matmul(x: jax.Array, w: QuantArray) -> jax.Array:
     if rows == 0:
         return jnp.zeros((*batch, sizes["n"]), x.dtype)
     flat = x.reshape(rows, sizes["k"])
-    if isinstance(rows, int):
-        y = _matmul(w.type, flat, w.fields)
-    else:
-        y = jax.vmap(lambda row: _matmul(w.type, row[None], w.fields)[0])(flat)
+    product = _matmul if _checked(differentiable or _MODE.value) == "vjp" else _forward
+    with _explained():
+        if isinstance(rows, int):
+            y = product(w.type, flat, w.fields)
+        else:
+            y = jax.vmap(lambda row: product(w.type, row[None], w.fields)[0])(flat)
     return y.reshape(*batch, sizes["n"])
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """JAX's error for forward mode, with what to do."""
+    try:
+        yield
+    except TypeError as err:
+        if "forward-mode" not in str(err):
+            raise
+        raise TypeError(
+            "lb.matmul is differentiated in forward mode, but its gradients are for reverse mode: pass "
+            'differentiable="jvp", or for a whole model run it within lb.ops.differentiable("jvp")'
+        ) from err
 
 
 def _check_last_dim(shape: Sequence[int], t: QuantType) -> None:

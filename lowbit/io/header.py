@@ -35,7 +35,7 @@ FIELDS = {
     "header": {"version", "metadata", "entries", "tensors"},
     "dense": {"kind", "tensor"},
     "quantized": {"kind", "type", "decode", "tensors"},
-    "type": {"dims", "dtype", "format", "version", "options", "splits"},
+    "type": {"dims", "dtype", "format", "version", "options", "splits", "adapter"},
     "tensor": {"dtype", "shape", "sha256"},
 }
 """What each part of a header holds; the entries by their kind."""

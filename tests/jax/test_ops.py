@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import lowbit as lb
+from lowbit import ops
 from lowbit.array import QuantArray, QuantType
 from lowbit.formats import Format
 from lowbit.ir import Concat, Merge, const, param, params, slice_, transpose
@@ -155,8 +156,35 @@ def test_no_rows_no_gradient():
 
 def test_forward_mode_is_refused():
     w, x = quant(lb.bcq(2, 16), 40, 3), jnp.asarray(activation(2, 40))
-    with pytest.raises(TypeError, match="custom_vjp"):
+    with pytest.raises(
+        TypeError, match=r'differentiated in forward mode, .*: pass differentiable="jvp", or for a whole'
+    ):
         jax.jvp(lambda x: lb.matmul(x, w), (x,), (x,))
+    with pytest.raises(ValueError, match="differentiable must be 'vjp' or 'jvp', not 'both'"):
+        lb.matmul(x, w, differentiable="both")
+
+
+@pytest.mark.parametrize("m", [1, 5])
+def test_forward_mode_of_x_and_scales(m):
+    """The product is linear in each: the tangent is the product with the tangent, and the gradients are the same."""
+    w, x = quant(lb.bcq(2, 16), 40, 3), jnp.asarray(activation(m, 40))
+    other = QuantArray({**w.fields, "alpha": w.fields["alpha"][::-1]}, w.type)
+
+    def product(x, alpha):
+        return lb.matmul(x, QuantArray({**w.fields, "alpha": alpha}, w.type), differentiable="jvp")
+
+    _, by_x = jax.jvp(lambda x: product(x, w.fields["alpha"]), (x,), (2 * x,))
+    np.testing.assert_array_equal(by_x, 2 * lb.matmul(x, w))
+    _, by_alpha = jax.jvp(lambda a: product(x, a), (w.fields["alpha"],), (other.fields["alpha"],))
+    exact, bound = exact_and_bound(product_term(m, w.type, "f32"), {**stored(other), "x": np.asarray(x)})
+    assert_within(by_alpha, exact, bound)
+    with ops.differentiable("jvp"):
+        (_, within), got = (
+            jax.jvp(lambda x: lb.matmul(x, w), (x,), (2 * x,)),
+            jax.grad(lambda x: lb.matmul(x, w).sum())(x),
+        )
+    np.testing.assert_array_equal(within, by_x)
+    np.testing.assert_allclose(got, jax.grad(lambda x: lb.matmul(x, w).sum())(x), rtol=1e-5)
 
 
 # ---------------------------------------------------------------- transformations
