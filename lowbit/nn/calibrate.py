@@ -89,6 +89,9 @@ def calibrate(
     >>> stats = lb.calibrate(model, [jnp.ones((2, 8)), jnp.zeros((2, 8))])
     >>> stats["layers/0"].rows, stats["layers/0"].second_moment.tolist()[0]
     (4, 0.5)
+    >>> of_loss = lb.calibrate(model, [jnp.ones((2, 8))], statistics=["gradient_square"], loss=lambda m, x: m(x).mean())
+    >>> of_loss["layers/0"].gradient_square.shape
+    (8, 4)
     """
     expect_module(model, "calibrate")
     model = opened(model)

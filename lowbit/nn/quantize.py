@@ -69,9 +69,11 @@ def quantize(
     nnx.Linear, which may compute something else: a logged warning names them, and `lb.report` lists them.
 
     Raises ValueError for a rule that is never used, a weight with NaN or inf (named by its path; under `jax.jit` it
-    cannot be seen), a layer that cannot be quantized, or a model with nothing to quantize; TypeError for a weight that
-    is not floating. These are found before any layer is quantized or freed; scales that do not fit their `scale_dtype`
-    are found on the way, and with `donate` the layers before that one are then gone.
+    cannot be seen), a layer that cannot be quantized, statistics that a quantizer needs and `stats` lacks, or a model
+    with nothing to quantize; TypeError for a weight that is not floating, and with `resume` for a quantizer that cannot
+    be pickled, such as a lambda: another run could not know it again. These are found before any layer is quantized or
+    freed; scales that do not fit their `scale_dtype` are found on the way, and with `donate` the layers before that one
+    are then gone.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb

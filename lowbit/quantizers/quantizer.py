@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -21,7 +21,11 @@ from lowbit.quantizers.uniform import rtn, to_binary
 
 Fields = dict[str, jax.Array]
 Quantizer = Callable[[jax.Array, Format], Fields]
-"""Takes a float weight [n, k] and a format; returns the format's stored arrays. It must trace under `jax.jit`."""
+"""Takes a float weight [n, k] and a format; returns the format's stored arrays. It must trace under `jax.jit`.
+
+One with `takes_importance = True` is given a third argument where there are statistics: positive weights of squared
+errors, [k] or [n, k], the product of the fields of `LayerStats` that its `weighs_by` names, or else "second_moment".
+"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class BinarySolver:
     """
 
     rounds: int = 15
-    weighs_by: tuple[str, ...] = ("second_moment",)
+    weighs_by: tuple[str, ...] = field(default=("second_moment",), repr=False)
     takes_importance: ClassVar[bool] = True
 
     def __call__(self, w: jax.Array, fmt: Format, importance: jax.Array | None = None) -> Fields:
@@ -237,13 +241,13 @@ def _check_range(array: QuantArray, w: jax.Array, name: str) -> None:
     scales = {f: v for f, v in array.fields.items() if jnp.issubdtype(v.dtype, jnp.floating)}
     if any(isinstance(v, jax.core.Tracer) for v in (*scales.values(), w)):
         return
-    for field, v in scales.items():
+    for stored, v in scales.items():
         if not bool(jnp.isfinite(v).all()):
-            raise ValueError(f"{name}: {field!r} overflows {v.dtype}; use scale_dtype='float32' or 'bfloat16'")
+            raise ValueError(f"{name}: {stored!r} overflows {v.dtype}; use scale_dtype='float32' or 'bfloat16'")
     normal = {f: bool(jnp.abs(v).max() >= jnp.finfo(v.dtype).smallest_normal) for f, v in scales.items()}
     if scales and not any(normal.values()) and bool(w.any()):
-        field, v = next(iter(scales.items()))
-        raise ValueError(f"{name}: {field!r} underflows {v.dtype}; use scale_dtype='float32' or scale the weights up")
+        stored, v = next(iter(scales.items()))
+        raise ValueError(f"{name}: {stored!r} underflows {v.dtype}; use scale_dtype='float32' or scale the weights up")
 
 
 def weighs_by(quantizer: Quantizer) -> tuple[str, ...]:

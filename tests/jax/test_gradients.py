@@ -18,6 +18,8 @@ from lowbit.nn.calibrate import _probed, _wanted
 from lowbit.nn.gradients import Means, differentiated
 from lowbit.nn.importance import importance
 from lowbit.nn.probe import probes
+from lowbit.nn.quantize import layers
+from tests.models import Shared
 
 FISHER = lb.alternating(weighs_by=("gradient_square",))
 
@@ -117,6 +119,12 @@ def test_the_rules_choose() -> None:
         ValueError, match=r"^no quantizer of these rules weighs errors by anything: there is nothing to"
     ):
         lb.calibrate(model, batches(1), rules=lb.uniform(2))
+
+
+def test_shared_layers_go_by_the_path_that_rules_know() -> None:
+    model = Shared(nnx.Rngs(0))
+    stats = lb.calibrate(model, [jnp.ones((2, 16))])
+    assert {path: s.rows for path, s in stats.items()} == dict.fromkeys(layers(model), 4)
 
 
 def weighted_error(model: Any, quantized: Any, square: Any) -> float:

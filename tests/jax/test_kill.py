@@ -145,3 +145,49 @@ def test_a_killed_quantization_goes_on_where_it_was(tmp_path: Path, kills: int) 
     caught, again = map(int, python(QUANTIZES, tmp_path, kills).split())
     assert caught > 0, "no quantization was caught in the middle: the test showed nothing"
     assert again <= kills, "only the layer that a kill interrupts may be solved again"
+
+
+CALIBRATES = (
+    FORK
+    + """
+import jax.numpy as jnp
+import numpy as np
+import lowbit as lb, lowbit.io
+from flax import nnx
+
+folder, kills, BATCHES = Path(sys.argv[1]), int(sys.argv[2]), 8
+
+def run(into, out, step=lambda: None):
+    model = nnx.List([nnx.Linear(32, 32, rngs=nnx.Rngs(i)) for i in range(4)])
+    def loss(model, x):
+        for layer in model:
+            x = jnp.tanh(layer(x))
+        return (x**2).mean()
+    def batches():
+        for i in range(BATCHES):
+            step()
+            yield jnp.asarray(np.random.default_rng(i).standard_normal((2, 32)), jnp.float32)
+    names = ("second_moment", "gradient_square", "output_gradient")
+    stats = lb.calibrate(model, batches(), statistics=names, loss=loss, resume=into)
+    lb.io.write(out, {f"{path}/{name}": getattr(s, name) for path, s in stats.items() for name in names})
+
+out = folder / "stats.safetensors"
+assert forked(lambda _: run(folder / "whole", folder / "whole.safetensors"))
+rng, counts = random.Random(3), []
+for _ in range(kills):
+    into = folder / "run"
+    at = min(BATCHES, max(counts, default=0) + rng.randint(1, 2))
+    forked(lambda step: run(into, out, step), at, rng.uniform(0, 0.05))
+    if (into / "calibration.safetensors").exists():
+        counts.append(int(lb.io.read_header(into / "calibration.safetensors")["metadata"]["count"]))
+assert counts == sorted(counts), counts
+assert forked(lambda _: run(folder / "run", out))
+assert out.read_bytes() == (folder / "whole.safetensors").read_bytes()
+print(len(set(counts)))
+"""
+)
+
+
+@pytest.mark.slow
+def test_a_killed_calibration_goes_on_where_it_was(tmp_path: Path) -> None:
+    assert int(python(CALIBRATES, tmp_path, 8)) > 1, "no calibration was caught in the middle: the test showed nothing"
