@@ -37,7 +37,7 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Every way to compute one product, cheapest first; the first is the one that runs."""
+    """Every way to compute one product, cheapest first (what ties goes by simplicity); the first is what runs."""
 
     what: str
     machine: str

@@ -49,6 +49,10 @@ class Machine:
         return c.bytes * self.byte + arithmetic + c.lookups * lookup + c.scattered * self.scatter
 
 
+TIE = 1.1
+"""Predictions closer than this factor say nothing, and the simpler form runs."""
+
+
 @dataclass(frozen=True)
 class Form:
     """One way to compute a term."""
@@ -60,12 +64,14 @@ class Form:
 
 
 def forms(e: Expr, machine: Machine, pipelines: Mapping[str, Pipeline] = PIPELINES) -> tuple[Form, ...]:
-    """Every distinct form of `e`, cheapest first; ties keep the order of the pipelines."""
+    """Every distinct form of `e`, cheapest first, except that of those that TIE the first pipeline's leads."""
     terms: dict[Expr, str] = {}
     for name, pipeline in pipelines.items():
         terms.setdefault(run(e, pipeline), name)
     out = [Form(name, t, c, machine.nanoseconds(c)) for t, name in terms.items() for c in (cost(t),)]
-    return tuple(sorted(out, key=lambda f: f.nanoseconds))
+    least = min(f.nanoseconds for f in out)
+    leading = next(f for f in out if f.nanoseconds <= TIE * least)
+    return (leading, *sorted((f for f in out if f is not leading), key=lambda f: f.nanoseconds))
 
 
 def choose(e: Expr, machine: Machine, pipelines: Mapping[str, Pipeline] = PIPELINES) -> Expr:

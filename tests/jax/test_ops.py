@@ -16,6 +16,7 @@ from lowbit.ir import Concat, Merge, const, param, params, slice_, transpose
 from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.ops import take
 from lowbit.passes import choose
+from lowbit.passes.choose import TIE
 from lowbit.passes.lower_xla import emit
 from lowbit.planning import MACHINES
 from lowbit.testing.checks import check_gradients, check_product, product_term, stored
@@ -110,7 +111,8 @@ def test_one_row_on_other_devices_decodes_in_the_loop_that_sums(fmt, platform):
 
 def test_plan_is_sorted_and_printed():
     p = lb.plan((2, 3, 4096), quant(lb.bcq(3, 128), 4096, 8).type)
-    assert [f.nanoseconds for f in p.forms] == sorted(f.nanoseconds for f in p.forms)
+    first, *rest = [f.nanoseconds for f in p.forms]
+    assert rest == sorted(rest) and first <= TIE * rest[0]
     lines = str(p).splitlines()
     assert lines[0] == "x[6, k] @ f32[k=4096 n=8] as bcq(bits=3, group=128) on cpu"
     assert [line.split()[0] for line in lines[2:]] == [f.name for f in p.forms]

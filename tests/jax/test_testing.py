@@ -175,14 +175,17 @@ def test_what_is_no_weight_is_caught(fmt, message):
 
 
 def test_options_that_a_file_cannot_hold_are_caught():
+    """Constructors refuse them, but a Format can be made without one."""
+
     @lb.register_format("odd_options")
-    def odd_options(n: int, k: int, levels: tuple[int, ...] = (1, 2)):
+    def odd_options(n: int, k: int, levels: object = None):
         return param("w", "f32", n=n, k=k) * 1.0
 
+    odd = lb.Format(odd_options().name, (("levels", (1, 2)),))
     with pytest.raises(
         AssertionError, match=r"^the type is read back as .*levels=\[1, 2\]\), not .*: options are ints, "
     ):
-        checks.check_text(lb.QuantType((("k", 9), ("n", 2)), "f32", odd_options()))
+        checks.check_text(lb.QuantType((("k", 4), ("n", 2)), "f32", odd))
 
 
 # ---------------------------------------------------------------- what is wrong is caught: the library
