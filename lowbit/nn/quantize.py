@@ -22,7 +22,8 @@ from lowbit.nn.kinds import KINDS, NAMES, dense_matrices, refusal, weight
 from lowbit.nn.linen import Linen, opened
 from lowbit.nn.resume import Finished
 from lowbit.nn.rules import Rule, Rules, as_rules, assign
-from lowbit.quantizers.quantizer import check_weight, quantize_array
+from lowbit.quantizers.checks import check_weight
+from lowbit.quantizers.quantizer import quantize_array
 
 M = TypeVar("M", bound=nnx.Module)
 

@@ -17,6 +17,7 @@ from lowbit.formats.format import Format
 from lowbit.formats.planes import group_size, pack_planes
 from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.quantizers.binary import BinaryCode, solve
+from lowbit.quantizers.checks import check_range, check_weight, positive
 from lowbit.quantizers.groups import to_groups
 from lowbit.quantizers.uniform import rtn, to_binary
 
@@ -172,7 +173,7 @@ def quantize_array(
     if importance is None or not getattr(solver, "takes_importance", False):
         weights = None
     else:
-        weights = _positive(importance, dims, w.shape, name)
+        weights = positive(importance, dims, w.shape, name)
 
     def one(at: tuple[int, ...]) -> QuantArray:
         f = None if weights is None else weights[at]
@@ -186,7 +187,7 @@ def _quantize(w: jax.Array, t: QuantType, solver: Quantizer, importance: jax.Arr
     rows = w if t.dims[0][0] == "n" else w.T
     fields = solver(rows, t.format) if importance is None else solver(rows, t.format, importance)  # type: ignore[call-arg]
     array = QuantArray.of(fields, t)
-    _check_range(array, w, name)
+    check_range(array, w, name)
     return array
 
 
@@ -223,52 +224,6 @@ def default_quantizer(fmt: Format) -> Quantizer:
 def _expect(fmt: Format, names: str | tuple[str, ...], who: Any) -> None:
     if fmt.name not in (names if isinstance(names, tuple) else (names,)):
         raise TypeError(f"{who} makes {names if isinstance(names, str) else ' or '.join(names)}, not {fmt}")
-
-
-def _positive(importance: jax.Array, dims: tuple[str, str], shape: tuple[int, ...], name: str) -> jax.Array:
-    """[*stack, k] or [*stack, n, k]. No weight counts for nothing: it would be anything."""
-    stack, k = shape[:-2], shape[dims.index("k") - 2]
-    of_inputs = importance.shape[-1:] == (k,) and importance.ndim <= len(stack) + 1
-    ends = zip(importance.shape[:-1][::-1], stack[::-1], strict=False)
-    if importance.shape != shape and not (of_inputs and all(own in (1, size) for own, size in ends)):
-        raise ValueError(
-            f"{name} has {k} inputs and the shape {shape}, but the importance has shape {importance.shape}"
-        )
-    f = importance.mT if importance.shape == shape and dims[0] == "k" else importance
-    least = 1e-4 * f.mean(axis=-1, keepdims=True) + jnp.finfo(jnp.float32).tiny
-    each = jnp.maximum(f, least)
-    return each if importance.shape == shape else jnp.broadcast_to(each, (*stack, k))
-
-
-def check_weight(w: jax.Array, name: str) -> None:
-    """Raises TypeError or ValueError for what no quantizer takes; traced values are not seen."""
-    dense = "or leave it dense, in a model by a rule with the format None"
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise TypeError(f"{name} is {w.dtype}{list(w.shape)}: cast it to a floating type, {dense}")
-    if w.ndim < 2 or w.size == 0:
-        raise ValueError(f"{name} has shape {w.shape}: give a matrix with at least one entry, {dense}")
-    if not isinstance(w, jax.core.Tracer):
-        bad = w.size - int(jnp.isfinite(w).sum())
-        if bad:
-            raise ValueError(f"{name} has {bad} NaN or inf among its {w.size} entries: repair it, {dense}")
-
-
-def _check_range(array: QuantArray, w: jax.Array, name: str) -> None:
-    """Raises ValueError when the scales do not fit their dtype.
-
-    They may not overflow, and the largest must be a normal number. A smaller one may then be subnormal: its absolute
-    error is below the rounding error of the largest.
-    """
-    scales = {f: v for f, v in array.fields.items() if jnp.issubdtype(v.dtype, jnp.floating)}
-    if any(isinstance(v, jax.core.Tracer) for v in (*scales.values(), w)):
-        return
-    for stored, v in scales.items():
-        if not bool(jnp.isfinite(v).all()):
-            raise ValueError(f"{name}: {stored!r} overflows {v.dtype}; use scale_dtype='float32' or 'bfloat16'")
-    normal = {f: bool(jnp.abs(v).max() >= jnp.finfo(v.dtype).smallest_normal) for f, v in scales.items()}
-    if scales and not any(normal.values()) and bool(w.any()):
-        stored, v = next(iter(scales.items()))
-        raise ValueError(f"{name}: {stored!r} underflows {v.dtype}; use scale_dtype='float32' or scale the weights up")
 
 
 def weighs_by(quantizer: Quantizer) -> tuple[str, ...]:
