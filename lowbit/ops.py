@@ -78,11 +78,12 @@ def matmul(x: jax.Array, w: QuantArray, *, differentiable: Mode | None = None) -
                 f"x has shape {x.shape}, but w is a stack {list(stack)} of {w.type}: x must begin with the axes of the "
                 f"stack and end with k = {sizes['k']}; jnp.broadcast_to gives every slice the same x"
             )
-        y: jax.Array = over_stack(lambda one, x: matmul(x, one, differentiable=differentiable), w, x)
-        return y
     check_last_dim(x.shape, w.type)
     if (seen := WATCH.get()) is not None:
         seen(x, w)
+    if stack:
+        y: jax.Array = over_stack(lambda one, x: matmul(x, one, differentiable=differentiable), w, x)
+        return y
     batch, rows = x.shape[:-1], prod(x.shape[:-1])
     if rows == 0:
         return jnp.zeros((*batch, sizes["n"]), x.dtype)

@@ -98,7 +98,8 @@ def lowering(name: str) -> Iterator[None]:
 
 @contextmanager
 def watching(seen: Callable[[jax.Array, QuantArray], None]) -> Iterator[None]:
-    """Within it, `seen(x, w)` is called with the operands of every product; tracers where it is being compiled."""
+    """Within it, `seen(x, w)` is called with the operands of every product: tracers where it is being compiled, and for
+    the slices of a stack after the stack itself."""
     before = WATCH.set(seen)
     try:
         yield

@@ -43,7 +43,7 @@ def random_array(t: QuantType, seed: int = 0) -> QuantArray:
 
     >>> import lowbit as lb
     >>> lb.testing.random_array(lb.QuantType((("k", 40), ("n", 3)), "f32", lb.bcq(2)))
-    QuantArray(f32[k=40 n=3] as bcq(bits=2), 3.6 bits/weight)
+    QuantArray(f32[k=40 n=3] as bcq(bits=2), 3.6 bits/weight: alpha float32[2, 3, 1], planes uint8[2, 3, 1, 5])
     """
     rng = np.random.default_rng(seed)
     fields = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -186,10 +187,11 @@ def check_model(
       call: `call(model, batch)`, uncompiled; `model(batch)` by default. Products that it compiles are not seen.
       lowerings: names of the forms to check, each a form of one product at least; all by default.
 
-    Of the first input that a weight is multiplied with, the first `ROWS` rows are multiplied in each form. Raises
-    AssertionError listing what failed as `check_format` does, LoweringError for a lowering that no product has,
-    ValueError for a model that has no quantized weight or whose batch reaches none. The oracle holds some hundred bytes
-    for each weight of a layer: check a small model.
+    Of the first input that a weight is multiplied with, the first `ROWS` rows are multiplied in each form; each slice
+    of a stack is checked on its own, and of experts only the weights. Raises AssertionError listing what failed as
+    `check_format` does, LoweringError for a lowering that no product has, ValueError for a model that has no quantized
+    weight or whose batch reaches none. The oracle holds some hundred bytes for each weight of a layer: check a small
+    model.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb
@@ -208,10 +210,13 @@ def model_checks(
     lowerings: Sequence[str] | None = None,
 ) -> list[Check]:
     """The checks of a model, not run yet; arguments and errors as in `check_model`."""
-    arrays = {path: kernel.array for path, kernel in kernels(model).items()}
-    if not arrays:
+    whole = {path: kernel.array for path, kernel in kernels(model).items()}
+    if not whole:
         raise ValueError(f"{type(model).__name__} holds no quantized weight: there is nothing to check")
-    inputs = _inputs(model, batch, call, arrays)
+    slices = {f"{path}{list(at) if at else ''}": (path, at) for path, w in whole.items() for at in np.ndindex(w.stack)}
+    arrays = {where: jax.tree.map(itemgetter(at), whole[path]) for where, (path, at) in slices.items()}
+    seen = _inputs(model, batch, call, whole)
+    inputs = {where: seen[path][at] for where, (path, at) in slices.items() if path in seen}
     forms = {path: _forms(x.shape, arrays[path].type) for path, x in inputs.items()}
     _expect_some(lowerings, forms, type(model).__name__)
     out: list[Check] = []
@@ -233,7 +238,7 @@ def _inputs(model: Any, batch: Any, call: Any, arrays: dict[str, QuantArray]) ->
     def seen(x: jax.Array, w: QuantArray) -> None:
         path = path_of.get(id(next(iter(w.fields.values()))))
         if path is not None and x.size and not isinstance(x, jax.core.Tracer):
-            found.setdefault(path, np.asarray(x).reshape(-1, x.shape[-1])[:ROWS])
+            found.setdefault(path, np.asarray(x).reshape(*w.stack, -1, x.shape[-1])[..., :ROWS, :])
 
     with watching(seen):
         (call or (lambda m, b: m(b)))(model, batch)

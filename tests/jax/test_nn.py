@@ -334,7 +334,7 @@ def test_export_with_the_weights_as_arguments() -> None:
     back = export.deserialize(export.export(jax.jit(lb.matmul))(x, w).serialize())
     np.testing.assert_array_equal(back.call(x, w), jax.jit(lb.matmul)(x, w))
     other = lb.quantize_array(inputs(16, 32), lb.bcq(2), lb.greedy())
-    with pytest.raises(ValueError, match=re.escape("bits', 2")):
+    with pytest.raises(ValueError, match=re.escape("as bcq(bits=2)")):
         back.call(x, other)
 
 

@@ -384,6 +384,26 @@ def test_tables_are_checked_by_row(monkeypatch):
         lb.testing.check_model(model, ids, lowerings=["decode"])
 
 
+def test_slices_of_a_stack_are_checked_one_by_one(monkeypatch):
+    dense = nnx.Dict(
+        conv=nnx.Conv(4, 6, 1, feature_group_count=2, rngs=nnx.Rngs(0)), moe=lb.nn.Experts(2, 8, 3, rngs=nnx.Rngs(0))
+    )
+    model = lb.quantize(dense, lb.uniform(2))
+    check = lambda: lb.testing.check_model(  # noqa: E731
+        model, jnp.ones((3, 4)), lambda m, x: (m.conv(x), m.moe(jnp.ones((2, 8)), jnp.array([1, 1]))), ["decode"]
+    )
+    assert check().passed == {
+        "conv/kernel[0]": ("decode", "product decode"),
+        "conv/kernel[1]": ("decode", "product decode"),
+        "moe/kernel[0]": ("decode",),
+        "moe/kernel[1]": ("decode",),
+    }
+    wrong = model.conv.kernel.array.fields["scale"][1]
+    monkeypatch.setattr(checks, "matmul", lambda x, w: lb.matmul(x, w) + bool((w.fields["scale"] == wrong).all()))
+    with pytest.raises(AssertionError, match=r"1 of 6 checks failed\nconv/kernel\[1\]: product decode: "):
+        check()
+
+
 def test_a_wrong_layer_is_caught(monkeypatch):
     model, batch = fp3.model()
     monkeypatch.setattr(checks, "matmul", lambda x, w: lb.matmul(x, w) + (x.shape[-1] == 8))
