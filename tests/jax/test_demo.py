@@ -59,6 +59,7 @@ def test_4_bits_are_close_to_float(bits: dict[str, float]) -> None:
     assert bits["bcq alternating 4-bit"] < bits["fp32"] + 0.05
 
 
+@pytest.mark.slow
 def test_scales_alone_close_half_of_the_gap_to_full_tuning(model: TinyLM) -> None:
     held = corpus.match_listed("topics").text
     tuned = demo.tune(model, VARIANTS["bcq alternating 3-bit"], corpus.tune_prose(), held)

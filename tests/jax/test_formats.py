@@ -327,7 +327,7 @@ def test_not_floating(dtype):
         lb.quantize_array(np.ones((4, 4), dtype), lb.bcq(2))
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 2, 2), (0, 4), (4, 0)])
+@pytest.mark.parametrize("shape", [(4,), (0, 4), (4, 0)])
 def test_not_a_matrix(shape):
     message = f"the weight has shape {shape}: give a matrix with at least one entry, {DENSE}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

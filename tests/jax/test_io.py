@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from lowbit import io
 from lowbit.array import QuantArray, QuantType, dequantize
-from lowbit.formats import bcq, format, register_format, uniform
+from lowbit.formats import Format, bcq, format, register_format, uniform
 from lowbit.io.header import DIGEST, KEY, pack
 from lowbit.io.tensors import DTYPES
 from lowbit.ir import Gather, const, evaluate, param, params, text
@@ -371,9 +371,9 @@ def test_names_that_collide(path, first):
 
 def test_a_broken_quantized_array(path):
     w = random_quantized(bcq(2, group=8))
-    stacked = jax.tree.map(lambda a: jnp.stack([a, a]), w)
+    longer = QuantArray({**w.fields, "alpha": w.fields["alpha"][:, :4]}, w.type)
     with pytest.raises(ValueError, match=r"'w' is not a valid QuantArray: bcq\(.*stores 'alpha' as f32\[p=2 n=5 g=4\]"):
-        io.write(path, {"w": stacked})
+        io.write(path, {"w": longer})
     abstract = jax.eval_shape(lambda: w)
     with pytest.raises(TypeError, match="'w/alpha' is a ShapeDtypeStruct"):
         io.write(path, {"w": abstract})
@@ -384,12 +384,17 @@ def test_options_that_json_does_not_keep(path, a_format):
     def shaped(n, k, tile=(1, 2)):
         return param("codes", "i8", n=n, k=k) * param("scale", "f32", n=n)
 
+    def tiled(tile):  # as its constructor would refuse to
+        return random_quantized(Format("shaped", (("tile", tile),)))
+
+    with pytest.raises(TypeError, match=r"option tile of format 'shaped' is \(3, 4\), a tuple"):
+        shaped((3, 4))
     with pytest.raises(
         ValueError, match=r"'w' \(.*shaped\(.*\) would not be the same type when read back: use options"
     ):
-        io.write(path, {"w": random_quantized(shaped((3, 4)))})
+        io.write(path, {"w": tiled((3, 4))})
     with pytest.raises(ValueError, match=r"'w' \(.*shaped\(.*\) could not be read back from a file: .*frozenset"):
-        io.write(path, {"w": random_quantized(shaped(frozenset({3})))})
+        io.write(path, {"w": tiled(frozenset({3}))})
     assert not leftovers(path)
 
 
