@@ -25,7 +25,8 @@ def grouped_matmul(x: jax.Array, w: QuantArray, group_sizes: jax.Array) -> jax.A
 
     With no more rows than experts, each row is multiplied by its own expert's codes, all at once. Otherwise the rows of
     each expert are cut into tiles of rows / experts, at most twice as many as experts, and one tile after the other is
-    multiplied: at no time is more decoded than a product with one expert does.
+    multiplied: at no time is more decoded than a product with one expert does. A symbolic number of rows, as in
+    `jax.export`, is multiplied row by row.
 
     Raises TypeError for an x that is not floating, group sizes that are no integers, a w that is no QuantArray, or
     forward mode elsewhere, ValueError for shapes that do not fit.
@@ -40,8 +41,11 @@ def grouped_matmul(x: jax.Array, w: QuantArray, group_sizes: jax.Array) -> jax.A
     (rows, k), (experts,) = x.shape, w.stack
     if rows == 0:
         return jnp.zeros((0, dict(w.type.dims)["n"]), x.dtype)
-    size, most = -(-rows // experts), min(rows, experts)
-    tiles = (rows - most) // size + most  # with r rows an expert needs at most (r - 1) / size + 1 of them
+    if isinstance(rows, int):
+        size, most = -(-rows // experts), min(rows, experts)
+        tiles = (rows - most) // size + most  # with r rows an expert needs at most (r - 1) / size + 1 of them
+    else:
+        size, tiles = 1, rows
     place, expert = _tiles(group_sizes, rows, size, tiles)
     cut = jnp.zeros((tiles * size, k), x.dtype).at[place].set(x, mode="drop").reshape(tiles, size, k)
     scales = {name: v[expert] for name, v in w.fields.items() if jnp.issubdtype(v.dtype, jnp.floating)}
@@ -52,7 +56,7 @@ def grouped_matmul(x: jax.Array, w: QuantArray, group_sizes: jax.Array) -> jax.A
         return matmul(x, QuantArray({**scales, **codes}, w.type))
 
     with explained():
-        if size == 1:
+        if size == 1 and isinstance(rows, int):
             y = jax.vmap(one)((cut, expert, scales))
         else:  # a loop whose gradient would otherwise keep the codes of every tile
             y = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (cut, expert, scales))

@@ -137,7 +137,8 @@ def take(w: QuantArray, ids: jax.Array) -> jax.Array:
         flat = flat.astype(jnp.int32)  # or comparing with n, and adding it, would wrap
     flat = jnp.where(flat < 0, flat + sizes["n"], flat)
     inside = (flat >= 0) & (flat < sizes["n"])
-    return jnp.where(inside[:, None], _rows(w, flat).astype(w.dtype), jnp.nan).reshape(*ids.shape, sizes["k"])
+    rows = _rows(w, flat) if isinstance(ids.size, int) else jax.vmap(lambda i: _rows(w, i[None])[0])(flat)
+    return jnp.where(inside[:, None], rows.astype(w.dtype), jnp.nan).reshape(*ids.shape, sizes["k"])
 
 
 def _rows(w: QuantArray, ids: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from lowbit.array import QuantArray, QuantType
 from lowbit.formats.planes import group_size
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.ir.expr import Param
-from lowbit.nn.kernel import Kernel, Scale, kernels
+from lowbit.nn.kernel import Kernel, Scale, expect_arrays, kernels
 
 M = TypeVar("M", bound=nnx.Module)
 ALPHA, BETA = "alpha", "beta"
@@ -54,7 +54,8 @@ def alpha_tuning(model: M, which: Literal["first", "all"] = "first", offsets: bo
 
     Scales that do not train, and every other parameter, are frozen: take gradients with `wrt=lb.Scale`.
 
-    Raises ValueError for a model without binary-coding planes or with adapters on them, or for another `which`.
+    Raises ValueError for a model without binary-coding planes or with adapters on them, an abstract one, or another
+    `which`.
 
     >>> from flax import nnx
     >>> import lowbit as lb, optax
@@ -66,6 +67,7 @@ def alpha_tuning(model: M, which: Literal["first", "all"] = "first", offsets: bo
     """
     if which not in ("first", "all"):
         raise ValueError(f"which must be 'first' or 'all', not {which!r}")
+    expect_arrays(model, "tune")
     trained: set[str] = set()
 
     def prepare(path: tuple[Any, ...], node: Any) -> Any:

@@ -116,6 +116,16 @@ def expect_module(model: Any, what: str) -> None:
         raise TypeError(f"cannot {what} {name}: give an nnx.Module")
 
 
+def expect_arrays(model: nnx.Module, what: str) -> None:
+    """Raises ValueError when a quantized weight of the model is abstract."""
+    for path, kernel in kernels(model).items():
+        if any(isinstance(field, jax.ShapeDtypeStruct) for field in kernel.array.fields.values()):
+            raise ValueError(
+                f"cannot {what} an abstract model, as {path!r} is: load or quantize it first, or do this within "
+                "nnx.eval_shape for an abstract result"
+            )
+
+
 def kernels(model: Any) -> dict[str, Kernel]:
     """The quantized weights of a model by path, each once."""
     return {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, Kernel)}

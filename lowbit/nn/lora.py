@@ -12,7 +12,7 @@ from flax import nnx
 
 from lowbit.array import QuantArray
 from lowbit.formats.low_rank import LORA_A, LORA_B, LowRank
-from lowbit.nn.kernel import Kernel, expect_module, kernels
+from lowbit.nn.kernel import Kernel, expect_arrays, expect_module, kernels
 from lowbit.nn.quantize import layers, others
 from lowbit.nn.rules import Rule, assign
 
@@ -38,7 +38,7 @@ def lora(model: M, rank: int = 8, alpha: float = 16.0, rules: str | Iterable[str
     The adapter alone is `nnx.state(model, nnx.LoRAParam)`, to be kept with orbax, say, and put back with `nnx.update`.
 
     Raises ValueError for a model without quantized layers, a pattern that matches none of them, a layer that has an
-    adapter, or a rank or alpha that is none; TypeError for what is no module.
+    adapter, an abstract model, or a rank or alpha that is none; TypeError for what is no module.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb, optax
@@ -56,6 +56,7 @@ def lora(model: M, rank: int = 8, alpha: float = 16.0, rules: str | Iterable[str
     True
     """
     expect_module(model, "put adapters on")
+    expect_arrays(model, "put adapters on")
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank must be an int of at least 1, not {rank!r}")
     if not isfinite(alpha):

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.importance import check_measured, importance
 from lowbit.nn.kernel import Kernel, error_stats, expect_module
-from lowbit.nn.kinds import KINDS, NAMES, dense_matrices, refusal, weight
+from lowbit.nn.kinds import KINDS, NAMES, QUANTIZED, dense_matrices, refusal, weight
 from lowbit.nn.linen import Linen, opened
 from lowbit.nn.resume import Finished
 from lowbit.nn.rules import Rule, Rules, as_rules, assign
@@ -131,8 +131,13 @@ def others(model: nnx.Module) -> dict[str, nnx.Module]:
 
 
 def matrices(module: Any) -> list[nnx.Variable[Any]]:
-    """A module's own dense parameters of two or more dims; a quantized weight has none."""
-    own = {} if isinstance(module, Kernel) else module.loose if isinstance(module, Linen) else vars(module)
+    """A module's own dense weights: of a layer that rules can name that one, none of a quantized layer, whose bias may
+    have two dims too, and of any other module its parameters of two or more dims."""
+    if type(module) in KINDS:
+        return [weight(module)]
+    if isinstance(module, Kernel) or type(module) in QUANTIZED:
+        return []
+    own = module.loose if isinstance(module, Linen) else vars(module)
     return [v for v in own.values() if isinstance(v, nnx.Param) and getattr(v.get_value(), "ndim", 0) >= 2]
 
 

@@ -289,3 +289,13 @@ def test_models_without_arrays() -> None:
     model, rules = abstract, BCQ
     result = nnx.eval_shape(lambda m: lb.quantize(m, rules), model)  # as it says
     assert lb.nn.kernels(result)["up/kernel"].type.bits_per_weight == 10
+
+
+def test_abstract_models_have_nothing_to_train() -> None:
+    small = nnx.eval_shape(lambda: lb.quantize(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), lb.bcq(2)))
+    why = (
+        "an abstract model, as 'kernel' is: load or quantize it first, or do this within nnx.eval_shape for an "
+        "abstract result"
+    )
+    raises(ValueError, f"cannot tune {why}", lambda: lb.tune.alpha_tuning(small))
+    raises(ValueError, f"cannot put adapters on {why}", lambda: lb.nn.lora(small, rngs=nnx.Rngs(0)))

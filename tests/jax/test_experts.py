@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax import lax
+from jax import export, lax
 
 import lowbit as lb
 from lowbit.array import QuantArray
@@ -49,6 +49,16 @@ def test_is_ragged_dot(rows: int) -> None:
     for sizes in ROWS[rows]:
         got, want = both(x, w, dense, jnp.array(sizes))
         np.testing.assert_array_equal(got, want, err_msg=str(sizes))
+
+
+def test_export_with_any_number_of_rows() -> None:
+    w, dense = quantized(3)
+    (rows,) = export.symbolic_shape("rows")
+    shapes = jax.ShapeDtypeStruct((rows, 8), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.int32)
+    back = export.export(jax.jit(lambda x, sizes: lb.grouped_matmul(x, w, sizes)))(*shapes)
+    x = wholes(5, 8)
+    for sizes in ([2, 0, 3], [0, 5, 0], [1, 2, 0], [0, 0, 0], [4, 4, 4]):
+        np.testing.assert_array_equal(back.call(x, jnp.array(sizes)), lax.ragged_dot(x, dense, jnp.array(sizes)))
 
 
 def test_group_sizes_of_narrow_types() -> None:

@@ -293,3 +293,15 @@ def test_a_view_and_back() -> None:
     assert view.dims == ("k", "n") and matrices.shape == (7, 3, 8, 2)
     np.testing.assert_array_equal(matrices[5, 1, 3 * 2 + 1], kernel[5, 1, 1].reshape(2, 4)[:, 3])
     np.testing.assert_array_equal(view.kernel(matrices), kernel)
+
+
+def test_a_bias_of_two_dims_is_no_weight(caplog: pytest.LogCaptureFixture) -> None:
+    """That of a layer over several axes, and those of a stack of layers."""
+    stacked = nnx.vmap(lambda rngs: nnx.Linear(8, 4, rngs=rngs))(nnx.Rngs(0).split(3))
+    model = nnx.Dict(general=nnx.LinearGeneral(8, (2, 4), rngs=nnx.Rngs(0)), stacked=stacked)
+    q = lb.quantize(model, fast(ONE))
+    assert caplog.messages == []
+    dense, small = lb.report(model), lb.report(q)
+    assert [(r.layer, r.weights) for r in dense.rows] == [(r.layer, r.weights) for r in small.rows]
+    assert [(r.layer, r.weights) for r in small.rows] == [("general", 64), ("stacked", 96)]
+    assert dense.other_bytes == small.other_bytes == 4 * (8 + 3 * 4)

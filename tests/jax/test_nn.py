@@ -328,6 +328,15 @@ def test_export_of_a_forward() -> None:
     np.testing.assert_array_equal(back.call(TOKENS), jax.jit(lambda tokens: q(tokens))(TOKENS))
 
 
+@pytest.mark.parametrize("dtype", ["int32", "uint8"])
+def test_export_of_look_ups_of_any_number(dtype: str) -> None:
+    table = lb.quantize(nnx.Embed(6, 16, rngs=nnx.Rngs(0)), lb.bcq(2, group=8))
+    (batch,) = export.symbolic_shape("batch")
+    exported = export.export(jax.jit(lambda ids: table(ids)))(jax.ShapeDtypeStruct((batch, 2), dtype))
+    ids = jnp.array([[1, 5], [0, 7], [5, 2]], dtype)
+    np.testing.assert_array_equal(exported.call(ids), table(ids))
+
+
 def test_export_with_the_weights_as_arguments() -> None:
     w = small().layers[0].mlp["up"].kernel.array
     x = inputs(2, 16)
