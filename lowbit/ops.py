@@ -19,7 +19,7 @@ from lowbit.ir.expr import Const, Expr
 from lowbit.ir.walk import topo
 from lowbit.passes.lower_xla import align, emit
 from lowbit.passes.tile import Tiles, keeps
-from lowbit.planning import FORCED, MACHINES, WATCH, check_last_dim, cotangent_term, planned
+from lowbit.planning import FORCED, WATCH, check_last_dim, cotangent_term, machine_of, planned
 
 Mode = Literal["vjp", "jvp"]
 _MODE = jax.make_user_context("vjp")
@@ -170,7 +170,7 @@ def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Ar
 def _emit_in_order(
     term: Expr, env: dict[str, jax.Array], order: Sequence[str], dtype: Any, share: int = 1
 ) -> jax.Array:
-    style = MACHINES.get(jax.default_backend(), MACHINES["gpu"]).style
+    style = machine_of(jax.default_backend()).style
     value = emit(term, env, replace(style, part=style.part / share))
     return align(value, term.dims, {d: term.dims[d] for d in order}).astype(dtype)
 

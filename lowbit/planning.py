@@ -133,9 +133,14 @@ def plan(x_shape: Sequence[int], t: QuantType, platform: str | None = None, dtyp
     return planned(rows, t, short(dtype), name or jax.default_backend())
 
 
+def machine_of(platform: str) -> Machine:
+    """The costs of a platform; one that is not known is taken for a GPU."""
+    return MACHINES.get(platform, MACHINES["gpu"])
+
+
 @lru_cache(maxsize=4096)
 def planned(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
-    machine = MACHINES.get(platform, MACHINES["gpu"])
+    machine = machine_of(platform)
     return Plan(f"x[{m}, k] @ {t}", machine.name, forms(_product(m, t, dtype), machine))
 
 
@@ -156,4 +161,4 @@ def cotangent_term(m: int, t: QuantType, dtype: Any, dy_dtype: Any, name: str, p
     leaf = params(product)[name]
     dy = param("dy", dy_dtype, None, m=m, n=dict(t.dims)["n"])
     term = transpose(product, leaf, dy)
-    return forms(term, MACHINES.get(platform, MACHINES["gpu"]))[0].term, leaf
+    return forms(term, machine_of(platform))[0].term, leaf

@@ -19,7 +19,7 @@ from lowbit.array import QuantArray, QuantType
 from lowbit.formats.planes import group_size
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.ir.expr import Param
-from lowbit.nn.kernel import Kernel, Scale, expect_arrays, kernels
+from lowbit.nn.kernel import Kernel, Scale, expect_arrays, joined, kernels
 
 M = TypeVar("M", bound=nnx.Module)
 ALPHA, BETA = "alpha", "beta"
@@ -74,13 +74,13 @@ def alpha_tuning(model: M, which: Literal["first", "all"] = "first", offsets: bo
         if not isinstance(node, Kernel):
             return node
         if node.type.adapter is not None:
-            where = "/".join(map(str, path[:-1]))
+            where = joined(path[:-1])
             raise ValueError(
                 f"layer {where!r} has the adapter {node.type.adapter}, which trains instead of its scales: tune the "
                 "model that lb.nn.lora was given, and put the adapter on the tuned one"
             )
         new, names = _prepare(node, which, offsets)
-        trained.update("/".join(map(str, (*path, name))) for name in names)
+        trained.update(joined((*path, name)) for name in names)
         return new
 
     tuned: M = nnx.recursive_map(prepare, nnx.clone(model))

@@ -30,7 +30,7 @@ from lowbit.ir.expr import (
     Split,
     Unpack,
 )
-from lowbit.ir.order import contraction_order, slot_dims
+from lowbit.ir.order import contraction_order, dots, slot_dims
 from lowbit.ir.walk import topo
 
 
@@ -111,8 +111,10 @@ def nbytes(e: Expr) -> int:
 
 def contraction_work(e: Contract) -> tuple[int, int, int]:
     """Multiply-adds of a contraction, those inside matrix products, and the operands' elements of batched ones."""
-    dims, steps = slot_dims(e), contraction_order(e)
-    dots = [(step, [dims[s] for s in step.slots]) for step in steps if step.is_dot([dims[s] for s in step.slots])]
-    batched = [(a, b) for step, (a, b) in dots if a.keys() & b.keys() & step.out.keys()]
-    moved = sum(prod(d.values()) for pair in batched for d in pair)
-    return sum(step.fma for step in steps), sum(step.fma for step, _ in dots), moved
+    dims, products = slot_dims(e), dots(e).values()
+    moved = 0
+    for step in products:
+        a, b = (dims[s] for s in step.slots)
+        if a.keys() & b.keys() & step.out.keys():
+            moved += prod(a.values()) + prod(b.values())
+    return sum(step.fma for step in contraction_order(e)), sum(step.fma for step in products), moved

@@ -53,6 +53,13 @@ def contraction_order(e: Contract) -> tuple[Step, ...]:
     return tuple(steps)
 
 
+def dots(e: Contract) -> dict[int, Step]:
+    """The steps that are matrix products, by the slot of their result."""
+    dims = slot_dims(e)
+    steps = enumerate(contraction_order(e), len(e.factors))
+    return {at: step for at, step in steps if step.is_dot([dims[s] for s in step.slots])}
+
+
 Tree = int | tuple["Tree", "Tree"]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from lowbit.nn.gradients import Means, differentiated
-from lowbit.nn.kernel import expect_module
+from lowbit.nn.kernel import expect_module, joined
 from lowbit.nn.kinds import KINDS, NAMES, refusal
 from lowbit.nn.linen import opened
 from lowbit.nn.probe import Probe, probes
@@ -99,7 +99,7 @@ def calibrate(
     """
     expect_module(model, "calibrate")
     model = opened(model)
-    found = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if type(m) in KINDS}
+    found = {joined(path): m for path, m in nnx.iter_modules(model) if type(m) in KINDS}
     if not found:
         raise ValueError(f"{type(model).__name__} holds no {NAMES}: there is nothing to calibrate")
     wanted = _wanted(found, statistics, rules)
@@ -154,7 +154,7 @@ def _probed(model: nnx.Module, wanted: Mapping[str, frozenset[str]]) -> nnx.Modu
     made: dict[int, Probe] = {}
 
     def probe(path: tuple[Any, ...], node: Any) -> Any:
-        names = wanted.get("/".join(map(str, path)), frozenset())
+        names = wanted.get(joined(path), frozenset())
         if type(node) not in KINDS or not names:
             return node
         return made.setdefault(id(node), Probe(node, names))

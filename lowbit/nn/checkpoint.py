@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any, TypeVar, overload
 
@@ -11,7 +12,7 @@ from flax import nnx
 
 from lowbit.array import QuantArray
 from lowbit.io import CheckpointError, read, write
-from lowbit.nn.kernel import expect_module, kernels
+from lowbit.nn.kernel import expect_module, joined, kernels
 
 M = TypeVar("M", bound=nnx.Module)
 NUMBERS = (bool, int, float, complex)
@@ -76,14 +77,18 @@ def load(path: str | PathLike[str], into: nnx.Module | None = None) -> Any:
         return entries
     graph, state = nnx.split(into)
     values = _match(path, entries, into, variables(state))
-    filled = {name: restored(f"{path}: {name!r}", v, values[name]) for name, v in variables(state).items()}
-    flat = [(p, filled["/".join(map(str, p))]) for p, _ in nnx.to_flat_state(state)]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    return nnx.merge(graph, restored(path, state, values))
+
+
+def restored(file: str | PathLike[str], state: Any, values: Mapping[str, Any]) -> Any:
+    """A state with the stored values of its Variables, by name."""
+    filled = {name: _restored(f"{file}: {name!r}", v, values[name]) for name, v in variables(state).items()}
+    return nnx.from_flat_state([(p, filled[joined(p)]) for p, _ in nnx.to_flat_state(state)])
 
 
 def variables(state: Any) -> dict[str, Any]:
     """Variables by name. Raises ValueError for two of one name, as with nnx.Dict({"a/b": ...}) beside a.b."""
-    flat = [("/".join(map(str, path)), v) for path, v in nnx.to_flat_state(state)]
+    flat = [(joined(path), v) for path, v in nnx.to_flat_state(state)]
     named = dict(flat)
     if len(named) < len(flat):
         twice = next(name for name, v in flat if named[name] is not v)
@@ -135,7 +140,7 @@ def _some(names: set[str]) -> str:
     return ", ".join(map(repr, sorted(names)[:3])) + more if names else "nothing"
 
 
-def restored(where: str, variable: Any, value: Any) -> Any:
+def _restored(where: str, variable: Any, value: Any) -> Any:
     """The Variable with a stored value. `where` begins the message: the file and the name."""
     want = variable.get_value()
     kind = type(variable).__name__

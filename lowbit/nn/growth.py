@@ -15,7 +15,8 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from lowbit.nn.kernel import expect_module
+from lowbit.nn.around import Around
+from lowbit.nn.kernel import expect_module, joined
 from lowbit.nn.kinds import KINDS, QUANTIZED
 from lowbit.nn.linen import opened
 
@@ -66,11 +67,11 @@ class Comparison:
         figure.savefig(path, dpi=120)
 
 
-class Watch(nnx.Module):
-    """A layer that puts what it returns into a list, and otherwise behaves like the one inside."""
+class Watch(Around):
+    """A layer that puts what it returns into a list."""
 
     def __init__(self, layer: Any, path: str, seen: Callable[[str, jax.Array], None]) -> None:
-        self.layer = layer
+        super().__init__(layer)
         self.path = path
         self.seen = seen
 
@@ -87,11 +88,6 @@ class Watch(nnx.Module):
             jax.effects_barrier()
             self.seen(self.path, value)
         return value
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or "layer" not in vars(self):
-            raise AttributeError(name)
-        return getattr(vars(self)["layer"], name)
 
 
 def compare(
@@ -132,7 +128,7 @@ def _outputs(model: nnx.Module, batch: Any, run: Callable[[Any, Any], Any]) -> l
     def watch(path: tuple[Any, ...], node: Any) -> Any:
         if type(node) not in KINDS and type(node) not in QUANTIZED:
             return node
-        return made.setdefault(id(node), Watch(node, "/".join(map(str, path)), lambda *seen: found.append(seen)))
+        return made.setdefault(id(node), Watch(node, joined(path), lambda *seen: found.append(seen)))
 
     result = run(nnx.recursive_map(watch, nnx.clone(model)), batch)
     jax.effects_barrier()

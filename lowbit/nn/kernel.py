@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
@@ -126,6 +126,11 @@ def expect_arrays(model: nnx.Module, what: str) -> None:
             )
 
 
+def joined(path: Iterable[Any]) -> str:
+    """The keys of a path as rules, reports and files write it."""
+    return "/".join(map(str, path))
+
+
 def kernels(model: Any) -> dict[str, Kernel]:
     """The quantized weights of a model by path, each once."""
-    return {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, Kernel)}
+    return {joined(path): m for path, m in nnx.iter_modules(model) if isinstance(m, Kernel)}

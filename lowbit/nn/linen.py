@@ -11,7 +11,7 @@ from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 
 from lowbit.array import QuantArray
-from lowbit.nn.kernel import Kernel
+from lowbit.nn.kernel import Kernel, joined
 from lowbit.nn.kinds import KINDS, QUANTIZED
 from lowbit.nn.layers import Embed, Linear
 
@@ -92,7 +92,7 @@ def _opened(path: tuple[Any, ...], node: Any) -> Any:
         return node
     own, module = _attributes(node), node.to_nnx__module
     if not own:
-        where = "/".join(map(str, path))
+        where = joined(path)
         raise ValueError(f"the Linen model {type(module).__name__} at {where!r} has no variables: call lazy_init first")
     if type(module) in WEIGHTS.values() and _unusual(module) is None and (layer := _layer(own)):
         layer.dtype, layer.precision = module.dtype, getattr(module, "precision", None)

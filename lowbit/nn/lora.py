@@ -12,7 +12,7 @@ from flax import nnx
 
 from lowbit.array import QuantArray
 from lowbit.formats.low_rank import LORA_A, LORA_B, LowRank
-from lowbit.nn.kernel import Kernel, expect_arrays, expect_module, kernels
+from lowbit.nn.kernel import Kernel, expect_arrays, expect_module, joined, kernels
 from lowbit.nn.quantize import layers, others
 from lowbit.nn.rules import Rule, assign
 
@@ -64,7 +64,7 @@ def lora(model: M, rank: int = 8, alpha: float = 16.0, rules: str | Iterable[str
     chosen = _chosen(model, [rules] if isinstance(rules, str) else list(rules))
 
     def adapt(path: tuple[Any, ...], node: Any) -> Any:
-        if not isinstance(node, Kernel) or "/".join(map(str, path)) not in chosen:
+        if not isinstance(node, Kernel) or joined(path) not in chosen:
             return node
         return _adapted(node, LowRank(rank, float(alpha)), rngs)
 
@@ -74,13 +74,14 @@ def lora(model: M, rank: int = 8, alpha: float = 16.0, rules: str | Iterable[str
 
 def _chosen(model: nnx.Module, patterns: list[str]) -> set[str]:
     """The paths of the kernels that the patterns name."""
-    found = {path.rpartition("/")[0]: path for path in kernels(model)}
+    held = kernels(model)
+    found = {path.rpartition("/")[0]: path for path in held}
     if not found:
         raise ValueError(f"{type(model).__name__} has no quantized layer to put an adapter on: lb.quantize it first")
     dense = {path: "is dense: quantize it first" for path in layers(model) | others(model)}
     assigned = assign(tuple(Rule(p, None) for p in patterns), list(found), dense, "quantized layers")
     for path in assigned:
-        if (adapter := kernels(model)[found[path]].type.adapter) is not None:
+        if (adapter := held[found[path]].type.adapter) is not None:
             raise ValueError(f"layer {path!r} has the adapter {adapter} already: start from the model without it")
     return {found[path] for path in assigned}
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lowbit.nn.around import Around
+from lowbit.nn.kernel import joined
 from lowbit.nn.kinds import KINDS, statistic_shape, weight
 
 SIDE = {"second_moment": "k", "largest": "k", "output_gradient": "n"}
@@ -33,11 +35,11 @@ class Seen(nnx.Variable[jax.Array]):
     """A running statistic of a probed layer."""
 
 
-class Probe(nnx.Module):
-    """A layer that keeps count of what it is multiplied with, and otherwise behaves like the one inside."""
+class Probe(Around):
+    """A layer that keeps count of what it is multiplied with."""
 
     def __init__(self, layer: Any, wanted: frozenset[str]) -> None:
-        self.layer = layer
+        super().__init__(layer)
         self.kind = KINDS[type(layer)]
         self.wanted = wanted
         view = self.kind.view(layer)
@@ -89,12 +91,7 @@ class Probe(nnx.Module):
     def weight(self) -> nnx.Variable[jax.Array]:
         return weight(self.layer)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or "layer" not in vars(self):
-            raise AttributeError(name)
-        return getattr(vars(self)["layer"], name)
-
 
 def probes(model: Any) -> dict[str, Probe]:
     """The probed layers of a model by path, each once."""
-    return {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, Probe)}
+    return {joined(path): m for path, m in nnx.iter_modules(model) if isinstance(m, Probe)}

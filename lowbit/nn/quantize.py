@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.importance import check_measured, importance
-from lowbit.nn.kernel import Kernel, error_stats, expect_module
+from lowbit.nn.kernel import Kernel, error_stats, expect_module, joined
 from lowbit.nn.kinds import KINDS, NAMES, QUANTIZED, dense_matrices, refusal, weight
 from lowbit.nn.linen import Linen, opened
 from lowbit.nn.resume import Finished
@@ -90,10 +90,10 @@ def quantize(
     with _bar(progress, len(chosen)) as advance:
 
         def replace(path: tuple[Any, ...], node: Any) -> Any:
-            rule = chosen.get(_join(path)) if type(node) in KINDS else None
+            rule = chosen.get(joined(path)) if type(node) in KINDS else None
             if rule is None:
                 return node
-            new = job.quantized(node, rule, _join(path))
+            new = job.quantized(node, rule, joined(path))
             advance()
             return new
 
@@ -109,7 +109,7 @@ def _check(
     model: nnx.Module, found: Mapping[str, Any], chosen: Mapping[str, Rule], stats: Mapping[str, LayerStats]
 ) -> None:
     """What can be wrong, before any layer is freed, or solved for minutes."""
-    keys = {_join(keys): keys for keys, _ in nnx.iter_modules(model)}
+    keys = {joined(keys): keys for keys, _ in nnx.iter_modules(model)}
     for path in chosen:
         if reason := refusal(found[path]) or _fixed(model, keys[path]):
             raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
@@ -122,12 +122,12 @@ def _check(
 def layers(model: nnx.Module) -> dict[str, Any]:
     """The dense layers of a model that rules can name, by path; a shared layer appears once, under its first path."""
     found = [(path, m) for path, m in nnx.iter_modules(model) if type(m) in KINDS]
-    return {_join(path): m for path, m in sorted(found, key=lambda pm: [_natural(k) for k in pm[0]])}
+    return {joined(path): m for path, m in sorted(found, key=lambda pm: [_natural(k) for k in pm[0]])}
 
 
 def others(model: nnx.Module) -> dict[str, nnx.Module]:
     """Modules with a dense matrix of their own that rules cannot name, by path."""
-    return {_join(path): m for path, m in nnx.iter_modules(model) if type(m) not in KINDS and matrices(m)}
+    return {joined(path): m for path, m in nnx.iter_modules(model) if type(m) not in KINDS and matrices(m)}
 
 
 def matrices(module: Any) -> list[nnx.Variable[Any]]:
@@ -147,7 +147,7 @@ def _hints(model: nnx.Module, found: dict[str, Any], rest: dict[str, nnx.Module]
     for path, module in rest.items():
         hints |= module.hints(path) if isinstance(module, Linen) else {}
     for group in nnx.find_duplicates(model, only=lambda _, node: type(node) in KINDS):
-        paths = [_join(path) for path in group]
+        paths = [joined(path) for path in group]
         first = next(p for p in paths if p in found)
         hints |= {p: f"is the shared layer {first!r}, which goes by this path" for p in paths if p != first}
     return hints
@@ -161,10 +161,6 @@ def _holders(model: nnx.Module) -> Counter[int]:
         shared = next(variables[path] for path in group if path in variables)
         count[id(shared.get_value())] += len(group) - 1
     return count
-
-
-def _join(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path))
 
 
 def _natural(key: Any) -> tuple[int, Any]:

@@ -37,11 +37,7 @@ class Running:
             raise ValueError(
                 f"{self.folder} holds statistics of another model or other statistics: give another folder or delete it"
             )
-        entries, state = read(self.file), _changing(probed)
-        values = {name: restored(f"{self.file}: {name!r}", v, entries[name]) for name, v in variables(state).items()}
-        nnx.update(
-            probed, nnx.from_flat_state([(p, values["/".join(map(str, p))]) for p, _ in nnx.to_flat_state(state)])
-        )
+        nnx.update(probed, restored(self.file, _changing(probed), read(self.file)))
         self.counted, self.counted_batches = int(kept["count"]), kept["batches"]
         return self.counted
 

@@ -63,11 +63,11 @@ def emit(root: Expr, env: Mapping[str, jax.Array], style: Style = PLAIN) -> jax.
     for e in topo(root):
         if e.dtype == "f64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
             raise NotImplementedError(f"{e.type}: float64 terms need jax_enable_x64")
-        val[e] = contract(e, val, style) if isinstance(e, Contract) else _value(e, env, val)
+        val[e] = _value(e, env, val, style)
     return val[root]
 
 
-def _value(e: Expr, env: Mapping[str, jax.Array], val: dict[Expr, jax.Array]) -> jax.Array:
+def _value(e: Expr, env: Mapping[str, jax.Array], val: dict[Expr, jax.Array], style: Style) -> jax.Array:
     match e:
         case Param():
             return _leaf(e, env)
@@ -84,7 +84,7 @@ def _value(e: Expr, env: Mapping[str, jax.Array], val: dict[Expr, jax.Array]) ->
         case Add(a, b):
             return align(val[a], a.dims, e.dims) + align(val[b], b.dims, e.dims)
         case Contract():
-            return contract(e, val, PLAIN)
+            return contract(e, val, style)
         case Split():
             return val[e.x].reshape(list(e.dims.values()))
         case Merge(x, parts, _):

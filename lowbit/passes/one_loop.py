@@ -9,7 +9,7 @@ from __future__ import annotations
 from lowbit.ir.dims import Dims, union
 from lowbit.ir.dtypes import is_float
 from lowbit.ir.expr import Contract, Gather
-from lowbit.ir.order import Step, contraction_order, slot_dims
+from lowbit.ir.order import Step, dots
 
 UNROLL = 8
 """Terms up to which a sum over one dim is written as additions: planes are few."""
@@ -19,8 +19,7 @@ def one_loop(e: Contract) -> Step | None:
     """The whole product as one step, if a factor of it is looked up and no pair of factors makes a matrix product."""
     if not (e.over and is_float(e.acc) and any(isinstance(f, Gather) for f in e.factors)):
         return None
-    dims = slot_dims(e)
-    if any(step.is_dot([dims[s] for s in step.slots]) for step in contraction_order(e)):
+    if dots(e):
         return None
     return Step(tuple(range(len(e.factors))), union("product", *(f.dims for f in e.factors)), e.dims)
 
@@ -32,4 +31,5 @@ def short_dim(step: Step) -> str | None:
 
 def added_up(step: Step) -> Dims:
     """The dims of the terms of a step once those along its short dim are added."""
-    return {k: n for k, n in step.full.items() if k != short_dim(step)}
+    short = short_dim(step)
+    return {k: n for k, n in step.full.items() if k != short}

@@ -16,7 +16,7 @@ from lowbit.ir.cost import nbytes
 from lowbit.ir.dims import Dims, RangeError, fresh
 from lowbit.ir.dtypes import bits
 from lowbit.ir.expr import Bitcast, Bucket, Call, Concat, Const, Contract, Expr, Gather, Merge, Pad, Param, Slice, Split
-from lowbit.ir.order import contraction_order, slot_dims
+from lowbit.ir.order import dots, slot_dims
 from lowbit.ir.walk import params, substitute, topo
 from lowbit.passes.one_loop import added_up, one_loop
 
@@ -81,11 +81,10 @@ def written(e: Expr) -> int:
     for n in nodes:
         if isinstance(n, Contract):
             dims = slot_dims(n)
-            for at, step in enumerate(contraction_order(n), len(n.factors)):
-                if step.is_dot([dims[s] for s in step.slots]):
-                    computed = [s for s in step.slots if s >= len(n.factors) or n.factors[s].args]
-                    result = [at] if n is not e or at < len(dims) - 1 else []
-                    found += [_size(dims[s], n) for s in (*computed, *result)]
+            for at, step in dots(n).items():
+                computed = [s for s in step.slots if s >= len(n.factors) or n.factors[s].args]
+                result = [at] if n is not e or at < len(dims) - 1 else []
+                found += [_size(dims[s], n) for s in (*computed, *result)]
     return max(found, default=0)
 
 
@@ -94,10 +93,8 @@ def largest_operand(e: Expr) -> Expr | None:
     found: list[Expr] = []
     for n in topo(e):
         if isinstance(n, Contract):
-            dims = slot_dims(n)
-            for step in contraction_order(n):
-                if step.is_dot([dims[s] for s in step.slots]):
-                    found += [_unshaped(n.factors[s]) for s in step.slots if s < len(n.factors)]
+            factors = (s for step in dots(n).values() for s in step.slots if s < len(n.factors))
+            found += [_unshaped(n.factors[s]) for s in factors]
     return max((f for f in found if f.args), key=nbytes, default=None)
 
 

@@ -30,7 +30,7 @@ from lowbit.nn import Kernel, Linear, report
 from lowbit.ops import matmul, take
 from lowbit.passes.choose import choose
 from lowbit.passes.lower_xla import align, emit
-from lowbit.planning import MACHINES, lowering, plan
+from lowbit.planning import lowering, machine_of, plan
 from lowbit.quantizers import Quantizer, quantize_array
 from lowbit.testing.tolerance import Array, assert_within, exact_and_bound, expect, in_float64, rounded
 
@@ -153,7 +153,7 @@ def check_gradients(x: Array, w: QuantArray) -> None:
     autodiff = _autodiff(x, w, dy)
     term, leaf_dy = product_term(m, w.type, short(x.dtype)), param("dy", short(dy.dtype), None, m=m, n=n)
     env = {**stored(w), "x": x, "dy": dy}
-    machine = MACHINES.get(jax.default_backend(), MACHINES["gpu"])
+    machine = machine_of(jax.default_backend())
     for name, leaf in params(term).items():
         got = dx if name == "x" else dw.fields[name]
         if not is_float(leaf.dtype):
