@@ -1,0 +1,128 @@
+"""The operations of a lane program, and their reading in jnp: every register of 128 lanes as one uint32[128].
+
+A lane program is a function `program(alu, *inputs)` of lists of 32-bit registers. It is written once and read twice:
+here, and as PTX in `lowbit.kernels.lane_gpu`. Operations are those of the PTX ISA, by the same names.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+Register = Any
+"""32 bits a lane: uint32[128] in jnp, an i32 value in MLIR."""
+Half = Literal["f16", "bf16"]
+HalfOp = Literal["add", "mul", "fma"]
+AND, OR, XOR = 0xC0, 0xFC, 0x3C
+AND_OR, AND_XOR, SELECT = 0xEA, 0x6A, 0xCA
+"""Truth tables of `lop3` over a = 0xF0, b = 0xCC, c = 0xAA: a & b, a | b, a ^ b; (a & b) | c, (a & b) ^ c, a ? b : c."""
+
+
+class Alu(Protocol):
+    """What a lane can do. Where an int is allowed it is a constant."""
+
+    def shl(self, a: Register, n: int) -> Register: ...
+    def shr(self, a: Register, n: int) -> Register: ...
+    def high_half(self, a: Register) -> Register:
+        """a >> 16, as a multiplication, which the FMA pipe runs while the ALU is busy."""
+
+    def lop3(self, a: Register, b: Register | int, c: Register | int, table: int) -> Register: ...
+    def prmt(self, a: Register | int, b: Register | int, selector: Register | int) -> Register:
+        """Four bytes of a (0 to 3) and b (4 to 7), by the nibbles of the selector; bit 3 replicates the byte's sign."""
+
+    def mad(self, a: Register, b: int, c: int) -> Register: ...
+    def half2(self, op: HalfOp, kind: Half, *operands: Register | int) -> Register:
+        """Two halves at once, a + b, a b or a b + c, rounded to nearest even."""
+
+    def f32(self, op: Literal["add", "sub", "mul"], a: Register, b: Register) -> Register: ...
+    def number(self, value: float) -> Register:
+        """A float32 constant."""
+
+    def widen(self, a: Register, dtype: str) -> Register:
+        """float32 of the stored element in the low bits of a register: f32, f16, bf16, or an unsigned integer."""
+
+    def pack2(self, kind: Half, low: Register, high: Register) -> Register:
+        """Two float32 rounded to halves, to nearest even."""
+
+
+HALVES = {"f16": jnp.float16, "bf16": jnp.bfloat16}
+
+
+class JnpAlu:
+    """The reading in jnp, from the definitions of the PTX ISA."""
+
+    def shl(self, a: Register, n: int) -> Register:
+        return a << n
+
+    def shr(self, a: Register, n: int) -> Register:
+        return a >> n
+
+    def high_half(self, a: Register) -> Register:
+        return a >> 16
+
+    def lop3(self, a: Register, b: Register | int, c: Register | int, table: int) -> Register:
+        operands = [jnp.uint32(v) for v in (a, b, c)]
+        out = jnp.uint32(0)
+        for row in range(8):
+            if table >> row & 1:
+                picked = [v if row >> (2 - i) & 1 else ~v for i, v in enumerate(operands)]
+                out = out | (picked[0] & picked[1] & picked[2])
+        return out
+
+    def prmt(self, a: Register | int, b: Register | int, selector: Register | int) -> Register:
+        a, b, selector = (jnp.uint32(v) for v in (a, b, selector))
+        source = jnp.stack(jnp.broadcast_arrays(*(word >> (8 * i) & 0xFF for word in (a, b) for i in range(4))))
+        out = jnp.uint32(0)
+        for i in range(4):
+            nibble = selector >> (4 * i) & 0xF
+            index = jnp.broadcast_to(nibble & 7, source.shape[1:])
+            byte = jnp.take_along_axis(source, index[None].astype(jnp.int32), 0)[0]
+            sign = jnp.where(byte >> 7, jnp.uint32(0xFF), jnp.uint32(0))
+            out = out | (jnp.where(nibble >> 3, sign, byte) << (8 * i))
+        return out
+
+    def mad(self, a: Register, b: int, c: int) -> Register:
+        return a * jnp.uint32(b) + jnp.uint32(c)
+
+    def half2(self, op: HalfOp, kind: Half, *operands: Register | int) -> Register:
+        # float32 holds products of halves, and the integers that programs add, exactly: rounding happens once.
+        pair = []
+        for x, y, *z in zip(*(_halves(jnp.uint32(v), kind) for v in operands), strict=True):
+            pair.append(x + y if op == "add" else x * y + z[0] if z else x * y)
+        return self.pack2(kind, *map(_bits, pair))
+
+    def f32(self, op: Literal["add", "sub", "mul"], a: Register, b: Register) -> Register:
+        x, y = _float(a), _float(b)
+        return _bits(x + y if op == "add" else x - y if op == "sub" else x * y)
+
+    def number(self, value: float) -> Register:
+        return _bits(jnp.float32(value))
+
+    def widen(self, a: Register, dtype: str) -> Register:
+        if dtype == "f32":
+            return a
+        return _bits(_halves(a, dtype)[0] if dtype in ("f16", "bf16") else a.astype(jnp.float32))
+
+    def pack2(self, kind: Half, low: Register, high: Register) -> Register:
+        lo, hi = (
+            jax.lax.bitcast_convert_type(_float(v).astype(HALVES[kind]), jnp.uint16).astype(jnp.uint32)
+            for v in (low, high)
+        )
+        return lo | hi << 16
+
+
+def _float(a: Register) -> jax.Array:
+    return jax.lax.bitcast_convert_type(a, jnp.float32)
+
+
+def _bits(a: jax.Array) -> Register:
+    return jax.lax.bitcast_convert_type(a, jnp.uint32)
+
+
+def _halves(a: Register, kind: str) -> tuple[jax.Array, jax.Array]:
+    low, high = (a & 0xFFFF).astype(jnp.uint16), (a >> 16).astype(jnp.uint16)
+    to = HALVES[kind]
+    first, second = (jax.lax.bitcast_convert_type(v, to).astype(jnp.float32) for v in (low, high))
+    return first, second
