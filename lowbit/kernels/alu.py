@@ -1,4 +1,4 @@
-"""The operations of a lane program, and their reading in jnp: every register of 128 lanes as one uint32[128].
+"""The operations of a lane program, and their reading in numpy: a register of 128 lanes is one uint32[128].
 
 A lane program is a function `program(alu, *inputs)` of lists of 32-bit registers. It is written once and read twice:
 here, and as PTX in `lowbit.kernels.lane_gpu`. Operations are those of the PTX ISA, by the same names.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 Register = Any
-"""32 bits a lane: uint32[128] in jnp, an i32 value in MLIR."""
+"""32 bits a lane: uint32[128] in numpy, an i32 value in MLIR."""
 Half = Literal["f16", "bf16"]
 HalfOp = Literal["add", "mul", "fma"]
 AND, OR, XOR = 0xC0, 0xFC, 0x3C
@@ -50,46 +50,42 @@ class Alu(Protocol):
 HALVES = {"f16": jnp.float16, "bf16": jnp.bfloat16}
 
 
-class JnpAlu:
-    """The reading in jnp, from the definitions of the PTX ISA."""
+class NumpyAlu:
+    """The reading in numpy, from the definitions of the PTX ISA."""
 
     def shl(self, a: Register, n: int) -> Register:
-        return a << n
+        return a << np.uint32(n)
 
     def shr(self, a: Register, n: int) -> Register:
-        return a >> n
+        return a >> np.uint32(n)
 
     def high_half(self, a: Register) -> Register:
-        return a >> 16
+        return self.shr(a, 16)
 
     def lop3(self, a: Register, b: Register | int, c: Register | int, table: int) -> Register:
-        operands = [jnp.uint32(v) for v in (a, b, c)]
-        out = jnp.uint32(0)
+        operands = [np.uint32(v) for v in (a, b, c)]
+        out = np.uint32(0)
         for row in range(8):
             if table >> row & 1:
-                picked = [v if row >> (2 - i) & 1 else ~v for i, v in enumerate(operands)]
-                out = out | (picked[0] & picked[1] & picked[2])
+                x, y, z = (v if row >> (2 - i) & 1 else ~v for i, v in enumerate(operands))
+                out = out | (x & y & z)
         return out
 
     def prmt(self, a: Register | int, b: Register | int, selector: Register | int) -> Register:
-        a, b, selector = (jnp.uint32(v) for v in (a, b, selector))
-        source = jnp.stack(jnp.broadcast_arrays(*(word >> (8 * i) & 0xFF for word in (a, b) for i in range(4))))
-        out = jnp.uint32(0)
-        for i in range(4):
-            nibble = selector >> (4 * i) & 0xF
-            index = jnp.broadcast_to(nibble & 7, source.shape[1:])
-            byte = jnp.take_along_axis(source, index[None].astype(jnp.int32), 0)[0]
-            sign = jnp.where(byte >> 7, jnp.uint32(0xFF), jnp.uint32(0))
-            out = out | (jnp.where(nibble >> 3, sign, byte) << (8 * i))
-        return out
+        a, b, nibbles = np.broadcast_arrays(*(np.uint32(v) for v in (a, b, selector)))
+        source = np.stack([a, b], -1).astype("<u4").view(np.uint8)  # [..., 8]
+        nibbles = nibbles[..., None] >> np.arange(0, 16, 4, dtype=np.uint32)
+        bytes_ = np.take_along_axis(source, (nibbles & 7).astype(np.int64), -1)
+        sign = np.where(bytes_ >> 7, np.uint8(0xFF), np.uint8(0))
+        return np.ascontiguousarray(np.where(nibbles & 8, sign, bytes_)).view("<u4")[..., 0]
 
     def mad(self, a: Register, b: int, c: int) -> Register:
-        return a * jnp.uint32(b) + jnp.uint32(c)
+        return a * np.uint32(b) + np.uint32(c)
 
     def half2(self, op: HalfOp, kind: Half, *operands: Register | int) -> Register:
         # float32 holds products of halves, and the integers that programs add, exactly: rounding happens once.
         pair = []
-        for x, y, *z in zip(*(_halves(jnp.uint32(v), kind) for v in operands), strict=True):
+        for x, y, *z in zip(*(_halves(np.uint32(v), kind) for v in operands), strict=True):
             pair.append(x + y if op == "add" else x * y + z[0] if z else x * y)
         return self.pack2(kind, *map(_bits, pair))
 
@@ -98,31 +94,26 @@ class JnpAlu:
         return _bits(x + y if op == "add" else x - y if op == "sub" else x * y)
 
     def number(self, value: float) -> Register:
-        return _bits(jnp.float32(value))
+        return _bits(np.float32([value]))
 
     def widen(self, a: Register, dtype: str) -> Register:
         if dtype == "f32":
             return a
-        return _bits(_halves(a, dtype)[0] if dtype in ("f16", "bf16") else a.astype(jnp.float32))
+        return _bits(_halves(a, dtype)[0] if dtype in HALVES else a.astype(np.float32))
 
     def pack2(self, kind: Half, low: Register, high: Register) -> Register:
-        lo, hi = (
-            jax.lax.bitcast_convert_type(_float(v).astype(HALVES[kind]), jnp.uint16).astype(jnp.uint32)
-            for v in (low, high)
-        )
-        return lo | hi << 16
+        lo, hi = (_float(v).astype(HALVES[kind]).view(np.uint16).astype(np.uint32) for v in (low, high))
+        return lo | hi << np.uint32(16)
 
 
-def _float(a: Register) -> jax.Array:
-    return jax.lax.bitcast_convert_type(a, jnp.float32)
+def _float(a: Register) -> Any:
+    return np.atleast_1d(a).view(np.float32)
 
 
-def _bits(a: jax.Array) -> Register:
-    return jax.lax.bitcast_convert_type(a, jnp.uint32)
+def _bits(a: Any) -> Register:
+    return a.astype(np.float32).view(np.uint32)
 
 
-def _halves(a: Register, kind: str) -> tuple[jax.Array, jax.Array]:
-    low, high = (a & 0xFFFF).astype(jnp.uint16), (a >> 16).astype(jnp.uint16)
-    to = HALVES[kind]
-    first, second = (jax.lax.bitcast_convert_type(v, to).astype(jnp.float32) for v in (low, high))
-    return first, second
+def _halves(a: Register, kind: str) -> tuple[Any, Any]:
+    both = np.atleast_1d(a)[..., None].astype("<u4").view(np.uint16).view(HALVES[kind]).astype(np.float32)
+    return both[..., 0], both[..., 1]

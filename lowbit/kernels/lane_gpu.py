@@ -91,7 +91,7 @@ class GpuAlu:
 
 
 def in_registers(program: Program, words: jax.Array, *stored: jax.Array) -> jax.Array:
-    """The stage [ROWS, STAGE] of weights in WGMMA's layout; operands as for `lanes.in_jnp`, in WORDS and ROW layouts."""
+    """The stage [ROWS, STAGE] of weights in WGMMA's layout; operands as for `lanes.in_numpy`, in WORDS and ROW layouts."""
     out = plgpu.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind], layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(WORDS[program.words], *(ROW for _ in stored)), return_type=out)

@@ -1,4 +1,4 @@
-"""Lane programs over a stage of the pipeline: 64 rows by STAGE inputs, read in jnp.
+"""Lane programs over a stage of the pipeline: 64 rows by STAGE inputs, read in numpy.
 
 A register of 128 lanes is one uint32[128]. Lane 32 warp + 4 r + q.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
-from lowbit.kernels.alu import HALVES, Alu, Half, JnpAlu, Register
+from lowbit.kernels.alu import HALVES, Alu, Half, NumpyAlu, Register
 from lowbit.kernels.decoders import COLUMNS, ROWS, RUN, Decoder
 from lowbit.kernels.pick import pick
 from lowbit.kernels.tables import Builder
@@ -22,6 +22,7 @@ from lowbit.passes.scalar import Element
 STAGE = 256
 """Inputs of a stage: 4 tiles, so that the words of a lane come in vectors of 4 for every width."""
 LANES = 128
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -84,29 +85,28 @@ def groups_of(e: Element) -> int:
     return STAGE // e.span if 0 < e.span < STAGE else 1
 
 
-def in_jnp(program: Program, words: jax.Array, *stored: jax.Array) -> jax.Array:
-    """The stage [ROWS, STAGE] of weights.
+def in_numpy(program: Program, words: Array, *stored: Array) -> Array:
+    """The stage [ROWS, STAGE] of weights, in halves.
 
     Args:
       words: u32 [program.words, LANES], in memory order: vectors of 4 a lane.
       stored: for each of `program.inputs`, [ROWS].
     """
     lane_words = words.reshape(-1, LANES, 4).transpose(0, 2, 1).reshape(-1, LANES)
-    registers = program(JnpAlu(), list(lane_words), *(row_registers(s) for s in stored))
-    return from_registers(jnp.stack(jnp.broadcast_arrays(*registers)), program.kind)
+    registers = program(NumpyAlu(), list(lane_words), *(row_registers(s) for s in stored))
+    return from_registers(np.stack([np.broadcast_to(r, LANES) for r in registers]), program.kind)
 
 
-def row_registers(stored: jax.Array) -> list[jax.Array]:
+def row_registers(stored: Array) -> list[Array]:
     """A value for each of the rows, as the lanes of row halves 0 and 1 hold it."""
-    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[stored.dtype.itemsize]
-    raw = jax.lax.bitcast_convert_type(stored, bits).astype(jnp.uint32)
+    raw = np.ascontiguousarray(stored).view(f"u{stored.dtype.itemsize}").astype(np.uint32)
     rows = raw.reshape(4, 2, 8)  # warp, h, r
-    return [jnp.repeat(rows[:, h].reshape(-1), 4) for h in range(2)]
+    return [np.repeat(rows[:, h].reshape(-1), 4) for h in range(2)]
 
 
-def from_registers(registers: jax.Array, kind: Half) -> jax.Array:
+def from_registers(registers: Array, kind: Half) -> Array:
     """Registers [2 j + h, lane] of two halves as the matrix [ROWS, inputs]."""
-    halves = jnp.stack([registers & 0xFFFF, registers >> 16], -1).astype(jnp.uint16)
+    halves = np.stack([registers & 0xFFFF, registers >> 16], -1).astype(np.uint16)
     by_dim = halves.reshape(-1, 2, 4, 8, 4, 2)  # j, h, warp, r, q, e
-    matrix = by_dim.transpose(2, 1, 3, 0, 4, 5).reshape(ROWS, -1)
-    return jax.lax.bitcast_convert_type(matrix, HALVES[kind])
+    matrix = np.ascontiguousarray(by_dim.transpose(2, 1, 3, 0, 4, 5).reshape(ROWS, -1))
+    return matrix.view(HALVES[kind])

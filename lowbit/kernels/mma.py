@@ -105,12 +105,7 @@ class _Schedule:
         steps = self.shape.stages // tuned.parts
 
         def compute(pipeline: Callable[..., Any]) -> None:
-            def accumulate(acc: Any) -> jax.Array:
-                verbs.clear(acc)
-                pipeline(acc)
-                return acc[...]
-
-            staging[group] = pl.run_scoped(accumulate, verbs.accumulator(tuned.columns))
+            verbs.accumulate(staging.at[group], pipeline)
             plgpu.commit_smem()
             n, m = (row * WARPGROUPS + group) * ROWS, column * tuned.columns
             target = out.at[part, pl.ds(n, ROWS), pl.ds(m, tuned.columns)]
@@ -151,9 +146,8 @@ class _Schedule:
     def parameter_spec(self, elements: Sequence[Element], row: jax.Array, first: jax.Array) -> plgpu.BlockSpec:
         e = elements[0]
         block = (WARPGROUPS, groups_of(e), len(elements), ROWS)
-        if e.span == 0:
-            return plgpu.BlockSpec(block, lambda k: (row, 0, 0, 0))
-        wide = max(1, e.span // STAGE)  # stages that share a group
+        # Stages that share a group. The pipeline wants every index to depend on the step, also that of a whole row.
+        wide = max(1, e.span // STAGE) if e.span else self.shape.stages
         return plgpu.BlockSpec(block, lambda k: (row, lax.div(first + k, wide), 0, 0))
 
 

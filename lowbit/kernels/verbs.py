@@ -10,12 +10,15 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit.compat import load
+from lowbit.kernels.alu import HALVES
 from lowbit.kernels.decoders import ROWS
 from lowbit.kernels.lane_gpu import ROW, WORDS, in_registers
-from lowbit.kernels.lanes import Program, in_jnp
+from lowbit.kernels.lanes import STAGE, Program, in_numpy
 
 Ref = Any
 
@@ -23,11 +26,8 @@ Ref = Any
 class Verbs(Protocol):
     interpret: Any
 
-    def accumulator(self, columns: int) -> Any:
-        """A scratch type: float32 [ROWS, columns]."""
-
-    def clear(self, acc: Ref) -> None:
-        """Make it zero, where a new one is not."""
+    def accumulate(self, out: Ref, run: Callable[[Ref], Any]) -> None:
+        """out = what `run` adds to an accumulator of its shape, which is zero at first."""
 
     def words(self, ref: Ref, program: Program) -> jax.Array: ...
     def rows(self, ref: Ref) -> jax.Array:
@@ -46,11 +46,12 @@ class Gpu:
 
     interpret = False
 
-    def accumulator(self, columns: int) -> Any:
-        return plgpu.ACC((ROWS, columns), jnp.float32)
+    def accumulate(self, out: Ref, run: Callable[[Ref], Any]) -> None:
+        def scoped(acc: Ref) -> jax.Array:
+            run(acc)
+            return acc[...]
 
-    def clear(self, acc: Ref) -> None:
-        pass
+        out[...] = pl.run_scoped(scoped, plgpu.ACC(out.shape, jnp.float32))
 
     def words(self, ref: Ref, program: Program) -> jax.Array:
         return load(ref, layout=WORDS[program.words])
@@ -70,7 +71,7 @@ class Gpu:
 
 
 class Twin:
-    """The interpreter: the accumulator lies in shared memory, decoding and multiplying are jnp.
+    """The interpreter: results accumulate in shared memory, decoding is numpy, the product jnp.
 
     Attributes:
       interpret: parameters of Pallas' Mosaic GPU interpreter.
@@ -79,11 +80,9 @@ class Twin:
     def __init__(self, interpret: Any) -> None:
         self.interpret = interpret
 
-    def accumulator(self, columns: int) -> Any:
-        return plgpu.SMEM((ROWS, columns), jnp.float32)
-
-    def clear(self, acc: Ref) -> None:
-        acc[...] = jnp.zeros(acc.shape, jnp.float32)
+    def accumulate(self, out: Ref, run: Callable[[Ref], Any]) -> None:
+        out[...] = jnp.zeros(out.shape, jnp.float32)
+        run(out)
 
     def words(self, ref: Ref, program: Program) -> jax.Array:
         return ref[...]
@@ -92,7 +91,8 @@ class Twin:
         return ref[...]
 
     def decode(self, program: Program, words: jax.Array, *stored: jax.Array) -> jax.Array:
-        return in_jnp(program, words, *stored)
+        out = jax.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind])
+        return jax.pure_callback(lambda *raw: in_numpy(program, *map(np.asarray, raw)), out, words, *stored)
 
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         acc[...] += jnp.dot(weights.astype(jnp.float32), x[...].astype(jnp.float32).T)
