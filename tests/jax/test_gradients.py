@@ -17,8 +17,8 @@ from lowbit.nn import LayerStats
 from lowbit.nn.calibrate import _probed, _wanted
 from lowbit.nn.gradients import Means, differentiated
 from lowbit.nn.importance import importance
+from lowbit.nn.kinds import layers
 from lowbit.nn.probe import probes
-from lowbit.nn.quantize import layers
 from tests.models import Shared
 
 FISHER = lb.alternating(weighs_by=("gradient_square",))
