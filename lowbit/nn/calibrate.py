@@ -73,7 +73,8 @@ def calibrate(
         by, and layers whose quantizer needs nothing get none.
       loss: instead of `call`, `loss(model, batch)`, a scalar; statistics of gradients need it.
       resume: a folder that holds everything measured so far after each batch. A run that was killed, started again with
-        the same folder and the same batches, skips what it had counted and ends with the same bits.
+        the same folder and the same batches, skips what it had counted and ends with the same bits. What `call` or
+        `loss` computes cannot be told: after changing it, give another folder.
 
     Returns the statistics by layer path, as in rules. Layers that never ran, and embeddings that are only looked up,
     have none: they are left out.
@@ -115,13 +116,13 @@ def calibrate(
     run = loss or call or (lambda m, batch: m(batch))
     step = nnx.jit(differentiated(run, means) if gradients else run)
     if running:
-        means.count = running.restore(probed)
+        running.restore(probed, means)
     for batch in running.new(batches) if running else batches:
         step(probed, batch)
         jax.effects_barrier()
         means.finish()
         if running:
-            running.keep(probed, means.count)
+            running.keep(probed, means)
     if not means.count:
         raise ValueError("no batches were given: nothing was measured")
     return {path: _stats(p, means, owners[path]) for path, p in watched.items() if p.rows.get_value().any()}
