@@ -101,9 +101,10 @@ def compare(
       batch: what `call` takes.
       call: `call(model, batch)`; `model(batch)` by default. It runs uncompiled, and returns one array.
 
-    A layer that runs several times has several rows, and so has one that `nnx.scan` or `nnx.vmap` runs slice by
-    slice. Raises ValueError when the models do not run the same layers, or a layer gives them outputs of two shapes, and
-    for abstract models; TypeError for what is no module, and for models that return no array.
+    A layer that runs several times has several rows, and so has one that `nnx.scan` or `nnx.vmap` runs slice by slice.
+
+    Raises ValueError when the models do not run the same layers or a layer gives them outputs of two shapes, and for
+    abstract models; TypeError for what is no module, and for models that return no array.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb
