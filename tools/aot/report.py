@@ -56,8 +56,8 @@ def measure(kernel: Kernel, dump: Path) -> Figures:
     multiplying = [(log, program) for log, program in found if program.count(WGMMA)]
     if len(multiplying) != 1:
         raise ValueError(
-            f"{kernel.name}: {len(found)} programs in {dump}, {len(multiplying)} of them with WGMMA; one kernel of the "
-            "catalog is one program with products, compiled once in a process"
+            f"{kernel.name}: {len(found)} programs in {dump}, {len(multiplying)} of them with WGMMA, and exactly one "
+            "must be. One that equals an earlier one is not compiled again: list it once"
         )
     ((log, program),) = multiplying
     loop = hot_loop(program)
