@@ -4,6 +4,7 @@ VENV ?= .venv
 JAX ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
+AOT_ARGS ?=
 
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(JOBS)
@@ -11,7 +12,7 @@ export PYTHON JAX
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint bench docs clean
+.PHONY: help demo test test-all lint bench aot docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -20,6 +21,7 @@ help:  ## this list
 	@echo "JAX=0.10.2         another jax (now: $(or $(JAX),the newest that fits))"
 	@echo "VENV=.venv-a       another environment (now: $(VENV))"
 	@echo "PYTEST_ARGS=...    more arguments for pytest"
+	@echo "AOT_ARGS=...       other arguments for tools.aot: --only NAME --dump FOLDER"
 
 demo:  ## quantize, run, tune and save a real language model; writes demo-out/
 	@tools/venv.sh $(VENV) demo
@@ -46,6 +48,11 @@ bench:  ## time everything in benchmarks/ on this machine; writes benchmarks/res
 	@tools/venv.sh $(VENV) bench
 	@for name in cpu_matmul gradient_memory quantize_speed; do \
 		$(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; done
+
+# An environment of its own: where jax finds its CUDA plugin and no driver, it says so at each start.
+aot:  ## every GPU kernel compiled for an H100, without one; writes the table of docs/kernels.md
+	@tools/venv.sh $(VENV)-aot aot
+	$(VENV)-aot/bin/python -m tools.aot $(or $(AOT_ARGS),--write docs/kernels.md)
 
 docs:  ## the pages of docs/, every output in them made on the way; writes docs/_build/html
 	@tools/venv.sh $(VENV) docs

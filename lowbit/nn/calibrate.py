@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,14 +13,12 @@ from flax import nnx
 
 from lowbit.nn.gradients import Means, differentiated
 from lowbit.nn.kernel import expect_module, joined
-from lowbit.nn.kinds import KINDS, NAMES, refusal
+from lowbit.nn.kinds import KINDS, NAMES, layers, refusal
 from lowbit.nn.linen import opened
 from lowbit.nn.probe import Probe, probes
-from lowbit.nn.rules import Rules, as_rules, assign, needed
+from lowbit.nn.rules import STATISTICS, Rules, Statistic, as_rules, assign, needed
 from lowbit.nn.running import Running
 
-Statistic = Literal["second_moment", "largest", "gradient_square", "output_gradient"]
-STATISTICS: tuple[str, ...] = get_args(Statistic)
 DEFAULT = ("second_moment", "largest")
 OF_GRADIENTS = {"gradient_square", "output_gradient"}
 
@@ -68,13 +66,15 @@ def calibrate(
     Args:
       model: left as it is; its weights are shared, not copied.
       batches: what `call` takes, one at a time: only one is held.
-      call: `call(model, batch)`, compiled; `model(batch)` by default.
+      call: `call(model, batch)`, compiled; `model(batch)` by default. Transformations within it that take the model
+        must be those of nnx, `nnx.scan` or `nnx.remat`; under `jax.vmap` or `jax.jit` no layer can be measured.
       statistics: fields of `LayerStats`, for all layers; its second moments and maxima by default.
       rules: instead of `statistics`, what `lb.quantize` will be given: each layer gets what its quantizer weighs errors
         by, and layers whose quantizer needs nothing get none.
       loss: instead of `call`, `loss(model, batch)`, a scalar; statistics of gradients need it.
       resume: a folder that holds everything measured so far after each batch. A run that was killed, started again with
-        the same folder and the same batches, skips what it had counted and ends with the same bits.
+        the same folder and the same batches, skips what it had counted and ends with the same bits. What `call` or
+        `loss` computes cannot be told: after changing it, give another folder.
 
     Returns the statistics by layer path, as in rules. Layers that never ran, and embeddings that are only looked up,
     have none: they are left out.
@@ -83,9 +83,9 @@ def calibrate(
     weight at a time: its square is sent to the host as soon as it is made. There all squares together are as large as
     the model in float32: in memory without `resume`; with it in two files a layer, of which one layer's is held.
 
-    Raises ValueError when there are no batches or no layers, for rules that need no statistics, for gradients without
-    `loss`, and for a folder of another model, other statistics or other batches; CheckpointError for a damaged one;
-    TypeError for what is no module.
+    Raises ValueError when there are no batches or no layers, for two layers of one name, for rules that need no
+    statistics, for gradients without `loss`, and for a folder of another model, other statistics or other batches;
+    CheckpointError for a damaged one; TypeError for what is no module.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb
@@ -99,7 +99,7 @@ def calibrate(
     """
     expect_module(model, "calibrate")
     model = opened(model)
-    found = {joined(path): m for path, m in nnx.iter_modules(model) if type(m) in KINDS}
+    found = layers(model)
     if not found:
         raise ValueError(f"{type(model).__name__} holds no {NAMES}: there is nothing to calibrate")
     wanted = _wanted(found, statistics, rules)
@@ -116,13 +116,13 @@ def calibrate(
     run = loss or call or (lambda m, batch: m(batch))
     step = nnx.jit(differentiated(run, means) if gradients else run)
     if running:
-        means.count = running.restore(probed)
+        running.restore(probed, means)
     for batch in running.new(batches) if running else batches:
         step(probed, batch)
         jax.effects_barrier()
         means.finish()
         if running:
-            running.keep(probed, means.count)
+            running.keep(probed, means)
     if not means.count:
         raise ValueError("no batches were given: nothing was measured")
     return {path: _stats(p, means, owners[path]) for path, p in watched.items() if p.rows.get_value().any()}
@@ -136,7 +136,11 @@ def _wanted(
         names = DEFAULT if statistics is None else tuple(statistics)
         if not names or not set(names) <= set(STATISTICS):
             raise ValueError(f"statistics={names!r} must be some of {', '.join(STATISTICS)}")
-        return {path: frozenset(names) for path, layer in found.items() if not refusal(layer)}
+        refused = {path: refusal(layer) for path, layer in found.items()}
+        if all(refused.values()):
+            path, reason = next(iter(refused.items()))
+            raise ValueError(f"there is nothing to calibrate: layer {path!r} cannot be quantized: {reason}")
+        return {path: frozenset(names) for path, reason in refused.items() if not reason}
     if statistics is not None:
         raise ValueError("both statistics= and rules= were given: leave one out")
     assigned = assign(as_rules(rules), list(found), {})

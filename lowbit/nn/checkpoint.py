@@ -145,7 +145,7 @@ def _restored(where: str, variable: Any, value: Any) -> Any:
     want = variable.get_value()
     kind = type(variable).__name__
     if isinstance(want, NUMBERS):
-        if value.shape != ():
+        if value.shape != () or type(value.item()) is not type(np.asarray(want).item()):
             raise CheckpointError(f"{where} is stored as {value.dtype}{list(value.shape)}, but the model's is {want!r}")
         return variable.replace(type(want)(value.item()))
     if jax.numpy.issubdtype(want.dtype, jax.dtypes.prng_key):

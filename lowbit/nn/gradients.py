@@ -15,6 +15,7 @@ from jax.experimental import io_callback
 
 from lowbit.io import CheckpointError
 from lowbit.io.atomic import replacing
+from lowbit.io.tensors import sha256
 from lowbit.nn.probe import probes
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -38,7 +39,8 @@ class Means:
     """Running means over batches of one float32 array a layer, in host memory or in the files of a folder.
 
     In a folder each layer has two files in turns: the next batch's mean never overwrites the last one's, and `count`
-    says which is which. So a process that is killed leaves the means of `count` batches whole.
+    says which is which. So a process that is killed leaves the means of `count` batches whole. `digests` has their
+    checksums.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], folder: Path | None) -> None:
@@ -46,6 +48,7 @@ class Means:
         self.folder = folder
         self.held: dict[str, Array] = {}
         self.count = 0
+        self.digests: dict[str, str] = {}
         self.sent: set[str] = set()
 
     def add(self, path: str, value: Any) -> None:
@@ -57,6 +60,7 @@ class Means:
         else:
             with replacing(self._file(path, self.count + 1)) as file:
                 np.save(file, new)
+            self.digests[path] = sha256(new)
         self.sent.add(path)
 
     def finish(self) -> None:
@@ -65,6 +69,13 @@ class Means:
             self.add(path, np.zeros(self.shapes[path], np.float32))
         self.count += 1
         self.sent.clear()
+
+    def go_on(self, count: int, digests: Mapping[str, str]) -> None:
+        """From what a folder holds of `count` batches. Raises CheckpointError for a damaged file."""
+        self.count, self.digests = count, dict(digests)
+        for path in self.shapes:
+            if sha256(self.mean(path)) != self.digests[path]:
+                raise CheckpointError(f"{self._file(path, count)} is damaged: delete its folder and calibrate again")
 
     def mean(self, path: str) -> Array:
         """A layer's mean over `count` batches; from a folder, mapped. Raises CheckpointError for a damaged file."""

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowbit.nn.around import Around
-from lowbit.nn.kernel import expect_module, joined
+from lowbit.nn.kernel import expect_arrays, expect_module, joined
 from lowbit.nn.kinds import KINDS, QUANTIZED
 from lowbit.nn.linen import opened
 
@@ -101,8 +101,10 @@ def compare(
       batch: what `call` takes.
       call: `call(model, batch)`; `model(batch)` by default. It runs uncompiled, and returns one array.
 
-    A layer that runs several times has several rows, and so has one that `nnx.scan` or `nnx.vmap` runs slice by
-    slice. Raises ValueError when the models do not run the same layers, and TypeError for what is no module.
+    A layer that runs several times has several rows, and so has one that `nnx.scan` or `nnx.vmap` runs slice by slice.
+
+    Raises ValueError when the models do not run the same layers or a layer gives them outputs of two shapes, and for
+    abstract models; TypeError for what is no module, and for models that return no array.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb
@@ -111,8 +113,9 @@ def compare(
     >>> [row.layer for row in found.rows]
     ['layers/0', 'layers/2', '(output)']
     """
-    expect_module(model, "compare")
-    expect_module(quantized, "compare with")
+    for given, what in ((model, "compare"), (quantized, "compare with")):
+        expect_module(given, what)
+        expect_arrays(given, what)
     run = call or (lambda m, b: m(b))
     first, second = _outputs(opened(model), batch, run), _outputs(opened(quantized), batch, run)
     for at, ((p, _), (q, _)) in enumerate(zip(first, second, strict=False)):  # the shorter one ends with its output
@@ -132,10 +135,16 @@ def _outputs(model: nnx.Module, batch: Any, run: Callable[[Any, Any], Any]) -> l
 
     result = run(nnx.recursive_map(watch, nnx.clone(model)), batch)
     jax.effects_barrier()
-    return [*found, ("(output)", jnp.asarray(result))]
+    if not isinstance(result, jax.Array):
+        raise TypeError(f"the models return a {type(result).__name__}: give call=, a function that returns one array")
+    return [*found, ("(output)", result)]
 
 
 def _growth(path: str, a: jax.Array, b: jax.Array) -> Growth:
+    if a.shape != b.shape:
+        raise ValueError(
+            f"{path!r} gives the shape {a.shape} in one model, {b.shape} in the other: compare like models"
+        )
     reference, other = a.astype(jnp.float32), b.astype(jnp.float32)
     norm = float(jnp.linalg.norm(reference.ravel()))
     error = float(jnp.linalg.norm((reference - other).ravel()))

@@ -14,6 +14,7 @@ from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.kinds import KINDS, statistic_shape, weight
 from lowbit.nn.probe import SIDE
 from lowbit.nn.rules import Rule, needed
+from lowbit.quantizers.checks import check_importance
 
 
 def importance(stats: Mapping[str, LayerStats], path: str, rule: Rule, layer: Any) -> jax.Array | None:
@@ -42,7 +43,8 @@ def importance(stats: Mapping[str, LayerStats], path: str, rule: Rule, layer: An
 
 
 def check_measured(stats: Mapping[str, LayerStats], rules: Mapping[str, Rule], layers: Mapping[str, Any]) -> None:
-    """Raises ValueError unless every statistic that a rule needs of a layer was measured, on a weight of its shape."""
+    """Raises ValueError unless every statistic that a rule needs of a layer was measured, on a weight of its shape,
+    and is finite."""
     for path in sorted(stats.keys() & rules.keys()):
         for name in needed(rules[path]):
             value, shape = getattr(stats[path], name), weight(layers[path]).shape
@@ -56,3 +58,4 @@ def check_measured(stats: Mapping[str, LayerStats], rules: Mapping[str, Rule], l
                     f"stats has {name!r} of layer {path!r} with the shape {value.shape}, but the weight's is {shape}: "
                     "calibrate this model"
                 )
+            check_importance(value, f"{name!r} of layer {path!r} in stats")

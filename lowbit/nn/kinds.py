@@ -15,7 +15,7 @@ from lowbit.nn.conv import Conv, conv_groups, conv_rows, conv_view
 from lowbit.nn.einsum import Einsum, einsum_outputs, einsum_rows, einsum_view
 from lowbit.nn.experts import Experts, QuantizedExperts, experts_view
 from lowbit.nn.general import LinearGeneral, general_outputs, general_rows, general_view
-from lowbit.nn.kernel import Kernel
+from lowbit.nn.kernel import Kernel, joined
 from lowbit.nn.layers import Embed, Linear, embed_view, linear_view
 from lowbit.nn.view import View
 
@@ -66,6 +66,24 @@ OPTIONS = (
     "mask",
 )  # fmt: skip
 """Options of layers that change what they compute, so that only their defaults can be quantized."""
+
+
+def layers(model: nnx.Module) -> dict[str, Any]:
+    """The dense layers of a model that rules can name, by path; a shared layer appears once, under its first path.
+
+    Raises ValueError for two of one name, as with nnx.Dict({"a/b": ...}) beside a.b.
+    """
+    found = [(path, m) for path, m in nnx.iter_modules(model) if type(m) in KINDS]
+    named: dict[str, Any] = {}
+    for path, layer in sorted(found, key=lambda pm: [_natural(k) for k in pm[0]]):
+        if joined(path) in named:
+            raise ValueError(f"two layers are named {joined(path)!r}: rename one, so that rules can tell them apart")
+        named[joined(path)] = layer
+    return named
+
+
+def _natural(key: Any) -> tuple[int, Any]:
+    return (0, key) if isinstance(key, int) else (1, str(key))
 
 
 def weight(layer: Any) -> nnx.Variable[Any]:

@@ -13,7 +13,8 @@ from flax import nnx
 from lowbit.array import QuantArray
 from lowbit.formats.low_rank import LORA_A, LORA_B, LowRank
 from lowbit.nn.kernel import Kernel, expect_arrays, expect_module, joined, kernels
-from lowbit.nn.quantize import layers, others
+from lowbit.nn.kinds import layers
+from lowbit.nn.quantize import others
 from lowbit.nn.rules import Rule, assign
 
 M = TypeVar("M", bound=nnx.Module)

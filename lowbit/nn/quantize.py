@@ -18,10 +18,10 @@ from rich.progress import Progress
 from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.importance import check_measured, importance
 from lowbit.nn.kernel import Kernel, error_stats, expect_module, joined
-from lowbit.nn.kinds import KINDS, NAMES, QUANTIZED, dense_matrices, refusal, weight
+from lowbit.nn.kinds import KINDS, NAMES, QUANTIZED, dense_matrices, layers, refusal, weight
 from lowbit.nn.linen import Linen, opened
 from lowbit.nn.resume import Finished
-from lowbit.nn.rules import Rule, Rules, as_rules, assign
+from lowbit.nn.rules import Rule, Rules, as_rules, assign, needed
 from lowbit.quantizers.checks import check_weight
 from lowbit.quantizers.quantizer import quantize_array
 
@@ -51,24 +51,26 @@ def quantize(
         also name the quantizer. Ordered, the first match wins.
       stats: what `lb.calibrate` measured. Binary-coding solvers then weigh the error of each input by its second
         moment, which is the expected error of the layer's output, or by what else they were told to (`lb.alternating`);
-        round to nearest has no use for it.
+        round to nearest has no use for it. A logged warning names layers of which it has nothing: they are not weighed.
+        Layers that share one quantized weight are weighed by the statistics of the first.
       donate: free each dense weight of `model` as soon as it is quantized. The old model is unusable afterwards. A
         weight that a part left dense uses too is kept.
       progress: show a progress bar; by default when standard error is a terminal.
       resume: a folder that each layer is written to when it is done. A run that was killed, started again with the same
         folder, takes the finished layers from it and ends with the same bits. What was made of other weights, stats,
-        formats, quantizers or versions is never taken, and a damaged file is named in a warning and made again. The
-        folder is yours to delete.
+        formats, quantizers or versions is never taken, and a damaged file is named in a warning and made again. A
+        quantizer is known by its name and attributes: after changing its code, give another folder. The folder is
+        yours to delete.
 
     Layers that no rule matches stay dense, and so do other modules with a matrix, such as nnx.ConvTranspose or a
     subclass of nnx.Linear, which may compute something else: a logged warning names them, and `lb.report` lists them.
 
     Raises ValueError for a rule that is never used, a weight with NaN or inf (named by its path; under `jax.jit` it
-    cannot be seen), a layer that cannot be quantized, statistics that a quantizer needs and `stats` lacks, or a model
-    with nothing to quantize; TypeError for a weight that is not floating, and with `resume` for a quantizer that cannot
-    be pickled, such as a lambda: another run could not know it again. These are found before any layer is quantized or
-    freed; scales that do not fit their `scale_dtype` are found on the way, and with `donate` the layers before that one
-    are then gone.
+    cannot be seen), a layer that cannot be quantized, statistics of a layer that lack what its quantizer needs or hold
+    NaN or inf, two layers of one name, or a model with nothing to quantize; TypeError for a weight that is not
+    floating, and with `resume` for a quantizer that cannot be pickled, such as a lambda: another run could not know it
+    again. These are found before any layer is quantized or freed; scales that do not fit their `scale_dtype` are found
+    on the way, and with `donate` the layers before that one are then gone.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb
@@ -117,12 +119,8 @@ def _check(
     if unknown := sorted(stats.keys() - found.keys()):
         raise ValueError(f"stats has {unknown[0]!r}, which is no layer of this {type(model).__name__}: calibrate it")
     check_measured(stats, chosen, found)
-
-
-def layers(model: nnx.Module) -> dict[str, Any]:
-    """The dense layers of a model that rules can name, by path; a shared layer appears once, under its first path."""
-    found = [(path, m) for path, m in nnx.iter_modules(model) if type(m) in KINDS]
-    return {joined(path): m for path, m in sorted(found, key=lambda pm: [_natural(k) for k in pm[0]])}
+    if unmeasured := [path for path, rule in chosen.items() if stats and path not in stats and needed(rule)]:
+        logging.warning("lowbit: stats has nothing of %s: all their errors weigh the same", ", ".join(unmeasured))
 
 
 def others(model: nnx.Module) -> dict[str, nnx.Module]:
@@ -161,10 +159,6 @@ def _holders(model: nnx.Module) -> Counter[int]:
         shared = next(variables[path] for path in group if path in variables)
         count[id(shared.get_value())] += len(group) - 1
     return count
-
-
-def _natural(key: Any) -> tuple[int, Any]:
-    return (0, key) if isinstance(key, int) else (1, str(key))
 
 
 def _fixed(model: nnx.Module, keys: tuple[Any, ...]) -> str | None:

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from lowbit.array import QuantArray
 from lowbit.nn.kernel import Kernel, Stats, expect_module, kernels
-from lowbit.nn.kinds import KINDS, QUANTIZED
+from lowbit.nn.kinds import KINDS, QUANTIZED, layers
 from lowbit.nn.linen import opened
-from lowbit.nn.quantize import layers, matrices, others
+from lowbit.nn.quantize import matrices, others
 from lowbit.planning import plan
 
 

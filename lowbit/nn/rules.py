@@ -7,10 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from typing import Literal, get_args
 
 from lowbit.formats import Format
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.quantizer import default_quantizer, weighs_by
+
+Statistic = Literal["second_moment", "largest", "gradient_square", "output_gradient"]
+STATISTICS: tuple[str, ...] = get_args(Statistic)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,10 @@ def _unused(rule: Rule, taken: dict[str, Rule], paths: list[str], hints: Mapping
 
 
 def needed(rule: Rule) -> tuple[str, ...]:
-    """The statistics that a rule's quantizer weighs errors by. Raises ValueError for a format without a quantizer."""
+    """The statistics that a rule's quantizer weighs errors by. Raises ValueError for a format without a quantizer, and
+    for what is no statistic."""
     assert rule.format is not None
-    return weighs_by(rule.quantizer or default_quantizer(rule.format))
+    names = weighs_by(rule.quantizer or default_quantizer(rule.format))
+    if isinstance(names, str) or not set(names) <= set(STATISTICS):
+        raise ValueError(f"rule {rule.path!r}: weighs_by={names!r} must be a tuple of some of {', '.join(STATISTICS)}")
+    return names

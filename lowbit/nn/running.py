@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from lowbit.io import read, read_header, write
 from lowbit.io.tensors import sha256, to_host
 from lowbit.nn.checkpoint import plain, restored, variables
+from lowbit.nn.gradients import Means
 from lowbit.nn.kernel import Code, Frozen, Stats
 
 
@@ -28,18 +31,18 @@ class Running:
         self.counted, self.counted_batches = 0, ""
         self.batches = ""
 
-    def restore(self, probed: nnx.Module) -> int:
-        """Sets the Variables to what they were, if the folder has them; gives the number of batches counted."""
+    def restore(self, probed: nnx.Module, means: Means) -> None:
+        """Sets Variables and means to what they were, if the folder has them."""
         if not self.file.exists():
-            return 0
+            return
         kept = read_header(self.file)["metadata"]
-        if kept["of"] != self.of:
+        if kept.get("of") != self.of:
             raise ValueError(
                 f"{self.folder} holds statistics of another model or other statistics: give another folder or delete it"
             )
         nnx.update(probed, restored(self.file, _changing(probed), read(self.file)))
         self.counted, self.counted_batches = int(kept["count"]), kept["batches"]
-        return self.counted
+        means.go_on(self.counted, json.loads(kept["squares"]))
 
     def new(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches that were not counted yet. Raises ValueError if those that were are others now."""
@@ -54,10 +57,11 @@ class Running:
         if given < self.counted:
             raise ValueError(f"{self.folder} holds statistics of {self.counted} batches, {given} were given: {SAME}")
 
-    def keep(self, probed: nnx.Module, count: int) -> None:
+    def keep(self, probed: nnx.Module, means: Means) -> None:
         """Replaces the file. Raises OSError when it cannot be written."""
         entries = {name: plain(name, v.get_value()) for name, v in variables(_changing(probed)).items()}
-        write(self.file, entries, metadata={"of": self.of, "count": str(count), "batches": self.batches})
+        kept = {"of": self.of, "count": str(means.count), "batches": self.batches}
+        write(self.file, entries, metadata=kept | {"squares": json.dumps(means.digests)})
 
 
 SAME = "give the same batches again, in the same order, or another folder"
@@ -79,6 +83,7 @@ def _identity(model: nnx.Module, wanted: Mapping[str, frozenset[str]]) -> str:
 def _chained(before: str, batch: Any) -> str:
     """A digest of all batches so far, from that of those before this one."""
     leaves, tree = jax.tree.flatten(batch)
-    arrays = [to_host("a batch", plain("a batch", leaf)) for leaf in leaves]
+    values = [np.asarray(leaf) if isinstance(leaf, np.generic) else plain("a batch", leaf) for leaf in leaves]
+    arrays = [to_host("a batch", value) for value in values]
     told = [(a.dtype.name, a.shape, sha256(a)) for a in arrays]
     return hashlib.sha256(repr((before, str(tree), told)).encode()).hexdigest()

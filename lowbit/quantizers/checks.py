@@ -10,6 +10,7 @@ from lowbit.array import QuantArray
 
 def positive(importance: jax.Array, dims: tuple[str, str], shape: tuple[int, ...], name: str) -> jax.Array:
     """[*stack, k] or [*stack, n, k]. No weight counts for nothing: it would be anything."""
+    check_importance(importance, f"the importance of {name}")
     stack, k = shape[:-2], shape[dims.index("k") - 2]
     of_inputs = importance.shape[-1:] == (k,) and importance.ndim <= len(stack) + 1
     ends = zip(importance.shape[:-1][::-1], stack[::-1], strict=False)
@@ -23,6 +24,16 @@ def positive(importance: jax.Array, dims: tuple[str, str], shape: tuple[int, ...
     return each if importance.shape == shape else jnp.broadcast_to(each, (*stack, k))
 
 
+def check_importance(importance: jax.Array, what: str) -> None:
+    """Raises ValueError for NaN, inf and negative numbers, which can weigh no error; traced ones are not seen."""
+    bad = (~(jnp.isfinite(importance) & (importance >= 0))).sum()
+    if not isinstance(bad, jax.core.Tracer) and bad:  # traced, also of known arrays, wherever jax.jit traces
+        raise ValueError(
+            f"{what} has {bad} NaN, inf or negative numbers among its {importance.size}: measure it on data for which "
+            "all values of the model are finite"
+        )
+
+
 def check_weight(w: jax.Array, name: str) -> None:
     """Raises TypeError or ValueError for what no quantizer takes; traced values are not seen."""
     dense = "or leave it dense, in a model by a rule with the format None"
@@ -30,10 +41,9 @@ def check_weight(w: jax.Array, name: str) -> None:
         raise TypeError(f"{name} is {w.dtype}{list(w.shape)}: cast it to a floating type, {dense}")
     if w.ndim < 2 or w.size == 0:
         raise ValueError(f"{name} has shape {w.shape}: give a matrix with at least one entry, {dense}")
-    if not isinstance(w, jax.core.Tracer):
-        bad = w.size - int(jnp.isfinite(w).sum())
-        if bad:
-            raise ValueError(f"{name} has {bad} NaN or inf among its {w.size} entries: repair it, {dense}")
+    bad = (~jnp.isfinite(w)).sum()
+    if not isinstance(bad, jax.core.Tracer) and bad:
+        raise ValueError(f"{name} has {bad} NaN or inf among its {w.size} entries: repair it, {dense}")
 
 
 def check_range(array: QuantArray, w: jax.Array, name: str) -> None:

@@ -157,7 +157,8 @@ def quantize_array(
         [*stack, k]; or of w's shape, that of each weight. Only binary-coding solvers, and quantizers with
         `takes_importance = True`, are given it.
 
-    Raises TypeError for a weight that is not floating, ValueError for NaN or inf, or one that is not a matrix.
+    Raises TypeError for a weight that is not floating, ValueError for NaN or inf, one that is not a matrix, or an
+    importance that is NaN, inf, negative or of another shape.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> lb.quantize_array(jnp.ones((256, 4)), lb.bcq(3, group=128)).type

@@ -117,3 +117,55 @@ def test_statistics_of_another_model() -> None:
         match=r"^stats has 'second_moment' of layer 'up' with the shape \(5,\), but the weight's is \(32, 8\): calib",
     ):
         lb.quantize(pair(), BCQ, stats={"up": LayerStats(ones, ones, 1)})
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -1.0], ids=str)
+def test_statistics_that_no_error_can_be_weighed_by(bad: float) -> None:
+    moment = jnp.ones(32).at[3].set(bad)
+    why = "has 1 NaN, inf or negative numbers among its 32: measure it on data for which all values of the model are "
+    with pytest.raises(ValueError, match=f"^'second_moment' of layer 'up' in stats {why}finite$"):
+        lb.quantize(pair(), BCQ, stats={"up": LayerStats(moment, None, 1)})
+    with pytest.raises(ValueError, match=f"^the importance of the weight {why}finite$"):
+        lb.quantize_array(jnp.ones((32, 4)), BCQ, importance=moment)
+
+
+def test_known_weights_and_statistics_within_a_trace() -> None:
+    model, stats = pair(), {"up": LayerStats(jnp.ones(32), None, 1)}
+    abstract = nnx.eval_shape(lambda: lb.quantize(model, {"up": BCQ, "down": None}, stats=stats))
+    assert abstract.up.kernel.type.format == BCQ
+
+
+def test_layers_without_statistics_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = pair()
+    stats = lb.calibrate(model, [rows(8)], up_alone)
+    lb.quantize(model, {"up": BCQ, "down": lb.uniform(4)}, stats=stats)
+    lb.quantize(model, [lb.Rule("**", lb.bcq(1), lb.greedy())])
+    assert caplog.messages == []  # none needed
+    lb.quantize(model, [lb.Rule("**", lb.bcq(1), lb.greedy())], stats=stats)
+    assert caplog.messages == ["lowbit: stats has nothing of down: all their errors weigh the same"]
+
+
+@pytest.mark.parametrize("names", ["second_moment", ("second_moment", "rows")], ids=repr)
+def test_a_quantizer_that_weighs_by_what_is_no_statistic(names: tuple[str, ...]) -> None:
+    rules = [lb.Rule("up", BCQ, lb.alternating(weighs_by=names))]
+    with pytest.raises(
+        ValueError, match=r"^rule 'up': weighs_by=.* must be a tuple of some of second_moment, largest, "
+    ):
+        lb.calibrate(pair(), [rows(8)], up_alone, rules=rules)
+
+
+def test_layers_of_one_name() -> None:
+    model = nnx.Dict({"a/b": nnx.Linear(4, 4, rngs=nnx.Rngs(0)), "a": nnx.Dict(b=nnx.Linear(4, 4, rngs=nnx.Rngs(1)))})
+    for call in (lambda: lb.calibrate(model, []), lambda: lb.quantize(model, BCQ)):
+        with pytest.raises(
+            ValueError, match=r"^two layers are named 'a/b': rename one, so that rules can tell them ap"
+        ):
+            call()
+
+
+def test_no_layer_that_can_be_quantized() -> None:
+    abstract = nnx.eval_shape(pair)
+    with pytest.raises(
+        ValueError, match=r"^there is nothing to calibrate: layer 'down' cannot be quantized: its weight is abstract;"
+    ):
+        lb.calibrate(abstract, [rows(8)], up_alone)

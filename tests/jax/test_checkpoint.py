@@ -139,6 +139,16 @@ def test_numbers_stay_numbers(path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("stored", "want"), [(1.5, 3), (2, True), (1j, 1.0), (float("nan"), 1)], ids=repr)
+def test_numbers_of_another_type(path: Path, stored: Any, want: Any) -> None:
+    lb.save(nnx.Dict(step=nnx.Variable(stored)), path)
+    dtype = np.asarray(stored).dtype
+    refused(
+        f"{path}: 'step' is stored as {dtype}[], but the model's is {want!r}",
+        lambda: lb.load(path, into=nnx.Dict(step=nnx.Variable(want))),
+    )
+
+
 @pytest.mark.parametrize("impl", [None, "rbg"])
 def test_random_keys_go_on_where_they_were(path: Path, impl: str | None) -> None:
     def make() -> Dropped:

@@ -71,3 +71,19 @@ def test_models_that_run_other_layers() -> None:
 def test_what_is_no_model() -> None:
     with pytest.raises(TypeError, match=r"^cannot compare with a dict: give an nnx\.Module$"):
         lb.compare(pair(), {}, inputs(3, 16))  # type: ignore[arg-type]
+
+
+def test_outputs_of_other_shapes_or_of_no_array() -> None:
+    one, two = (nnx.Linear(16, n, rngs=nnx.Rngs(0)) for n in (1, 8))
+    with pytest.raises(
+        ValueError, match=r"^'' gives the shape \(3, 1\) in one model, \(3, 8\) in the other: compare like models$"
+    ):
+        lb.compare(one, two, inputs(3, 16))
+    with pytest.raises(TypeError, match=r"^the models return a tuple: give call=, a function that returns one array$"):
+        lb.compare(one, one, inputs(3, 16), lambda m, x: (m(x), x))
+
+
+def test_an_abstract_model() -> None:
+    q = lb.quantize(pair(), fast(BCQ))
+    with pytest.raises(ValueError, match=r"^cannot compare with an abstract model, as 'down/kernel' is: load or quan"):
+        lb.compare(pair(), nnx.eval_shape(lambda: q), inputs(3, 16), both)

@@ -17,8 +17,8 @@ from lowbit.nn import LayerStats
 from lowbit.nn.calibrate import _probed, _wanted
 from lowbit.nn.gradients import Means, differentiated
 from lowbit.nn.importance import importance
+from lowbit.nn.kinds import layers
 from lowbit.nn.probe import probes
-from lowbit.nn.quantize import layers
 from tests.models import Shared
 
 FISHER = lb.alternating(weighs_by=("gradient_square",))
@@ -292,8 +292,22 @@ def test_a_stopped_calibration_ends_with_the_same_bits(tmp_path: Path, monkeypat
         "calibration.safetensors", *(f"gradient_square-{i}-{turn}.npy" for i in (0, 1) for turn in (0, 1))
     ]  # fmt: skip
     for square in tmp_path.glob("gradient_square-*"):
+        whole_file = square.read_bytes()
+        square.write_bytes(whole_file[:-1] + bytes([whole_file[-1] ^ 1]))
+    with pytest.raises(lb.CheckpointError, match=r"gradient_square-0-0.npy is damaged: delete its folder and calibr"):
+        lb.calibrate(Stateful(), data, resume=tmp_path, **EVERYTHING)
+    for square in tmp_path.glob("gradient_square-*"):
         square.write_bytes(square.read_bytes()[:-1])
     with pytest.raises(
         lb.CheckpointError, match=r"gradient_square-0-0.npy cannot be read \(.*\): delete its folder and"
     ):
         lb.calibrate(Stateful(), data, resume=tmp_path, **EVERYTHING)
+
+
+def test_a_batch_with_a_number_and_a_folder_of_another_file(tmp_path: Path) -> None:
+    model, batch = nnx.Linear(4, 2, rngs=nnx.Rngs(0)), (jnp.ones((3, 4)), np.float32(2))
+    stats = lb.calibrate(model, [batch], lambda m, b: m(b[0] * b[1]), resume=tmp_path)
+    assert stats[""].second_moment.tolist() == [4.0] * 4
+    lb.save(model, tmp_path / "calibration.safetensors")
+    with pytest.raises(ValueError, match=f"^{tmp_path} holds statistics of another model or other statistics: give an"):
+        lb.calibrate(model, [batch], resume=tmp_path)
