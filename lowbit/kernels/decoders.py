@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from lowbit.ir.build import const, contract, merge, param, split
-from lowbit.ir.expr import Concat, Expr, Gather, Slice, Unpack
+from lowbit.ir.expr import Concat, Expr, Slice, Unpack
 from lowbit.kernels.alu import AND, AND_OR, AND_XOR, SELECT, XOR, Alu, Half, Register
 from lowbit.kernels.tables import Builder, is_odd
 from lowbit.passes.scalar import Scalar, number, plus
@@ -30,9 +30,11 @@ class Decoder(Protocol):
     """One way to decode: `bits` words a lane and tile."""
 
     bits: int
+    meaning: tuple[int, ...]
+    """What a stored code stands for."""
 
     def codes(self) -> Expr:
-        """The codes [n, k] of a tile, as a term over its words u32 [word, warp, r, q]."""
+        """The stored codes [n, k] of a tile, as a term over its words u32 [word, warp, r, q]."""
 
     def table(self, builder: Builder, entries: Sequence[Scalar]) -> Table:
         """The registers in which a row's weights of one group are looked up."""
@@ -45,6 +47,7 @@ class OneBit:
     """Two values: the bit, spread over a half, picks one. Of +a and -a it is the sign."""
 
     bits = 1
+    meaning = tuple(range(2))
 
     def codes(self) -> Expr:
         return _tile(_of_registers(_bits(1, 0)))
@@ -67,6 +70,7 @@ class TwoBits:
     """Four values: one permute finishes a pair of weights, its selector made by one multiplication for four."""
 
     bits = 2
+    meaning = tuple(range(4))
 
     def codes(self) -> Expr:
         code = split(Unpack(split(_words(2), "word", h=2), 2, "f", 16), "f", j0=2, e=2, jj=2, j1=2)
@@ -91,6 +95,7 @@ class ThreeBits:
     """Eight values: a permute looks up one byte of four weights."""
 
     bits = 3
+    meaning = tuple(range(8))
 
     def codes(self) -> Expr:
         return _tile(_selectors(_words(3)))
@@ -114,12 +119,11 @@ class SignedTable:
     """Sixteen values, half of them the negatives of the others: a table of eight, and a sign."""
 
     bits = 4
+    meaning = (*range(8, 16), *range(7, -1, -1))
+    """With the sign: the code whose weight is the negative."""
 
     def codes(self) -> Expr:
-        sign = _of_registers(_bits(4, 3))
-        low = _selectors(Slice(_words(4), "word", 0, 3))
-        meaning = [*range(8, 16), *range(7, -1, -1)]  # with the sign: the code whose weight is the negative
-        return _tile(Gather(const(meaning, "i32", "c"), low + sign * 8, "c"))
+        return _tile(_selectors(Slice(_words(4), "word", 0, 3)) + _of_registers(_bits(4, 3)) * 8)
 
     def table(self, builder: Builder, entries: Sequence[Scalar]) -> Table:
         return builder.eight(entries[8:])
@@ -133,6 +137,7 @@ class TwoTables:
     """Any sixteen values: two tables of eight, and the fourth bit picks one, spread over the bytes of the look-ups."""
 
     bits = 4
+    meaning = tuple(range(16))
 
     def codes(self) -> Expr:
         fourth = split(_bits(4, 3), "f", j0=2, e=2, h=2, jj=2, j1=2)
@@ -159,6 +164,7 @@ class ScaledIntegers:
     """scale (code + zero): a code set into the low bits of a half is an integer there, and only the scaling rounds."""
 
     bits = 4
+    meaning = tuple(range(16))
 
     def __init__(self, scale: Scalar, zero: Scalar) -> None:
         self.scale, self.zero = scale, zero
