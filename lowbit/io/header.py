@@ -22,11 +22,12 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lowbit.array import QuantArray, type_from_json, type_to_json
+from lowbit.array import QuantArray
 from lowbit.io.error import AGAIN, CheckpointError
 from lowbit.io.tensors import DTYPES, Array, encode, sha256, to_host
 from lowbit.ir.parse import parse
 from lowbit.ir.text import text
+from lowbit.quant_type import type_from_json, type_to_json
 
 VERSION = 1
 KEY = "lowbit"

@@ -17,7 +17,8 @@ Half = Literal["f16", "bf16"]
 HalfOp = Literal["add", "mul", "fma"]
 AND, OR, XOR = 0xC0, 0xFC, 0x3C
 AND_OR, AND_XOR, SELECT = 0xEA, 0x6A, 0xCA
-"""Truth tables of `lop3` over a = 0xF0, b = 0xCC, c = 0xAA: a & b, a | b, a ^ b; (a & b) | c, (a & b) ^ c, a ? b : c."""
+"""Truth tables of `lop3` over a = 0xF0, b = 0xCC, c = 0xAA: a & b, a | b, a ^ b; (a & b) | c, (a & b) ^ c,
+a ? b : c."""
 
 
 class Alu(Protocol):
@@ -94,7 +95,7 @@ class NumpyAlu:
         return _bits(x + y if op == "add" else x - y if op == "sub" else x * y)
 
     def number(self, value: float) -> Register:
-        return _bits(np.float32([value]))
+        return _bits(np.array([value], np.float32))
 
     def widen(self, a: Register, dtype: str) -> Register:
         if dtype == "f32":

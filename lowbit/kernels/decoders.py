@@ -61,8 +61,10 @@ class OneBit:
         for at in range(16):
             bit = alu.shl(words[0], 15 - at)
             zero, *difference = tables[at % 2][at // 8]
-            mask = (alu.prmt(bit, 0, 0xBB99), difference[0]) if difference else (bit, 0x80008000)
-            out.append(alu.lop3(*mask, zero, AND_XOR))
+            if difference:
+                out.append(alu.lop3(alu.prmt(bit, 0, 0xBB99), difference[0], zero, AND_XOR))
+            else:
+                out.append(alu.lop3(bit, 0x80008000, zero, AND_XOR))
         return out
 
 

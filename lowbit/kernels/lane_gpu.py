@@ -5,11 +5,9 @@ Instructions are written out where the compiler would otherwise use two for one,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
@@ -30,7 +28,7 @@ def i32() -> Any:
 
 
 def constant(value: int) -> Any:
-    return arith.constant(i32(), ir.IntegerAttr.get(i32(), value if value < 1 << 31 else value - (1 << 32)))
+    return utils.c(value if value < 1 << 31 else value - (1 << 32), i32())
 
 
 def ptx(code: str, *operands: Register | int) -> Register:
@@ -91,7 +89,7 @@ class GpuAlu:
 
 
 def in_registers(program: Program, words: jax.Array, *stored: jax.Array) -> jax.Array:
-    """The stage [ROWS, STAGE] of weights in WGMMA's layout; operands as for `lanes.in_numpy`, in WORDS and ROW layouts."""
+    """The stage [ROWS, STAGE] of weights in WGMMA's layout; operands as for `lanes.in_numpy`, in WORDS and ROW."""
     out = plgpu.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind], layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(WORDS[program.words], *(ROW for _ in stored)), return_type=out)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lowbit.kernels.alu import HALVES, Alu, Half, NumpyAlu, Register
-from lowbit.kernels.decoders import COLUMNS, ROWS, RUN, Decoder
+from lowbit.kernels.decoders import COLUMNS, ROWS, RUN, Decoder, Table
 from lowbit.kernels.pick import pick
 from lowbit.kernels.tables import Builder
 from lowbit.passes.pointwise import Pointwise
@@ -58,9 +58,9 @@ class Program:
           words: of the lane.
           stored: for each of `inputs`, its value for the lane's two rows.
         """
-        tables: dict[tuple[int, ...], list[Sequence[Register]]] = {}
+        tables: dict[tuple[int, ...], list[Table]] = {}
 
-        def tables_at(column: int) -> list[Sequence[Register]]:
+        def tables_at(column: int) -> list[Table]:
             groups = tuple(column * groups_of(e) // STAGE for e in self.weights.parameters)
             if groups not in tables:
                 tables[groups] = [self._table(alu, h, groups, stored) for h in range(2)]
@@ -74,7 +74,7 @@ class Program:
             out += self.decoder.halves(alu, self.kind, words[tile * bits : (tile + 1) * bits], by_half)
         return out
 
-    def _table(self, alu: Alu, h: int, groups: Sequence[int], stored: Sequence[Sequence[Register]]) -> Sequence[Register]:
+    def _table(self, alu: Alu, h: int, groups: Sequence[int], stored: Sequence[Sequence[Register]]) -> Table:
         chosen = dict(zip(self.weights.parameters, groups, strict=True))
         held = {e: reg[h] for (e, g), reg in zip(self.inputs, stored, strict=True) if chosen[e] == g}
         return self.decoder.table(Builder(alu, self.kind, held), self.weights.entries)

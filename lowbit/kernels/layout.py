@@ -24,7 +24,6 @@ from lowbit.kernels.decoders import COLUMNS, ROWS, Decoder
 from lowbit.kernels.lanes import LANES, STAGE
 from lowbit.kernels.pick import pick
 from lowbit.passes.pointwise import Pointwise, UnsuitableError, code_width, pointwise
-from lowbit.passes.relayout import bit_positions
 from lowbit.passes.scalar import Element
 
 WORDS = "words"

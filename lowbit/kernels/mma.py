@@ -17,14 +17,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lowbit.kernels.alu import HALVES
 from lowbit.kernels.decoders import ROWS
 from lowbit.kernels.lanes import LANES, STAGE, Program, groups_of
+from lowbit.kernels.layout import WARPGROUPS
 from lowbit.kernels.verbs import Gpu, Verbs
 from lowbit.passes.scalar import Element
 
-WARPGROUPS = 2
-"""That compute: they share x, and one decodes while the other multiplies."""
+COLUMNS_A_BLOCK = 128
+"""Rows of x that a block multiplies at most."""
 SMS = 132
 SHARED = 200 << 10
 """Bytes of shared memory for the pipeline's buffers."""
@@ -50,7 +50,7 @@ class Tuning:
     """Parameters of the schedule.
 
     Attributes:
-      columns: rows of x a block, a multiple of 8, at most 128.
+      columns: rows of x a block, a multiple of 8, at most COLUMNS_A_BLOCK.
       parts: of k.
       depth: stages in flight.
     """
@@ -62,7 +62,7 @@ class Tuning:
 
 def tuning(shape: Shape, program: Program) -> Tuning:
     """Enough blocks for every SM, and as many stages in flight as fit."""
-    columns = min(shape.m, 128)
+    columns = min(shape.m, COLUMNS_A_BLOCK)
     blocks = shape.rows // WARPGROUPS * ceil(shape.m / columns)
     most = max(1, shape.stages // 4)
     parts = min(most, max(1, SMS // blocks))
@@ -136,10 +136,8 @@ class _Schedule:
 
     def specs(self, row: jax.Array, first: jax.Array, column: jax.Array) -> list[plgpu.BlockSpec]:
         """What a step fetches."""
-        swizzle = plgpu.SwizzleTransform(128)
-        x = plgpu.BlockSpec(
-            (self.tuned.columns, STAGE), lambda k: (column, first + k), transforms=(plgpu.TilingTransform((8, 64)), swizzle)
-        )  # fmt: skip
+        swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        x = plgpu.BlockSpec((self.tuned.columns, STAGE), lambda k: (column, first + k), transforms=swizzled)
         words = plgpu.BlockSpec((WARPGROUPS, 1, self.program.words, LANES), lambda k: (row, first + k, 0, 0))
         return [words, *(self.parameter_spec(e, row, first) for e in self.leaves.values()), x]
 

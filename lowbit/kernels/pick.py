@@ -13,13 +13,7 @@ LARGEST_ZERO = 240
 
 
 def pick(weights: Pointwise) -> Decoder:
-    """The decoder with the fewest instructions.
-
-    >>> import lowbit as lb
-    >>> from lowbit.passes.pointwise import pointwise
-    >>> type(pick(pointwise(lb.bcq(4, group=32).decode(64, 64)))).__name__
-    'SignedTable'
-    """
+    """The decoder with the fewest instructions."""
     if weights.bits < 4:
         return (OneBit, TwoBits, ThreeBits)[weights.bits - 1]()
     if (affine := scaled_integers(weights)) is not None:

@@ -51,7 +51,7 @@ class Gpu:
             run(acc)
             return acc[...]
 
-        out[...] = pl.run_scoped(scoped, plgpu.ACC(out.shape, jnp.float32))
+        out[...] = pl.run_scoped(scoped, plgpu.ACC(out.shape, jnp.float32))  # type: ignore[attr-defined]
 
     def words(self, ref: Ref, program: Program) -> jax.Array:
         return load(ref, layout=WORDS[program.words])

@@ -138,7 +138,8 @@ class _Reader:
         if not e.varies[1] or e.span % GRAIN == 0:
             return 1, e
         if is_float(e.leaf.dtype):
-            raise UnsuitableError(f"{e.leaf.name!r} has its own value for every {e.span} inputs, not for {GRAIN} or more")
+            few = f"every {e.span} inputs, not for a multiple of {GRAIN}"
+            raise UnsuitableError(f"{e.leaf.name!r} has a value for {few}")
         code_width(e)
         self.codes[e] = None
         return number(self.assigned.get(e, 0))

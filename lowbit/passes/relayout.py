@@ -23,7 +23,7 @@ Positions = np.ndarray[Any, np.dtype[np.int64]]
 
 @lru_cache(maxsize=64)
 def bit_positions(prefix: Expr, width: int) -> Positions:
-    """Where each bit of each code is: positions [*codes, width], counted through the one leaf of `prefix`, word by word.
+    """Where each bit of each code is: positions [*codes, width], counted through the words of the one leaf of `prefix`.
 
     Raises ValueError unless every bit of a word is one bit of one code.
 

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lowbit.array import QuantArray, QuantType
+from lowbit.array import QuantArray
 from lowbit.formats.format import Format
 from lowbit.nn import kernels
 from lowbit.passes.pipeline import PIPELINES
 from lowbit.planning import LoweringError, plan, watching
+from lowbit.quant_type import QuantType
 from lowbit.quantizers.quantizer import Quantizer, has_default
 from lowbit.testing import checks
 

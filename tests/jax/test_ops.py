@@ -10,7 +10,7 @@ import pytest
 
 import lowbit as lb
 from lowbit import ops
-from lowbit.array import QuantArray, QuantType
+from lowbit.array import QuantArray
 from lowbit.formats import Format
 from lowbit.ir import Concat, Merge, const, param, params, slice_, transpose
 from lowbit.ir.dtypes import numpy_dtype, short
@@ -19,6 +19,7 @@ from lowbit.passes import choose
 from lowbit.passes.choose import TIE
 from lowbit.passes.lower_xla import emit
 from lowbit.planning import MACHINES
+from lowbit.quant_type import QuantType
 from lowbit.testing.checks import check_gradients, check_product, product_term, stored
 from lowbit.testing.tolerance import assert_within, exact_and_bound, gamma, rounded, tiny
 from tests.terms import environment

@@ -1,0 +1,26 @@
+"""Which devices run the kernels."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from absl import logging
+
+
+def is_hopper(device: Any) -> bool:
+    """Whether it has compute capability 9.0, the only one with WGMMA; of another GPU says once that it has not."""
+    if device.platform != "gpu":
+        return False
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if capability != "9.0":
+        _warn(device.device_kind, capability)
+    return capability == "9.0"
+
+
+@lru_cache(maxsize=64)
+def _warn(kind: str, capability: str) -> None:
+    logging.warning(
+        "%s has compute capability %s: lowbit's kernels are for 9.0 exactly, so products run as XLA makes them",
+        kind, capability,
+    )  # fmt: skip
