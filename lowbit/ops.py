@@ -19,6 +19,7 @@ from lowbit.dispatch import by_platform
 from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.ir.expr import Const, Expr
 from lowbit.ir.walk import topo
+from lowbit.kernels.decoders import ROWS
 from lowbit.kernels.layout import layout
 from lowbit.passes.choose import Form
 from lowbit.passes.lower_xla import align, emit
@@ -143,8 +144,7 @@ def take(w: QuantArray, ids: jax.Array) -> jax.Array:
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"ids are {ids.dtype}[{', '.join(map(str, ids.shape))}]; rows are taken by integer ids")
-    w = own(expect_array(w, "take"))
-    sizes = dict(w.type.dims)
+    sizes = dict(expect_array(w, "take").type.dims)
     if w.stack:
         raise ValueError(f"w is a stack {list(w.stack)} of {w.type}: take rows of one table, or use jax.vmap or scan")
     if ids.size == 0:
@@ -160,6 +160,8 @@ def take(w: QuantArray, ids: jax.Array) -> jax.Array:
 
 def _rows(w: QuantArray, ids: jax.Array) -> jax.Array:
     """Rows [ids, k] of the decode; ids out of range give any row."""
+    if w.type.layout != "own":
+        return jax.vmap(partial(_row_of_tile, w))(ids)
     decode = w.type.decode
     if not all(keeps(e, "n") and not (isinstance(e, Const) and "n" in e.dims) for e in topo(decode)):
         whole = align(emit(decode, w.fields), decode.dims, {d: decode.dims[d] for d in ("n", "k")})
@@ -171,6 +173,13 @@ def _rows(w: QuantArray, ids: jax.Array) -> jax.Array:
         for name, leaf in w.type.fields.items()
     }  # fmt: skip
     return align(emit(few, fields), few.dims, {"n": ids.size, "k": few.dims["k"]})
+
+
+def _row_of_tile(w: QuantArray, row: jax.Array) -> jax.Array:
+    """A row [k] of an array in the kernels' layout: its tile alone is brought back."""
+    tile = {name: jax.lax.dynamic_index_in_dim(a, row // ROWS, keepdims=True) for name, a in w.fields.items()}
+    size = min(ROWS, dict(w.type.dims)["n"])
+    return _rows(own(QuantArray(tile, w.type.resized(n=size))), (row % ROWS)[None])[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
