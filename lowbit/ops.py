@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit.array import QuantArray, expect_array, over_stack, own
+from lowbit.array import QuantArray, dequantize, expect_array, over_stack, own
 from lowbit.devices import is_hopper
 from lowbit.dispatch import by_platform
 from lowbit.ir.dtypes import numpy_dtype, short
@@ -191,11 +191,20 @@ def _matmul(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Arr
 
 @partial(jax.jit, static_argnums=0)
 def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
-    """By the term, in whatever layout the fields are."""
-    w = own(QuantArray(fields, t))
-    choice = planned(x.shape[0], t, short(x.dtype), jax.default_backend()).choice(FORCED.value)
-    term = choice.term if isinstance(choice, Form) else planned(x.shape[0], t, short(x.dtype), "gpu").term
-    return _emit_in_order(term, {**w.fields, "x": x}, ("m", "n"), x.dtype)
+    """As XLA compiles it, in whatever layout the fields are."""
+    planned_here = planned(x.shape[0], t, short(x.dtype), jax.default_backend())
+    choice = planned_here.choice(FORCED.value)
+    if choice.name == "dense":
+        return _dense(t, x, fields)
+    term = choice.term if isinstance(choice, Form) else planned_here.term
+    return _emit_in_order(term, {**own(QuantArray(fields, t)).fields, "x": x}, ("m", "n"), x.dtype)
+
+
+def _dense(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """The weight decoded to x's dtype, then one product."""
+    w = dequantize(QuantArray(fields, t)).astype(x.dtype)
+    axis = [dim for dim, _ in t.dims].index("k")
+    return jax.lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -209,7 +218,8 @@ def _laid_out(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.A
     by_term = partial(_forward, t)
     if isinstance(choice, Form):
         return by_term(x, fields)
-    return by_platform(partial(_by_kernel, t), by_term, x, fields)
+    cuda = partial(_by_kernel if choice.name == "mma" else _dense, t)
+    return by_platform(cuda, by_term, x, fields)
 
 
 def _by_kernel(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
