@@ -50,7 +50,7 @@ def _lower_cuda(ctx: Any, *args: Any, cuda: ClosedJaxpr, default: ClosedJaxpr) -
 
 
 def _batched(args: Any, dims: Any, *, cuda: ClosedJaxpr, default: ClosedJaxpr) -> Any:
-    moving = [d is not batching.not_mapped for d in dims]
+    moving = [d is not None for d in dims]
     first = [jax.numpy.moveaxis(a, d, 0) if m else a for a, d, m in zip(args, dims, moving, strict=True)]
 
     def one_by_one(*args: Any) -> Any:

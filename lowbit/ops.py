@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit.array import QuantArray, expect_array, over_stack, own
+from lowbit.array import QuantArray, dequantize, expect_array, over_stack, own
 from lowbit.devices import is_hopper
 from lowbit.dispatch import by_platform
 from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.ir.expr import Const, Expr
 from lowbit.ir.walk import topo
+from lowbit.kernels.decoders import ROWS
 from lowbit.kernels.layout import layout
 from lowbit.passes.choose import Form
 from lowbit.passes.lower_xla import align, emit
@@ -143,8 +144,7 @@ def take(w: QuantArray, ids: jax.Array) -> jax.Array:
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"ids are {ids.dtype}[{', '.join(map(str, ids.shape))}]; rows are taken by integer ids")
-    w = own(expect_array(w, "take"))
-    sizes = dict(w.type.dims)
+    sizes = dict(expect_array(w, "take").type.dims)
     if w.stack:
         raise ValueError(f"w is a stack {list(w.stack)} of {w.type}: take rows of one table, or use jax.vmap or scan")
     if ids.size == 0:
@@ -160,6 +160,8 @@ def take(w: QuantArray, ids: jax.Array) -> jax.Array:
 
 def _rows(w: QuantArray, ids: jax.Array) -> jax.Array:
     """Rows [ids, k] of the decode; ids out of range give any row."""
+    if w.type.layout != "own":
+        return jax.vmap(partial(_row_of_tile, w))(ids)
     decode = w.type.decode
     if not all(keeps(e, "n") and not (isinstance(e, Const) and "n" in e.dims) for e in topo(decode)):
         whole = align(emit(decode, w.fields), decode.dims, {d: decode.dims[d] for d in ("n", "k")})
@@ -173,6 +175,13 @@ def _rows(w: QuantArray, ids: jax.Array) -> jax.Array:
     return align(emit(few, fields), few.dims, {"n": ids.size, "k": few.dims["k"]})
 
 
+def _row_of_tile(w: QuantArray, row: jax.Array) -> jax.Array:
+    """A row [k] of an array in the kernels' layout: its tile alone is brought back."""
+    tile = {name: jax.lax.dynamic_index_in_dim(a, row // ROWS, keepdims=True) for name, a in w.fields.items()}
+    size = min(ROWS, dict(w.type.dims)["n"])
+    return _rows(own(QuantArray(tile, w.type.resized(n=size))), (row % ROWS)[None])[0]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
     if t.layout == "own":
@@ -182,11 +191,20 @@ def _matmul(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Arr
 
 @partial(jax.jit, static_argnums=0)
 def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
-    """By the term, in whatever layout the fields are."""
-    w = own(QuantArray(fields, t))
-    choice = planned(x.shape[0], t, short(x.dtype), jax.default_backend()).choice(FORCED.value)
-    term = choice.term if isinstance(choice, Form) else planned(x.shape[0], t, short(x.dtype), "gpu").term
-    return _emit_in_order(term, {**w.fields, "x": x}, ("m", "n"), x.dtype)
+    """As XLA compiles it, in whatever layout the fields are."""
+    planned_here = planned(x.shape[0], t, short(x.dtype), jax.default_backend())
+    choice = planned_here.choice(FORCED.value)
+    if choice.name == "dense":
+        return _dense(t, x, fields)
+    term = choice.term if isinstance(choice, Form) else planned_here.term
+    return _emit_in_order(term, {**own(QuantArray(fields, t)).fields, "x": x}, ("m", "n"), x.dtype)
+
+
+def _dense(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """The weight decoded to x's dtype, then one product."""
+    w = dequantize(QuantArray(fields, t)).astype(x.dtype)
+    axis = [dim for dim, _ in t.dims].index("k")
+    return jax.lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -200,7 +218,8 @@ def _laid_out(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.A
     by_term = partial(_forward, t)
     if isinstance(choice, Form):
         return by_term(x, fields)
-    return by_platform(partial(_by_kernel, t), by_term, x, fields)
+    cuda = partial(_by_kernel if choice.name == "mma" else _dense, t)
+    return by_platform(cuda, by_term, x, fields)
 
 
 def _by_kernel(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:

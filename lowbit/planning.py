@@ -18,7 +18,7 @@ from lowbit.ir.dtypes import short
 from lowbit.ir.expr import Expr, Param
 from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params
-from lowbit.kernels.choice import KERNELS, KernelChoice, choice_of_mma
+from lowbit.kernels.choice import KERNELS, KernelChoice, kernel_choices, restoring
 from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.pipeline import PIPELINES
 from lowbit.passes.style import Style
@@ -37,9 +37,6 @@ MACHINES = {
     "tpu": Machine("tpu", 6e-4, 5e-6, 2e-4, 2e-3, 2e-4, 0.5, 5, 5, 1 << 15, Style(vectors_as_loops=True)),
 }
 """Coarse costs by platform: for a CPU fitted to times on 2 cores, for the others estimates, not yet measured."""
-
-RESTORING_LAUNCHES = 25_000.0
-"""Nanoseconds: of what brings an array back into its format's own layout."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Plan:
     @property
     def choices(self) -> tuple[Form | KernelChoice, ...]:
         """What can run: the forms in their order, kernels where they are cheaper."""
-        kernels = [k for k in self.kernels if k.refused is None]
+        kernels = sorted((k for k in self.kernels if k.refused is None), key=lambda k: k.nanoseconds)
         cheaper = [k for k in kernels if k.nanoseconds < self.forms[0].nanoseconds]
         return (*cheaper, *self.forms, *(k for k in kernels if k not in cheaper))
 
@@ -183,15 +180,11 @@ def machine_of(platform: str) -> Machine:
 def planned(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
     machine = machine_of(platform)
     made = forms(_product(m, t, dtype), machine)
-    kernel = choice_of_mma(m, t.decode, t.bits // 8, t.layout, dtype, machine.name)
-    if t.layout != "own":  # the forms take the format's own layout, and it is made first
-        made = tuple(replace(f, nanoseconds=f.nanoseconds + restoring(t, machine)) for f in made)
-    return Plan(f"x[{m}, k] @ {t}", machine.name, made, (kernel,))
-
-
-def restoring(t: QuantType, machine: Machine) -> float:
-    """Nanoseconds to bring an array back into its format's own layout: a few loops that unpack codes to bytes."""
-    return RESTORING_LAUNCHES + (4 * prod(t.shape) + t.bits / 2) * machine.byte
+    stored = t.bits // 8
+    before = restoring(prod(t.shape), stored, t.layout)  # the forms take the format's own layout
+    made = tuple(replace(f, nanoseconds=f.nanoseconds + before) for f in made)
+    kernels = kernel_choices(m, t.decode, stored, t.layout, dtype, machine.name)
+    return Plan(f"x[{m}, k] @ {t}", machine.name, made, kernels)
 
 
 def _product(m: int, t: QuantType, dtype: Any) -> Expr:

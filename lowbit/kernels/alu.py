@@ -33,7 +33,12 @@ class Alu(Protocol):
     def prmt(self, a: Register | int, b: Register | int, selector: Register | int) -> Register:
         """Four bytes of a (0 to 3) and b (4 to 7), by the nibbles of the selector; bit 3 replicates the byte's sign."""
 
-    def mad(self, a: Register, b: int, c: int) -> Register: ...
+    def mad(self, a: Register, b: int, c: int) -> Register:
+        """a b + c, the low 32 bits."""
+
+    def mad_high(self, a: Register, b: int, c: int) -> Register:
+        """The high 32 bits of a b, plus c."""
+
     def half2(self, op: HalfOp, kind: Half, *operands: Register | int) -> Register:
         """Two halves at once, a + b, a b or a b + c, rounded to nearest even."""
 
@@ -82,6 +87,9 @@ class NumpyAlu:
 
     def mad(self, a: Register, b: int, c: int) -> Register:
         return a * np.uint32(b) + np.uint32(c)
+
+    def mad_high(self, a: Register, b: int, c: int) -> Register:
+        return (a.astype(np.uint64) * np.uint64(b) >> np.uint64(32)).astype(np.uint32) + np.uint32(c)
 
     def half2(self, op: HalfOp, kind: Half, *operands: Register | int) -> Register:
         # float32 holds products of halves, and the integers that programs add, exactly: rounding happens once.

@@ -34,11 +34,14 @@ def arrange(to: Layout, fields: Fields) -> dict[str, jax.Array]:
 
 
 def restore(of: Layout, fields: Fields) -> dict[str, jax.Array]:
-    """The inverse: fields in the kernels' layout as the format stores them. Differentiable in the parameters."""
+    """The inverse: fields in the kernels' layout as the format stores them. Differentiable in the parameters.
+
+    Tiles beyond the rows of `of` may be missing.
+    """
     out = {name: _untiled(of, name, fields[name]) for name in of.leaves}
     codes = jax.lax.map(partial(_entries, of), fields[WORDS], batch_size=AT_ONCE)
     for name, rows in codes.items():
-        out[name] = _in_place(of, name, rows.reshape(of.tiles * ROWS, -1)[: of.n])
+        out[name] = _in_place(of, name, rows.reshape(len(rows) * ROWS, -1)[: of.n])
     return out
 
 
@@ -71,7 +74,7 @@ def _tiled(to: Layout, name: str, a: jax.Array) -> jax.Array:
 
 
 def _untiled(of: Layout, name: str, a: jax.Array) -> jax.Array:
-    rows = a.transpose(0, 3, 1, 2).reshape(of.tiles * ROWS, -1)[: of.n]
+    rows = a.transpose(0, 3, 1, 2).reshape(len(a) * ROWS, -1)[: of.n]
     return _in_place(of, name, rows[:, of.homes[name]])
 
 

@@ -86,8 +86,12 @@ class TwoBits:
         for h in range(2):
             for t in range(4):
                 low, high = tables[h][t // 2]
-                codes = alu.lop3(alu.shr(words[h], 2 * t), 0x03030303, 0, AND)
-                selector = alu.mad(codes, 0x11, 0x40404040)  # for each code c the nibbles c and c + 4
+                # For each code c the nibbles c and c + 4: from bits 0 and 1 of a byte, or from 6 and 7.
+                if t == 0:
+                    selector = alu.mad(alu.lop3(words[h], 0x03030303, 0, AND), 0x11, 0x40404040)
+                else:
+                    codes = alu.lop3(alu.shl(words[h], 6 - 2 * t), 0xC0C0C0C0, 0, AND)
+                    selector = alu.mad_high(codes, 0x11 << 26, 0x40404040)
                 out[4 * t + h] = alu.prmt(low, high, selector)
                 out[4 * t + 2 + h] = alu.prmt(low, high, alu.high_half(selector))
         return out

@@ -41,9 +41,16 @@ class GpuAlu:
     """The reading as PTX."""
 
     def __init__(self) -> None:
-        # 2^16, in a way that the assembler cannot see: by a constant it would make the multiplication a shift again.
-        code = "{ .reg .b32 t; mov.u32 t, %dynamic_smem_size; shr.u32 t, t, 31; add.u32 $0, t, 65536; }"
-        self.two_to_16 = ptx(code)
+        # Zero, but the assembler cannot see it: a constant would be moved again for every use, and multiplying by a
+        # power of two would become a shift.
+        self.zero = ptx("{ .reg .b32 t; mov.u32 t, %dynamic_smem_size; shr.u32 $0, t, 31; }")
+        self.held: dict[int, Register] = {}
+
+    def register(self, value: int) -> Register:
+        """A constant that stays in a register."""
+        if value not in self.held:
+            self.held[value] = ptx("add.u32 $0, $1, $2;", self.zero, value)
+        return self.held[value]
 
     def shl(self, a: Register, n: int) -> Register:
         return arith.shli(a, constant(n)) if n else a
@@ -52,7 +59,7 @@ class GpuAlu:
         return arith.shrui(a, constant(n)) if n else a
 
     def high_half(self, a: Register) -> Register:
-        return ptx("mul.hi.u32 $0, $1, $2;", a, self.two_to_16)
+        return ptx("mul.hi.u32 $0, $1, $2;", a, self.register(1 << 16))
 
     def lop3(self, a: Register, b: Register | int, c: Register | int, table: int) -> Register:
         return ptx(f"lop3.b32 $0, $1, $2, $3, {table};", a, b, c)
@@ -62,6 +69,9 @@ class GpuAlu:
 
     def mad(self, a: Register, b: int, c: int) -> Register:
         return ptx("mad.lo.u32 $0, $1, $2, $3;", a, b, c)
+
+    def mad_high(self, a: Register, b: int, c: int) -> Register:
+        return ptx("mad.hi.u32 $0, $1, $2, $3;", a, b, self.register(c))
 
     def half2(self, op: HalfOp, kind: Half, *operands: Register | int) -> Register:
         places = ", ".join(f"${i + 1}" for i in range(len(operands)))

@@ -23,11 +23,14 @@ from lowbit.kernels.layout import WARPGROUPS
 from lowbit.kernels.verbs import Gpu, Verbs
 from lowbit.passes.scalar import Element
 
-COLUMNS_A_BLOCK = 128
+COLUMNS_A_BLOCK = 64
 """Rows of x that a block multiplies at most."""
 SMS = 132
-SHARED = 200 << 10
-"""Bytes of shared memory for the pipeline's buffers."""
+MOST_DEEP = 8
+SHARED = 224 << 10
+"""Bytes of shared memory for buffers; barriers take the rest."""
+ALIGNED = 1024
+"""Bytes that a buffer begins at a multiple of."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,10 @@ def tuning(shape: Shape, program: Program) -> Tuning:
     parts = min(most, max(1, SMS // blocks))
     while shape.stages % parts:
         parts -= 1
-    stage = columns * STAGE * 2 + WARPGROUPS * (program.words * LANES * 4 + len(program.inputs) * ROWS * 4)
-    return Tuning(columns, parts, max(2, min(6, SHARED // stage, shape.stages // parts)))
+    staging = 4 * WARPGROUPS * ROWS * columns
+    stage = 2 * columns * STAGE + WARPGROUPS * (4 * program.words * LANES + len(program.inputs) * (4 * ROWS + ALIGNED))
+    fit = max(2, min(MOST_DEEP, (SHARED - staging) // stage, shape.stages // parts))
+    return Tuning(columns, parts, 1 << fit.bit_length() - 1)  # a power of two: the loop divides by it
 
 
 def mma(program: Program, shape: Shape, tuned: Tuning, verbs: Verbs | None = None) -> Callable[..., jax.Array]:

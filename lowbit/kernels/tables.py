@@ -12,15 +12,15 @@ from lowbit.kernels.alu import XOR, Alu, Half, Register
 from lowbit.passes.scalar import Element, Node, Number, Product, Scalar, Sum, negated
 
 REVERSED = 0x0123
-LOW_BYTES, HIGH_BYTES = 0x6420, 0x7531
+ONES: dict[Half, int] = {"f16": 0x3C003C00, "bf16": 0x3F803F80}
 
 
 class Builder:
     """Scalars as float32 registers, each node once."""
 
     def __init__(self, alu: Alu, kind: Half, stored: Mapping[Element, Register]) -> None:
-        self.alu, self.kind = alu, kind
-        self.done: dict[Node, Register] = {e: alu.widen(r, e.leaf.dtype) for e, r in stored.items()}
+        self.alu, self.kind, self.stored = alu, kind, stored
+        self.done: dict[Node, Register] = {}
 
     def node(self, node: Node) -> Register:
         if node not in self.done:
@@ -36,26 +36,27 @@ class Builder:
             case Product(a, b):
                 return self.alu.f32("mul", self.node(a), self.node(b))
             case Element():
-                raise KeyError(f"no register holds {node.leaf.name!r}")
+                return self.alu.widen(self.stored[node], node.leaf.dtype)
             case _:
                 assert_never(node)
 
-    def scalar(self, x: Scalar) -> Register:
-        sign, node = x
-        return self.node(node) if sign > 0 else self.alu.lop3(self.node(node), 0x80000000, 0, XOR)
-
-    def pair(self, low: Scalar, high: Scalar) -> Register:
-        """Two halves in a register."""
-        return self.alu.pack2(self.kind, self.scalar(low), self.scalar(high))
-
     def both(self, x: Scalar) -> Register:
-        """The same half twice."""
-        return self.pair(x, x)
+        """A half, twice."""
+        sign, node = x
+        pair = self._pair(node, node)
+        return pair if sign > 0 else self.alu.lop3(pair, 0x80008000, 0, XOR)
 
     def four(self, entries: Sequence[Scalar]) -> tuple[Register, Register]:
         """A table of 4 halves as byte permutes read it: their low bytes, their high bytes."""
-        a, b = self.pair(*entries[:2]), self.pair(*entries[2:])
-        return self.alu.prmt(a, b, LOW_BYTES), self.alu.prmt(a, b, HIGH_BYTES)
+        a, b, c, d = (node for _, node in entries)
+        first = self._pair(a, b)
+        if (c, d) == (b, a):
+            low, high = self.alu.prmt(first, 0, 0x0220), self.alu.prmt(first, 0, 0x1331)
+        else:
+            second = self._pair(c, d)
+            low, high = self.alu.prmt(first, second, 0x6420), self.alu.prmt(first, second, 0x7531)
+        signs = sum(0x80 << 8 * i for i, (sign, _) in enumerate(entries) if sign < 0)
+        return low, self.alu.lop3(high, signs, 0, XOR) if signs else high
 
     def eight(self, entries: Sequence[Scalar]) -> tuple[Register, ...]:
         """A table of 8: low bytes of the first and second four, then high bytes."""
@@ -66,6 +67,18 @@ class Builder:
         else:
             low2, high2 = self.four(entries[4:])
         return low, low2, high, high2
+
+    def _pair(self, low: Node, high: Node) -> Register:
+        """Two halves in a register."""
+        match low, high:
+            case Sum(Element() as a, Element() as b, minus), Sum(c, d, minus2) if (a, b) == (c, d):
+                if a.leaf.dtype == b.leaf.dtype == self.kind:  # two stored halves: rounded once without float32 too
+                    signs = ONES[self.kind] | 0x8000 * minus | 0x80000000 * minus2
+                    return self.alu.half2("fma", self.kind, self._twice(b), signs, self._twice(a))
+        return self.alu.pack2(self.kind, self.node(low), self.node(high))
+
+    def _twice(self, stored: Element) -> Register:
+        return self.alu.prmt(self.stored[stored], 0, 0x1010)
 
 
 def is_odd(entries: Sequence[Scalar]) -> bool:

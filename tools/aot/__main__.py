@@ -23,7 +23,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", action="append", metavar="NAME", help="this kernel alone; may be given again")
     parser.add_argument("--dump", type=Path, metavar="FOLDER", help="keep the PTX, SASS and log of each kernel here")
     parser.add_argument(
-        "--catalog", default="lowbit.kernels:catalog", metavar="MODULE:NAME", help="what lists the kernels"
+        "--catalog", default="tools.aot.catalog:catalog", metavar="MODULE:NAME", help="what lists the kernels"
     )
     page = parser.add_mutually_exclusive_group()
     page.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the marker lines of this page")
