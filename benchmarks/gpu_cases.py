@@ -18,7 +18,8 @@ FORMATS = {
     "bcq3": lb.bcq(3, group=128, scale_dtype="float16"),
     "bcq2": lb.bcq(2, group=128, scale_dtype="float16"),
 }
-DENSE, COPY = "dense", "copy"
+HALVES, COPY = "halves", "copy"
+"""A weight of 16 bits in an ordinary product; reading and writing memory."""
 PREFILL = 512
 """Rows from which on decoding once and an ordinary product are a candidate too."""
 
@@ -28,7 +29,7 @@ class Case:
     """One product x [m, k] @ w [k, n].
 
     Attributes:
-      what: a name of FORMATS, or DENSE.
+      what: a name of FORMATS, or HALVES.
       lowering: what it is asked to run as; None for dense weights.
     """
 
@@ -52,7 +53,7 @@ class Case:
     @property
     def stored(self) -> int:
         """Bytes of the weight, those that `lb.report` counts."""
-        return 2 * self.n * self.k if self.what == DENSE else canonical(self.what, self.n, self.k).bits // 8
+        return 2 * self.n * self.k if self.what == HALVES else canonical(self.what, self.n, self.k).bits // 8
 
     @property
     def bytes(self) -> int:
@@ -65,14 +66,14 @@ class Case:
 
     def predicted(self) -> dict[str, float]:
         """Seconds by the library's own model of its candidates."""
-        if self.what == DENSE:
+        if self.what == HALVES:
             return {}
         found = lb.plan((self.m, self.k), self.type, "gpu", self.dtype)
         return {c.name: c.nanoseconds / 1e9 for c in found.choices if c.name == self.lowering}
 
     def chosen(self) -> str | None:
         """What `lb.matmul` runs unasked."""
-        if self.what == DENSE:
+        if self.what == HALVES:
             return None
         return lb.plan((self.m, self.k), self.type, "gpu", self.dtype).choice().name
 
@@ -84,26 +85,26 @@ def canonical(what: str, n: int, k: int) -> lb.QuantType:
 
 def groups() -> list[list[Case]]:
     """All cases, those of one weight together, the largest weights first."""
-    return [cases(what, n, k) for n, k in SHAPES for what in (DENSE, *FORMATS)]
+    return [cases(what, n, k) for n, k in SHAPES for what in (HALVES, *FORMATS)]
 
 
 def cases(what: str, n: int, k: int) -> list[Case]:
     """Those of one weight: first bfloat16."""
-    if what == DENSE:
+    if what == HALVES:
         return [Case(what, n, k, m, dtype, None) for dtype in DTYPES for m in BATCHES]
     out = [Case(what, n, k, m, DTYPES[0], "mma") for m in BATCHES]
-    out += [Case(what, n, k, m, DTYPES[0], "decode") for m in BATCHES if m >= PREFILL]
+    out += [Case(what, n, k, m, DTYPES[0], "dense") for m in BATCHES if m >= PREFILL]
     return out + [Case(what, n, k, m, DTYPES[1], "mma") for m in BATCHES]
 
 
 def targets() -> list[Target]:
     """What was promised, of the first shape in bfloat16."""
     (n, k), dtype = SHAPES[0], DTYPES[0]
-    dense = Case(DENSE, n, k, 2048, dtype, None).name
+    dense = Case(HALVES, n, k, 2048, dtype, None).name
     out = []
     for what in FORMATS:
         one, eight = (Case(what, n, k, m, dtype, "mma").name for m in (1, 8))
-        many = [Case(what, n, k, 2048, dtype, how).name for how in ("mma", "decode")]
+        many = [Case(what, n, k, 2048, dtype, how).name for how in ("mma", "dense")]
         size = f"{what} {n}x{k}"
         out += [
             Target(f"{size}, m=1: stored bytes a second over those of a copy", (one, COPY), _bandwidth, 0.75, True),

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lowbit as lb
-from benchmarks.gpu_cases import COPY, DENSE, Case, canonical, groups, targets
+from benchmarks.gpu_cases import COPY, HALVES, Case, canonical, groups, targets
 from benchmarks.gpu_results import Peaks, Results, Row, here, hopper, newest, opened, part, peaks
 from benchmarks.gpu_timing import copies, profiled, timed
 from lowbit.array import QuantArray, laid_out
@@ -86,7 +86,7 @@ def copy(cupti: bool) -> Row:
 def rotation(first: Case) -> tuple[Any, list[Any]]:
     """The weight of a group of cases on the host, and different ones on the device to use in turn."""
     count = copies(first.stored)
-    if first.what == DENSE:
+    if first.what == HALVES:
         made = [jax.random.normal(jax.random.key(i), (first.n, first.k), jnp.bfloat16) for i in range(count)]
         return np.asarray(made[0]), made
     own = random_array(canonical(first.what, first.n, first.k))
@@ -102,14 +102,14 @@ def _varied(w: QuantArray, i: int) -> QuantArray:
 
 def products(case: Case, x: jax.Array, weights: Sequence[Any]) -> list[jax.Array]:
     """One product with each of the weights."""
-    if case.what == DENSE:
+    if case.what == HALVES:
         return [jnp.einsum("mk,nk->mn", x, w) for w in weights]
     return [lb.matmul(x, w, lowering=case.lowering) for w in weights]
 
 
 def measure(case: Case, host: Any, weights: Sequence[Any], of: Peaks, cupti: bool) -> Row:
     """One case: timed, and its first product compared with the oracle."""
-    if case.what == DENSE:
+    if case.what == HALVES:
         weights = [w.astype(case.dtype) for w in weights]
     x = jnp.asarray(random_rows(case.m, case.k) / 64, case.dtype)  # so that sums stay within float16
     out, times = timed(partial(products, case), (x, weights), len(weights), cupti)
@@ -128,7 +128,7 @@ def check(case: Case, host: Any, x: Any, y: jax.Array) -> None:
     columns = np.unique(np.linspace(0, case.n - 1, SAMPLE).astype(int))
     rows = np.unique(np.linspace(0, case.m - 1, SAMPLE // 4).astype(int))
     got, some = np.asarray(y[rows][:, columns]), x[rows]
-    if case.what == DENSE:
+    if case.what == HALVES:
         w = np.asarray(jnp.asarray(host[columns]).astype(case.dtype)).astype(np.float64)
         exact, size = some.astype(np.float64) @ w.T, np.abs(some.astype(np.float64)) @ np.abs(w).T
         bound = dot_tolerance(case.k, "float32", case.dtype) * size + tiny(case.dtype)

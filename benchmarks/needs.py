@@ -11,7 +11,7 @@ import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-BESIDE = ("pytest", "hypothesis")
+BESIDE = ("pytest", "pytest-xdist", "hypothesis")
 """What the tests need; what lowbit needs stands in pyproject.toml."""
 
 

@@ -19,7 +19,7 @@ from benchmarks.gpu_results import ASSUMED, Results, Target, middle, newest, ope
 from lowbit.testing.checks import random_array, random_rows
 
 MACHINE = {"device": ASSUMED, "jax": "0.11.2", "jaxlib": "0.11.2", "python": "3.12.3", "date": "2026-01-01"}
-SMALL = [[Case("dense", 128, 256, 2, "bfloat16", None)], [Case("bcq3", 128, 256, 2, "float16", "decode")]]
+SMALL = [[Case("halves", 128, 256, 2, "bfloat16", None)], [Case("bcq3", 128, 256, 2, "float16", "decode")]]
 
 
 def rows_of(results: Results) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def test_stored_bytes_are_those_of_the_report() -> None:
 
 
 def test_roofline_is_of_memory_then_of_the_matrix_unit() -> None:
-    of, one, many = peaks(ASSUMED), *(Case("dense", 4096, 4096, m, "float16", None) for m in (1, 2048))
+    of, one, many = peaks(ASSUMED), *(Case("halves", 4096, 4096, m, "float16", None) for m in (1, 2048))
     assert one.roofline(of) == one.bytes / 3.35e12
     assert many.roofline(of) == 2 * 2048 * 4096**2 / 989e12
 
