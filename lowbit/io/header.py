@@ -53,7 +53,8 @@ def describe(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[H
             raise TypeError(f"metadata must map strings to strings, not {key!r} to {value!r}")
     arrays: dict[str, Array] = {}
     described: dict[str, Header] = {}
-    for name, value in entries.items():
+    for name, entry in entries.items():
+        value: Any = entry
         _check_name(name)
         parts = _fields(name, value) if isinstance(value, QuantArray) else {name: to_host(name, value)}
         if isinstance(value, QuantArray) and (in_file := own(value)) is not value:  # moved only after it was checked
