@@ -26,6 +26,8 @@ from lowbit.passes.scalar import Element
 COLUMNS_A_BLOCK = 64
 """Rows of x that a block multiplies at most."""
 SMS = 132
+FILLING = 2
+"""Steps that filling its pipeline costs a block, about."""
 MOST_DEEP = 8
 SHARED = 224 << 10
 """Bytes of shared memory for buffers; barriers take the rest."""
@@ -64,13 +66,14 @@ class Tuning:
 
 
 def tuning(shape: Shape, program: Program) -> Tuning:
-    """Enough blocks for every SM, and as many stages in flight as fit."""
+    """As few steps as possible of the SM that has most of them, and as many stages in flight as fit."""
     columns = min(shape.m, COLUMNS_A_BLOCK)
     blocks = shape.rows // WARPGROUPS * ceil(shape.m / columns)
-    most = max(1, shape.stages // 4)
-    parts = min(most, max(1, SMS // blocks))
-    while shape.stages % parts:
-        parts -= 1
+
+    def longest(parts: int) -> int:
+        return ceil(blocks * parts / SMS) * (shape.stages // parts + FILLING)
+
+    parts = min((p for p in range(1, shape.stages + 1) if shape.stages % p == 0), key=longest)
     staging = 4 * WARPGROUPS * ROWS * columns
     stage = 2 * columns * STAGE + WARPGROUPS * (4 * program.words * LANES + len(program.inputs) * (4 * ROWS + ALIGNED))
     fit = max(2, min(MOST_DEEP, (SHARED - staging) // stage, shape.stages // parts))
