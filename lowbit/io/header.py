@@ -48,9 +48,9 @@ def describe(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[H
 
     Raises TypeError for what is not an array, ValueError for a name or a quantized array that could not be read back.
     """
-    for key, text in metadata.items():
-        if not isinstance(key, str) or not isinstance(text, str):
-            raise TypeError(f"metadata must map strings to strings, not {key!r} to {text!r}")
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"metadata must map strings to strings, not {key!r} to {value!r}")
     arrays: dict[str, Array] = {}
     described: dict[str, Header] = {}
     for name, entry in entries.items():

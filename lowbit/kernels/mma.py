@@ -75,7 +75,9 @@ def tuning(shape: Shape, program: Program) -> Tuning:
 
     parts = min((p for p in range(1, shape.stages + 1) if shape.stages % p == 0), key=longest)
     staging = 4 * WARPGROUPS * ROWS * columns
-    stage = 2 * columns * STAGE + WARPGROUPS * (4 * program.words * LANES + len(program.inputs) * (4 * ROWS + ALIGNED))
+    parameters = sum(WARPGROUPS * ROWS * dtype_bits(e.leaf.dtype) // 8 for e, _ in program.inputs)
+    leaves = {e.leaf for e in program.weights.parameters}
+    stage = 2 * columns * STAGE + 4 * WARPGROUPS * program.words * LANES + parameters + ALIGNED * len(leaves)
     fit = max(2, min(MOST_DEEP, (SHARED - staging) // stage, shape.stages // parts))
     return Tuning(columns, parts, 1 << fit.bit_length() - 1)  # a power of two: the loop divides by it
 
