@@ -27,3 +27,10 @@ def interpret_params(**options: Any) -> Any:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     return InterpretGPUParams(**options)
+
+
+def races_found() -> bool:
+    """Whether the last interpretation that detects races saw one. From 0.11 on it raises besides."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    return bool(interpret_pallas_call.get_races().races_found)
