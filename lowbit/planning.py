@@ -63,7 +63,8 @@ class Plan:
         """What can run: the cheapest first (of what ties with a form, the form), then by cost."""
         kernels = sorted((k for k in self.kernels if k.refused is None), key=lambda k: k.nanoseconds)
         cheaper = [k for k in kernels if k.nanoseconds < self.forms[0].nanoseconds]
-        first, *rest = (*cheaper, *self.forms, *(k for k in kernels if k not in cheaper))
+        every: list[Form | KernelChoice] = [*cheaper, *self.forms, *(k for k in kernels if k not in cheaper)]
+        first, rest = every[0], every[1:]
         return first, *sorted(rest, key=lambda c: c.nanoseconds)
 
     def choice(self, lowering: Lowering = None) -> Form | KernelChoice:
@@ -78,7 +79,7 @@ class Plan:
         if found := [by_name[name] for name in names if name in by_name]:
             return found[0]
         asked = " or ".join(map(repr, names))
-        raise LoweringError(f"lowering {asked} is no way of its own to run it: {_options(by_name)}\n{self}")
+        raise LoweringError(f"lowering {asked} cannot run {self.what}: {_options(by_name)}\n{self}")
 
     @property
     def names(self) -> tuple[str, ...]:
