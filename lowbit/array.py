@@ -123,7 +123,12 @@ def own(w: QuantArray) -> QuantArray:
     if w.type.layout == "own":
         return w
     to = replace(w.type, layout="own")
-    return over_stack(lambda one: QuantArray(restore(layout(to.decode), one.fields), to), w)
+    return over_stack(lambda one: QuantArray(_restored(to, one.fields), to), w)
+
+
+@partial(jax.jit, static_argnums=0)
+def _restored(t: QuantType, fields: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return restore(layout(t.decode), fields)
 
 
 def laid_out(w: QuantArray) -> QuantArray:
@@ -131,8 +136,13 @@ def laid_out(w: QuantArray) -> QuantArray:
 
     Raises `lowbit.passes.pointwise.UnsuitableError`, with the reason, for a format that has none.
     """
-    of = layout(w.type.decode)
-    return over_stack(lambda one: QuantArray(arrange(of, one.fields), replace(one.type, layout="mma")), own(w))
+    to = replace(w.type, layout="mma")
+    return over_stack(lambda one: QuantArray(_arranged(to, one.fields), to), own(w))
+
+
+@partial(jax.jit, static_argnums=0)
+def _arranged(t: QuantType, fields: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return arrange(layout(t.decode), fields)
 
 
 def dequantize(w: QuantArray) -> jax.Array:

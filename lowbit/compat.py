@@ -15,6 +15,11 @@ def load(ref: Any, layout: Any, optimized: bool = True) -> jax.Array:
     return plgpu.load(ref, *(() if NEW else ((),)), layout=layout, optimized=optimized)
 
 
+def transposed(ref: Any) -> Any:
+    """A matrix in memory seen the other way round: `plgpu.transpose_ref` until 0.12, a method since."""
+    return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 12) else plgpu.transpose_ref(ref, (1, 0))
+
+
 def interpret_params(**options: Any) -> Any:
     """Parameters of the Mosaic GPU interpreter: public from 0.11 on."""
     if hasattr(plgpu, "InterpretGPUParams"):

@@ -59,10 +59,11 @@ class Plan:
 
     @property
     def choices(self) -> tuple[Form | KernelChoice, ...]:
-        """What can run: the forms in their order, kernels where they are cheaper."""
+        """What can run: the cheapest first (of what ties with a form, the form), then by cost."""
         kernels = sorted((k for k in self.kernels if k.refused is None), key=lambda k: k.nanoseconds)
         cheaper = [k for k in kernels if k.nanoseconds < self.forms[0].nanoseconds]
-        return (*cheaper, *self.forms, *(k for k in kernels if k not in cheaper))
+        first, *rest = (*cheaper, *self.forms, *(k for k in kernels if k not in cheaper))
+        return first, *sorted(rest, key=lambda c: c.nanoseconds)
 
     def choice(self, lowering: Lowering = None) -> Form | KernelChoice:
         """The first of the names in `lowering` that can run, or the first choice for None.

@@ -129,7 +129,8 @@ def _axis(leaf: Param, dim: str) -> int:
 
 def _prepare(kernel: Kernel, which: str, offsets: bool) -> tuple[Kernel, list[str]]:
     """The kernel with what trains split off in float32, and the names of the fields that train."""
-    canonical = replace(kernel.type, splits=(), layout="own")
+    array = own(kernel.array)
+    canonical = replace(array.type, splits=())
     splits = []
     if "p" in (canonical.fields[ALPHA].dims if ALPHA in canonical.fields else ()):
         dims = canonical.fields[ALPHA].dims
@@ -137,10 +138,10 @@ def _prepare(kernel: Kernel, which: str, offsets: bool) -> tuple[Kernel, list[st
     if offsets and BETA in canonical.fields:
         splits.append((BETA, "n", canonical.fields[BETA].dims["n"]))
     new = replace(canonical, splits=tuple(splits))
-    if new != kernel.type and kernel.type.splits:
-        kernel = _fold(kernel)
-    fields = dict(own(kernel.array).fields)
-    for field, dim, at in splits if new != kernel.type else ():
+    if new != array.type and array.type.splits:
+        array = _fold(kernel).array
+    fields = dict(array.fields)
+    for field, dim, at in splits if new != array.type else ():
         first, rest = jnp.split(fields.pop(field), [at], _axis(canonical.fields[field], dim))
         fields[f"{field}_first"] = first.astype(jnp.float32)
         if rest.size:

@@ -22,7 +22,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lowbit.array import QuantArray
+from lowbit.array import QuantArray, own
 from lowbit.io.error import AGAIN, CheckpointError
 from lowbit.io.tensors import DTYPES, Array, encode, sha256, to_host
 from lowbit.ir.parse import parse
@@ -56,6 +56,8 @@ def describe(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[H
     for name, value in entries.items():
         _check_name(name)
         parts = _fields(name, value) if isinstance(value, QuantArray) else {name: to_host(name, value)}
+        if isinstance(value, QuantArray) and (in_file := own(value)) is not value:  # moved only after it was checked
+            value, parts = in_file, _fields(name, in_file)
         if clash := sorted(parts.keys() & arrays.keys()):
             raise ValueError(
                 f"entry {name!r} is stored as the tensor {clash[0]!r}, as another one is: rename one of them"

@@ -68,7 +68,7 @@ def _tiled(to: Layout, name: str, a: jax.Array) -> jax.Array:
     starts = np.arange(groups) * elements[0].span
     columns = np.stack([to.place(e).column[np.minimum(starts, to.k - 1)] for e in elements], 1)
     rows = _rows_first(to, name, a)[:, columns.reshape(-1)].reshape(to.n, groups, len(elements))
-    rows = jnp.where((starts < to.k)[:, None], rows, jnp.zeros((), rows.dtype))
+    rows = jnp.where((starts < to.k)[None, :, None], rows, jnp.zeros((), rows.dtype))
     padded = jnp.pad(rows, ((0, to.tiles * ROWS - to.n), (0, 0), (0, 0)))
     return padded.reshape(to.tiles, ROWS, groups, -1).transpose(0, 2, 3, 1)
 
@@ -83,13 +83,13 @@ def _words(to: Layout, rows: dict[str, jax.Array]) -> jax.Array:
     codes, below = jnp.zeros((ROWS, to.k), jnp.uint8), 0
     for e in to.weights.codes:
         place, width = to.place(e), code_width(e)
-        field = rows[e.leaf.name][:, place.column] >> place.shift.astype(rows[e.leaf.name].dtype)
+        field = rows[e.leaf.name][:, place.column] >> place.shift[None].astype(rows[e.leaf.name].dtype)
         codes |= (field & ((1 << width) - 1)).astype(jnp.uint8) << below
         below += width
     stored = jnp.asarray(_stored_as(to.decoder))[codes]
     tiles = jnp.pad(stored, ((0, 0), (0, to.stages * STAGE - to.k))).reshape(ROWS, -1, COLUMNS).swapaxes(0, 1)
     code, bit = _sources(to.decoder)
-    bits = tiles.reshape(-1, ROWS * COLUMNS)[:, code] >> bit & 1
+    bits = tiles.reshape(-1, ROWS * COLUMNS)[:, code] >> bit[None] & 1
     words = _joined(bits.reshape(-1, to.decoder.bits, LANES, 32), jnp.uint32)
     by_stage = words.reshape(to.stages, -1, LANES)  # a lane's words, tile by tile
     return by_stage.reshape(to.stages, -1, 4, LANES).swapaxes(2, 3).reshape(by_stage.shape)
@@ -99,20 +99,21 @@ def _entries(of: Layout, words: jax.Array) -> dict[str, jax.Array]:
     """The inverse of `_words`."""
     by_lane = words.reshape(of.stages, -1, LANES, 4).swapaxes(2, 3).reshape(-1, of.decoder.bits * LANES)
     at = bit_positions(of.decoder.codes(), of.decoder.bits)
-    bits = by_lane[:, at // 32] >> (at % 32).astype(np.uint32) & 1
+    bits = by_lane[:, at // 32] >> (at % 32)[None].astype(np.uint32) & 1
     stored = _joined(bits, jnp.uint8).swapaxes(0, 1).reshape(ROWS, -1)[:, : of.k]
     codes = jnp.asarray(np.array(of.decoder.meaning, np.uint8))[stored]
     out = {}
     for name, source in of.code_bits.items():
-        bits = codes[:, source // of.weights.bits] >> (source % of.weights.bits).astype(np.uint8) & 1
+        bits = codes[:, source // of.weights.bits] >> (source % of.weights.bits)[None].astype(np.uint8) & 1
         dtype = numpy_dtype(_element(of, name).leaf.dtype)
-        out[name] = _joined(jnp.where(source >= 0, bits, 0), dtype)
+        out[name] = _joined(jnp.where((source >= 0)[None], bits, 0), dtype)
     return out
 
 
 def _joined(bits: jax.Array, dtype: Any) -> jax.Array:
     """Words of the bits along the last axis, least significant first."""
-    return (bits.astype(dtype) << jnp.arange(bits.shape[-1], dtype=dtype)).sum(-1, dtype=dtype)
+    at = jnp.arange(bits.shape[-1], dtype=dtype).reshape((1,) * (bits.ndim - 1) + (-1,))
+    return (bits.astype(dtype) << at).sum(-1, dtype=dtype)
 
 
 @lru_cache(maxsize=64)

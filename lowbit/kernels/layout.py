@@ -45,7 +45,8 @@ def layout(decode: Expr) -> Layout:
             raise UnsuitableError(f"{name!r} is shared by {sorted({e.span for e in elements})} inputs in turn")
         if span and STAGE % span and span % STAGE:
             raise UnsuitableError(f"groups of {span} inputs do not line up with {STAGE} inputs at a time")
-    _ = made.code_bits, made.homes  # nothing that is stored would be lost
+    if lost := params(decode).keys() - {*made.code_bits, *made.homes}:  # and no entry of those is lost
+        raise UnsuitableError(f"{min(lost)!r} is part of no weight, and would be lost")
     return made
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lowbit.compat import load
+from lowbit.compat import load, transposed
 from lowbit.kernels.alu import HALVES
 from lowbit.kernels.decoders import ROWS
 from lowbit.kernels.lane_gpu import ROW, WORDS, in_registers
@@ -63,7 +63,7 @@ class Gpu:
         return in_registers(program, words, *stored)
 
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
-        plgpu.wgmma(acc, weights, plgpu.transpose_ref(x, (1, 0)))
+        plgpu.wgmma(acc, weights, transposed(x))
         plgpu.wgmma_wait(0)
 
     def release(self) -> None:

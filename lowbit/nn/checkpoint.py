@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lowbit.array import QuantArray, laid_out, own
+from lowbit.array import QuantArray, laid_out
 from lowbit.io import CheckpointError, read, write
 from lowbit.nn.kernel import expect_module, joined, kernels
 
@@ -42,7 +42,7 @@ def save(model: nnx.Module, path: str | PathLike[str]) -> None:
     """
     expect_module(model, "save")
     quantized = kernels(model)
-    entries: dict[str, Any] = {name: own(k.array) for name, k in quantized.items()}
+    entries: dict[str, Any] = {name: k.array for name, k in quantized.items()}
     fields = {f"{name}/{field}" for name, k in quantized.items() for field in k.type.fields}
     for name, variable in variables(nnx.state(model)).items():
         if name not in fields:

@@ -122,7 +122,9 @@ class _Reader:
                 sign, code = self.at(index, here)
                 if not isinstance(code, Number):
                     raise UnsuitableError("an index is made of parameters, not of code bits")
-                return self.at(table, {**here, dim: np.full((1, 1), int(sign * code.value))})
+                # Fields may hold more than the codes' range: what no array stores may mean any entry.
+                entry = min(max(int(sign * code.value), 0), table.dims[dim] - 1)
+                return self.at(table, {**here, dim: np.full((1, 1), entry)})
             case Cast(x, to, rounds):
                 if rounds:
                     raise UnsuitableError(f"a step rounds to {to}")
