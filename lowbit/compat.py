@@ -16,8 +16,8 @@ def load(ref: Any, layout: Any, optimized: bool = True) -> jax.Array:
 
 
 def transposed(ref: Any) -> Any:
-    """A matrix in memory seen the other way round: `plgpu.transpose_ref` until 0.12, a method since."""
-    return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 12) else plgpu.transpose_ref(ref, (1, 0))
+    """A matrix in memory seen the other way round: `plgpu.transpose_ref` in 0.10, a method since."""
+    return ref.transpose((1, 0)) if NEW else plgpu.transpose_ref(ref, (1, 0))
 
 
 def interpret_params(**options: Any) -> Any:
