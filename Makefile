@@ -59,7 +59,7 @@ aot:  ## every GPU kernel compiled for an H100, without one; writes the table of
 
 # With the Python of the machine and what that has: one with a GPU may have no network. The tests' own warnings are errors
 # elsewhere; here they may be those of other versions. In all less than 9 minutes, whatever hangs.
-gpu:  ## on an H100 or H200: tests/gpu, then what docs/gpu.md lists, timed; writes benchmarks/results/ or $$OUT
+gpu:  ## on an H100 or H200: tests/gpu, then the kernels timed; writes benchmarks/results/
 	@$(PYTHON) -m benchmarks.needs
 	@start=$$(date +%s); left() { echo $$((start + $$1 - $$(date +%s))); }; failed=0; \
 	if [ -n "$(GPU_TESTS)" ]; then XLA_PYTHON_CLIENT_PREALLOCATE=false PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 timeout 240 \

@@ -91,13 +91,17 @@ def rotation(first: Case) -> tuple[Any, list[Any]]:
         return np.asarray(made[0]), made
     own = random_array(canonical(first.what, first.n, first.k))
     laid = jax.jit(laid_out)(own)
-    return jax.device_get(own), [laid, *(_varied(laid, i) for i in range(1, count))]
+    return jax.device_get(own), [laid, *(_varied(laid, jnp.uint8(i % 256)) for i in range(1, count))]
 
 
-@partial(jax.jit, static_argnums=1)
-def _varied(w: QuantArray, i: int) -> QuantArray:
+@jax.jit
+def _varied(w: QuantArray, i: jax.Array) -> QuantArray:
     """Other codes and scales: any bits of a code are one."""
-    return jax.tree.map(lambda a: a ^ (i % 128) if jnp.issubdtype(a.dtype, jnp.integer) else a * (1 + i / 256), w)
+
+    def other(a: jax.Array) -> jax.Array:
+        return a ^ i.astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.integer) else a * (1 + i / 256).astype(a.dtype)
+
+    return jax.tree.map(other, w)
 
 
 def products(case: Case, x: jax.Array, weights: Sequence[Any]) -> list[jax.Array]:
@@ -151,10 +155,10 @@ def run(chosen: Sequence[Sequence[Case]], results: Results, seconds: float) -> i
     """Measures what is not there yet, and says what is left, wrong or failed. The number of what is wrong or failed."""
     start, cupti, of = time.monotonic(), profiled(), peaks(results.machine["device"])
     failed = in_a_row = 0
-    if COPY not in results.rows:
+    if not results.done(COPY):
         results.add(copy(cupti))
     for group in chosen:
-        todo = [case for case in group if case.name not in results.rows]
+        todo = [case for case in group if not results.done(case.name)]
         if not todo or time.monotonic() - start > seconds or in_a_row >= FAILURES:
             continue
         host, weights = rotation(group[0])
@@ -173,7 +177,7 @@ def run(chosen: Sequence[Sequence[Case]], results: Results, seconds: float) -> i
     wrong = [row for row in results.rows.values() if "wrong" in row]
     for row in wrong:
         print(f"WRONG {row['name']}: {row['wrong']}")
-    left = sum(case.name not in results.rows for group in chosen for case in group)
+    left = sum(not results.done(case.name) for group in chosen for case in group)
     print(f"{len(results.rows)} results in {results.path}; {left} of this part are left{', run it again' * bool(left)}")
     return failed + len(wrong)
 

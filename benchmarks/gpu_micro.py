@@ -311,7 +311,7 @@ def main(args: Sequence[str] | None = None) -> int:
     todo += [(title(case), partial(fetched, case, cupti)) for case in fetches()]
     failed = 0
     for name, ask in todo:
-        if name not in results.rows:
+        if not results.done(name):
             try:
                 results.add(ask())
             except Exception as err:  # one that does not run must not cost the others

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
+import lowbit
 from lowbit.io.atomic import replacing
 
 Row = dict[str, Any]
@@ -55,8 +57,15 @@ def hopper(parser: argparse.ArgumentParser) -> Any:
     return device
 
 
+def source() -> str:
+    """A digest of the code that is measured."""
+    folder = Path(lowbit.__file__).parent
+    files = [*sorted(folder.glob("kernels/*.py")), folder / "ops.py"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 def here(device: str) -> dict[str, str]:
-    """What a figure depends on: the device and the versions, with the day."""
+    """What a figure depends on: the device, the versions and the code, with the day."""
     import jax
     import jaxlib
 
@@ -65,6 +74,7 @@ def here(device: str) -> dict[str, str]:
         "jax": jax.__version__,
         "jaxlib": jaxlib.version.__version__,
         "python": platform.python_version(),
+        "source": source(),
         "date": str(datetime.date.today()),
     }
 
@@ -82,9 +92,14 @@ class Results:
     machine: Mapping[str, str]
     rows: dict[str, Row] = field(default_factory=dict)
 
+    def done(self, name: str) -> bool:
+        """Whether it is there, of this code, and its product was right."""
+        row = self.rows.get(name, {"wrong": ""})
+        return "wrong" not in row and row["source"] == self.machine["source"]
+
     def add(self, row: Row) -> None:
-        """One more row, stamped with the day; one of the same name is replaced."""
-        self.rows[row["name"]] = row | {"date": self.machine["date"]}
+        """One more row, stamped with the code and the day; one of the same name is replaced."""
+        self.rows[row["name"]] = row | {what: self.machine[what] for what in ("source", "date")}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"machine": self.machine, "rows": list(self.rows.values())}, indent=1) + "\n"
         with replacing(self.path) as file:

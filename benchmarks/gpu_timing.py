@@ -68,4 +68,4 @@ def by_name(found: Sequence[tuple[str, float]], products: int) -> dict[str, floa
     out: dict[str, float] = defaultdict(float)
     for name, milliseconds in found:
         out[name] += milliseconds / 1e3 / products
-    return out
+    return dict(out)

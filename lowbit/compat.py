@@ -16,8 +16,8 @@ def load(ref: Any, layout: Any, optimized: bool = True) -> jax.Array:
 
 
 def transposed(ref: Any) -> Any:
-    """A matrix in memory seen the other way round: `plgpu.transpose_ref` until 0.12, a method since."""
-    return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 12) else plgpu.transpose_ref(ref, (1, 0))
+    """A matrix in memory seen the other way round: `plgpu.transpose_ref` in 0.10, a method since."""
+    return ref.transpose((1, 0)) if NEW else plgpu.transpose_ref(ref, (1, 0))
 
 
 def interpret_params(**options: Any) -> Any:
@@ -27,3 +27,10 @@ def interpret_params(**options: Any) -> Any:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     return InterpretGPUParams(**options)
+
+
+def races_found() -> bool:
+    """Whether the last interpretation that detects races saw one. From 0.11 on it raises besides."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    return bool(interpret_pallas_call.get_races().races_found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import jax
 from absl import logging
 
 
@@ -12,10 +13,22 @@ def is_hopper(device: Any) -> bool:
     """Whether it has compute capability 9.0, the only one with WGMMA; of another GPU says once that it has not."""
     if device.platform != "gpu":
         return False
-    capability = str(getattr(device, "compute_capability", "unknown"))
+    capability = capability_of(device)
     if capability != "9.0":
         _warn(device.device_kind, capability)
     return capability == "9.0"
+
+
+def capability_of(device: Any) -> str:
+    return str(getattr(device, "compute_capability", "unknown"))
+
+
+def no_kernels_here() -> str | None:
+    """Why the GPU that programs run on has no kernels; None for one that has, and where there is no GPU."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or is_hopper(device):
+        return None
+    return f"this GPU has compute capability {capability_of(device)}, and it is for 9.0 exactly"
 
 
 @lru_cache(maxsize=64)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from lowbit.array import QuantArray
+from lowbit.devices import no_kernels_here
 from lowbit.ir.build import contract, param
 from lowbit.ir.dtypes import short
 from lowbit.ir.expr import Expr, Param
@@ -185,7 +186,8 @@ def planned(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
     stored = t.bits // 8
     before = restoring(prod(t.shape), stored, t.layout)  # the forms take the format's own layout
     made = tuple(replace(f, nanoseconds=f.nanoseconds + before) for f in made)
-    kernels = kernel_choices(m, t.decode, stored, t.layout, dtype, machine.name)
+    mma, dense = kernel_choices(m, t.decode, stored, t.layout, dtype, machine.name)
+    kernels = (replace(mma, refused=mma.refused or no_kernels_here()), dense)
     return Plan(f"x[{m}, k] @ {t}", machine.name, made, kernels)
 
 

@@ -48,17 +48,18 @@ def describe(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[H
 
     Raises TypeError for what is not an array, ValueError for a name or a quantized array that could not be read back.
     """
-    for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise TypeError(f"metadata must map strings to strings, not {key!r} to {value!r}")
+    for key, kept in metadata.items():
+        if not isinstance(key, str) or not isinstance(kept, str):
+            raise TypeError(f"metadata must map strings to strings, not {key!r} to {kept!r}")
     arrays: dict[str, Array] = {}
     described: dict[str, Header] = {}
     for name, entry in entries.items():
         value: Any = entry
         _check_name(name)
         parts = _fields(name, value) if isinstance(value, QuantArray) else {name: to_host(name, value)}
-        if isinstance(value, QuantArray) and (in_file := own(value)) is not value:  # moved only after it was checked
-            value, parts = in_file, _fields(name, in_file)
+        if isinstance(value, QuantArray) and value.type.layout != "own":  # moved only after it was checked
+            value = own(value)
+            parts = _fields(name, value)
         if clash := sorted(parts.keys() & arrays.keys()):
             raise ValueError(
                 f"entry {name!r} is stored as the tensor {clash[0]!r}, as another one is: rename one of them"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu_matmul, gpu_micro, gpu_results, gpu_timing, needs
+from benchmarks import gpu_matmul, gpu_micro, gpu_plot, gpu_results, gpu_timing, needs
 from benchmarks.gpu_cases import COPY, Case, canonical, groups, targets
 from benchmarks.gpu_results import ASSUMED, Results, Target, middle, newest, opened, part, peaks
 from lowbit.testing.checks import random_array, random_rows
 
-MACHINE = {"device": ASSUMED, "jax": "0.11.2", "jaxlib": "0.11.2", "python": "3.12.3", "date": "2026-01-01"}
+MACHINE = {"device": ASSUMED, "jax": "0.11.2", "jaxlib": "0.11.2", "source": "abc", "date": "2026-01-01"}
 SMALL = [[Case("halves", 128, 256, 2, "bfloat16", None)], [Case("bcq3", 128, 256, 2, "float16", "decode")]]
 
 
@@ -45,7 +44,8 @@ def test_roofline_is_of_memory_then_of_the_matrix_unit() -> None:
 def test_every_shape_batch_format_and_dtype_is_a_case() -> None:
     named = {case.name: case for group in groups() for case in group}
     assert len(named) == sum(map(len, groups())) == 4 * (2 * 8 + 4 * (2 * 8 + 2))
-    assert {need for target in targets() for need in target.needs} - {COPY} <= named.keys()
+    promised = {need for target in targets() for need in target.needs} - {COPY}
+    assert promised == {case.name for group in groups()[:5] for case in group}
 
 
 def test_peaks_of_an_unknown_device() -> None:
@@ -57,7 +57,7 @@ def test_peaks_of_an_unknown_device() -> None:
 
 def test_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_matmul, "newest", lambda name: Results(Path(), {"device": ASSUMED}))
-    assert gpu_matmul.main(["--list", "PART=2/20"]) == 0
+    assert gpu_matmul.main(["--list", "PART=2/25"]) == 0
     out = capsys.readouterr().out
     assert "3.35 TB/s, 989 TFLOP/s; copy not measured" in out
     (one,) = (line for line in out.splitlines() if line.startswith("uniform4 mma 28672x8192 m=1 bfloat16"))
@@ -115,6 +115,15 @@ def test_results_of_another_machine_are_not_mixed(tmp_path: Path, monkeypatch: p
     assert opened("x", MACHINE | {"jax": "0.12.0"}, tmp_path).rows == {}
 
 
+def test_what_was_wrong_or_of_other_code_is_measured_again(tmp_path: Path) -> None:
+    results = Results(tmp_path / "x.json", MACHINE)
+    results.add({"name": "a"})
+    results.add({"name": "b", "wrong": "by far"})
+    assert [results.done(name) for name in "abc"] == [True, False, False]
+    assert not Results(results.path, MACHINE | {"source": "def"}, results.rows).done("a")
+    assert len(gpu_results.here("x")["source"]) == 12
+
+
 def test_median_and_spread() -> None:
     assert middle([4.0, 1.0, 2.0]) == {"seconds": 2.0, "spread": 1.5}
     assert gpu_timing.by_name([("a", 2.0), ("b", 4.0), ("a", 6.0)], 4) == {"a": 2e-3, "b": 1e-3}
@@ -146,6 +155,12 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "lacks no-such-package>=1: install" in capsys.readouterr().out
 
 
+def test_the_page_has_what_was_measured() -> None:
+    page = Path(gpu_results.__file__).parents[1].joinpath("docs/gpu_benchmarks.md").read_text("utf-8")
+    table = "\n".join(gpu_matmul.promises(newest(gpu_matmul.NAME).rows))
+    assert table in page, f"docs/gpu_benchmarks.md has another table than the committed results:\n{table}"
+
+
 # ---------------------------------------------------------------- kernels and a run
 
 
@@ -169,12 +184,11 @@ def test_fetching_lowers_for_cuda() -> None:
 
 
 @pytest.fixture
-def cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Results]:
+def cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Results:
     monkeypatch.setattr(gpu_matmul, "profiled", lambda: False)
     monkeypatch.setattr(gpu_matmul, "COPIED", 1 << 12)
     monkeypatch.setattr(gpu_timing, "ROTATED", 1 << 10)
-    with jax.numpy_rank_promotion("allow"):
-        yield Results(tmp_path / "gpu_matmul.json", MACHINE)
+    return Results(tmp_path / "gpu_matmul.json", MACHINE)
 
 
 def test_a_run_measures_and_goes_on(
@@ -203,6 +217,47 @@ def test_a_case_that_fails_or_is_wrong_is_named(
     assert "WRONG bcq3 decode 128x256 m=2 float16: y [m, n]: 32 of 32 differ" in out
 
 
+def test_the_profiler_is_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    milliseconds = iter([3.0, 1.0, 2.0, 2.0, 9.0])
+
+    def measure(f: Any, aggregate: bool) -> Any:
+        return lambda *args: (f(*args), [("a", next(milliseconds)), ("b", 1.0)])
+
+    monkeypatch.setattr(gpu_timing.profiler, "measure", measure)
+    out, row = gpu_timing.timed(lambda x: x + 1, [jnp.zeros(2)], 2, cupti=True)
+    assert out.tolist() == [1, 1] and row.pop("wall") > 0
+    assert row == {
+        "seconds": 1.5e-3,
+        "spread": pytest.approx(8 / 3),
+        "clock": "CUPTI",
+        "kernels": {"a": 1.5e-3, "b": 0.5e-3},
+    }
+
+
+def test_without_a_profiler_the_host_is_the_clock(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not gpu_timing.profiled()
+    assert "times are the host's, launches included" in capsys.readouterr().out
+
+
+def test_questions_are_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = Results(tmp_path / "gpu_micro.json", MACHINE)
+    monkeypatch.setattr(gpu_micro, "hopper", lambda parser: jax.devices()[0])
+    monkeypatch.setattr(gpu_micro, "opened", lambda name, machine: results)
+    first = gpu_micro.questions()[0]
+    monkeypatch.setattr(gpu_micro, "questions", lambda: [first])
+    monkeypatch.setattr(gpu_micro, "fetches", list)
+    assert gpu_micro.main([]) == 1  # no kernel runs on a CPU
+    assert "FAILED wgmma n=8, A in registers, 1 warpgroup: ValueError" in capsys.readouterr().out
+    clocks = 16 * gpu_micro.TURNS * 9
+    monkeypatch.setattr(gpu_micro, "program", lambda q: lambda _: jnp.full((132, q.groups, 128), clocks))
+    assert gpu_micro.main([]) == 0
+    monkeypatch.setattr(gpu_micro, "program", lambda _: pytest.fail("it was asked before"))
+    assert gpu_micro.main([]) == 0
+    assert results.rows[first.name]["value"] == 9 and results.rows[first.name]["expected"] == 4
+
+
 def test_the_kernels_results_are_checked_on_some_columns() -> None:
     case = Case("uniform4", 192, 512, 8, "bfloat16", "mma")
     own, x = random_array(canonical(case.what, case.n, case.k)), random_rows(8, 512, dtype="bfloat16")
@@ -211,3 +266,28 @@ def test_the_kernels_results_are_checked_on_some_columns() -> None:
     gpu_matmul.check(case, jax.device_get(own), x, y)
     with pytest.raises(AssertionError, match=r"y \[m, n\]: 4 of 64 differ; at \(\d, 15\)"):
         gpu_matmul.check(case, jax.device_get(own), x, y.at[:, -1].add(1e5))
+
+
+# ---------------------------------------------------------------- the plot
+
+
+def test_the_plot_has_the_fastest_way_of_each_batch() -> None:
+    names = {"uniform4 mma 28672x8192 m=1": 50e-6, "uniform4 mma 28672x8192 m=2048": 2e-3}
+    names |= {"uniform4 dense 28672x8192 m=2048": 1e-3, "halves 28672x8192 m=1": 200e-6}
+    results = Results(Path(), MACHINE, {f"{name} bfloat16": {"seconds": s} for name, s in names.items()})
+    found = gpu_plot.curves(results)
+    assert found.keys() == {"halves", "uniform4"}
+    assert [y for _, y in found["uniform4"]] == [2 * 28672 * 8192 / 50e-6, 2 * 2048 * 28672 * 8192 / 1e-3]
+    assert found["halves"][0][0] == pytest.approx(1, abs=1e-3)  # two operations for each weight of two bytes
+
+
+def test_the_plot_is_drawn_or_says_that_nothing_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"uniform4 mma 28672x8192 m=1 bfloat16": {"seconds": 50e-6}, COPY: {"bytes": 3e9, "seconds": 1e-3}}
+    monkeypatch.setattr(gpu_plot, "newest", lambda name: Results(Path(), MACHINE, rows))
+    assert gpu_plot.main([str(tmp_path / "roof.png")]) == 0
+    assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(gpu_plot, "newest", lambda name: Results(Path(), MACHINE))
+    assert gpu_plot.main([str(tmp_path / "none.png")]) == 1
+    assert "nothing is measured yet" in capsys.readouterr().out

@@ -388,6 +388,14 @@ def test_tuning_before_and_after() -> None:
     assert_same(*({n: v for n, v in arrays(lb.tune.fold(m)).items() if n != "kernel/planes"} for m in (model, tuned)))
 
 
+def test_rows_of_a_table() -> None:
+    table = some(lb.uniform(4, group=32), 130, 70, dims="nk")
+    ids = jnp.array([[0, 63, 64, 127], [128, 129, -1, 130]])  # of three tiles, from the end, and none
+    got = np.asarray(take(laid_out(table), ids))
+    np.testing.assert_array_equal(got, take(table, ids))
+    assert np.isnan(got[1, 3]).all() and not np.isnan(got[:, :3]).any()
+
+
 def test_grouped_products() -> None:
     stack = jax.tree.map(lambda *a: jnp.stack(a), *(some(lb.bcq(2, group=32), 5, 64, seed) for seed in range(2)))
     sizes, x = jnp.array([2, 3]), wholes(5, 64)
