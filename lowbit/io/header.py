@@ -53,8 +53,7 @@ def describe(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[H
             raise TypeError(f"metadata must map strings to strings, not {key!r} to {kept!r}")
     arrays: dict[str, Array] = {}
     described: dict[str, Header] = {}
-    for name, entry in entries.items():
-        value: Any = entry
+    for name, value in entries.items():
         _check_name(name)
         parts = _fields(name, value) if isinstance(value, QuantArray) else {name: to_host(name, value)}
         if isinstance(value, QuantArray) and value.type.layout != "own":  # moved only after it was checked

@@ -1,6 +1,6 @@
 """The schedule `mma`: weights are decoded in registers as WGMMA's operand A, activations are B.
 
-out[m, n] = sum_k x[m, k] w[n, k] as tiles of out^T: ROWS outputs by up to 128 rows of x for each compute warpgroup. One
+out[m, n] = sum_k x[m, k] w[n, k] as tiles of out^T: ROWS outputs by up to COLUMNS_A_BLOCK rows of x for each warpgroup that computes. One
 more warpgroup fetches words, parameters and x by TMA. Parts of k (split-k) are summed in order afterwards.
 """
 
@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lowbit.ir.dtypes import bits as dtype_bits
 from lowbit.kernels.decoders import ROWS
 from lowbit.kernels.lanes import LANES, STAGE, Program, groups_of
 from lowbit.kernels.layout import WARPGROUPS
