@@ -176,6 +176,8 @@ def test_answers() -> None:
     assert rate.answer(rate.each * gpu_micro.TURNS * 4 * 128 / 64) == 64  # as many clocks as 64 lanes a clock take
     wgmma, *_ = gpu_micro.questions()
     assert wgmma.answer(16 * gpu_micro.TURNS * 9) == 9
+    load = gpu_micro.questions()[-1]  # 4 warps of each of 4 warpgroups
+    assert load.answer(load.each * gpu_micro.TURNS * 16 * 2.5) == 2.5
 
 
 def test_fetching_lowers_for_cuda() -> None:
