@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit.array import QuantArray, dequantize, expect_array, over_stack, own
+from lowbit.array import QuantArray, expect_array, over_stack, own
 from lowbit.devices import is_hopper
 from lowbit.dispatch import by_platform
 from lowbit.ir.dtypes import numpy_dtype, short
@@ -202,7 +202,7 @@ def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Ar
 
 def _dense(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
     """The weight decoded to x's dtype, then one product."""
-    w = dequantize(QuantArray(fields, t)).astype(x.dtype)
+    w = align(emit(t.decode, own(QuantArray(fields, t)).fields), t.decode.dims, dict(t.dims)).astype(x.dtype)
     axis = [dim for dim, _ in t.dims].index("k")
     return jax.lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
 

@@ -1,7 +1,8 @@
 """The schedule `mma`: weights are decoded in registers as WGMMA's operand A, activations are B.
 
-out[m, n] = sum_k x[m, k] w[n, k] as tiles of out^T: ROWS outputs by up to COLUMNS_A_BLOCK rows of x for each warpgroup that computes. One
-more warpgroup fetches words, parameters and x by TMA. Parts of k (split-k) are summed in order afterwards.
+out[m, n] = sum_k x[m, k] w[n, k] as tiles of out^T: ROWS outputs by up to COLUMNS_A_BLOCK rows of x for each warpgroup
+that computes. One more warpgroup fetches words, parameters and x by TMA. Parts of k (split-k) are summed in order
+afterwards.
 """
 
 from __future__ import annotations
