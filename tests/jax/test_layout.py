@@ -233,6 +233,7 @@ def test_bits_are_those_of_the_words_and_tiles_that_are_stored() -> None:
     (row,), fields = lb.report(model).rows, model.kernel.array.fields
     # Two tiles of 64 rows, two stages of 256 inputs: 4 bits a weight, and 4 groups a row.
     assert {n: a.nbytes for n, a in fields.items()} == {"words": 128 * 512 // 2, "scale": 128 * 4 * 4, "zero": 128 * 4}
+    assert not fields["scale"][:, 3].any() and not fields["scale"][1, ..., 100 - 64 :].any()  # padding is zeros
     assert row.bytes == sum(a.nbytes for a in fields.values())
     assert row.bits_per_weight == 8 * row.bytes / (300 * 100)
     assert row.relative_error == lb.report(plain).rows[0].relative_error
