@@ -87,8 +87,8 @@ def tuning(shape: Shape, program: Program) -> Tuning:
 def mma(program: Program, shape: Shape, tuned: Tuning, verbs: Verbs | None = None) -> Callable[..., jax.Array]:
     """The product as a function (words, *parameters, x) -> f32 [parts, n, m].
 
-    words: u32 [rows, stages, words / 4 * LANES, 4]; parameters: one array per stored leaf, [rows, groups, elements,
-    ROWS]; x: [m, k], of the program's halves.
+    words: u32 [rows, stages, words, LANES]; parameters: one array per stored leaf, [rows, groups, elements, ROWS]; x:
+    [m, k], of the program's halves; all as `lowbit.kernels.layout` has them, and m and k of `shape`.
     """
     return _launch(_Schedule(program, shape, tuned, verbs or Gpu()))
 

@@ -96,6 +96,7 @@ def test_parameters_of_its_own_choice() -> None:
     assert of.stages % chosen.parts == 0 and chosen.parts > 1  # one block would leave most of the GPU idle
 
 
+@pytest.mark.slow
 def test_more_than_a_block_multiplies() -> None:
     check(lb.bcq(2), "f16", 130, 129, 70, None)  # of x's rows and of outputs: 2 by 2 blocks
 
