@@ -10,11 +10,9 @@ from absl import logging
 
 
 def is_hopper(device: Any) -> bool:
-    """Whether it has compute capability 9.0, the only one with WGMMA; of another GPU says once that it has not."""
-    if device.platform != "gpu":
-        return False
-    capability = capability_of(device)
-    if capability != "9.0":
+    """Whether it has compute capability 9.0, the only one with WGMMA; of another GPU, or a TPU, says once that not."""
+    capability = capability_of(device) if device.platform == "gpu" else "none"
+    if capability != "9.0" and device.platform != "cpu":
         _warn(device.device_kind, capability)
     return capability == "9.0"
 

@@ -17,7 +17,7 @@ HBM = 3.35e12  # bytes a second
 BYTES = HBM / CLOCK / SMS  # a clock and SM: 14.5
 
 WARPGROUP = 128  # lanes
-# Lane-slots a clock and SM, by NVIDIA's table of throughputs for compute capability 9.0; XU, the slow conversions, is
+# Lane-slots a clock and SM, as known for compute capability 9.0 and not verified; XU, the slow conversions, is
 # taken as the slowest that any of them has there.
 RATES = {"issue": 128, "ALU": 64, "IMAD": 64, "FMA": 128, "LSU": 32, "XU": 16, "TC": WARPGROUP}
 
