@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lowbit.array import QuantArray as QuantArray
     from lowbit.array import dequantize as dequantize
     from lowbit.formats import Format as Format
+    from lowbit.formats import any_precision as any_precision
     from lowbit.formats import bcq as bcq
     from lowbit.formats import register_format as register_format
     from lowbit.formats import uniform as uniform
@@ -46,7 +47,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "QuantArray": "array", "QuantType": "quant_type", "dequantize": "array",
-    "Format": "formats", "bcq": "formats", "register_format": "formats", "uniform": "formats",
+    "Format": "formats", "any_precision": "formats", "bcq": "formats", "register_format": "formats",
+    "uniform": "formats",
     "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
     "CheckpointError": "io",
     "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "calibrate": "nn", "compare": "nn", "explain": "nn",

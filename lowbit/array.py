@@ -17,6 +17,7 @@ from lowbit.ir.expr import Param
 from lowbit.kernels.arrange import arrange, restore
 from lowbit.kernels.layout import layout
 from lowbit.passes.lower_xla import align, emit
+from lowbit.passes.pointwise import UnsuitableError
 from lowbit.quant_type import QuantType, type_from_json, type_to_json
 
 
@@ -136,6 +137,8 @@ def laid_out(w: QuantArray) -> QuantArray:
 
     Raises `lowbit.passes.pointwise.UnsuitableError`, with the reason, for a format that has none.
     """
+    if w.type.format.widths:
+        raise UnsuitableError("it is read at several widths, and no kernel decodes more than one")
     to = replace(w.type, layout="mma")
     return over_stack(lambda one: QuantArray(_arranged(to, one.fields), to), own(w))
 

@@ -18,7 +18,7 @@ from lowbit.devices import is_hopper
 from lowbit.dispatch import by_platform
 from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.ir.expr import Const, Expr
-from lowbit.ir.walk import topo
+from lowbit.ir.walk import params, topo
 from lowbit.kernels.decoders import ROWS
 from lowbit.kernels.layout import layout
 from lowbit.passes.choose import Form
@@ -35,6 +35,7 @@ from lowbit.planning import (
     planned,
 )
 from lowbit.quant_type import QuantType
+from lowbit.widths import at_width
 
 Mode = Literal["vjp", "jvp"]
 _MODE = jax.make_user_context("vjp")
@@ -60,7 +61,14 @@ def _checked(mode: str) -> str:
     return mode
 
 
-def matmul(x: jax.Array, w: QuantArray, *, differentiable: Mode | None = None, lowering: Lowering = None) -> jax.Array:
+def matmul(
+    x: jax.Array,
+    w: QuantArray,
+    *,
+    width: int | jax.Array | None = None,
+    differentiable: Mode | None = None,
+    lowering: Lowering = None,
+) -> jax.Array:
     """`x @ w` for x [..., k] and a quantized w with dims k and n: [..., n], accumulated in float32.
 
     The result has x's dtype. Gradients reach x and every float field of `w`; codes have none. A batch of symbolic size,
@@ -70,6 +78,9 @@ def matmul(x: jax.Array, w: QuantArray, *, differentiable: Mode | None = None, l
     with exactly the axes of the stack; nothing is broadcast, and [*stack, k] is one row a slice.
 
     Args:
+      width: for a format that is read at several, such as `lb.any_precision`; that of w's type if None. An integer in
+        an array may change from call to call of one compiled function, which computes only what that width needs;
+        beyond the widths there are it is the nearest of them. Under `jax.vmap` it may not be batched.
       differentiable: "vjp", the default, for reverse mode (`jax.grad`): gradients are terms of their own and never hold
         a dense weight. "jvp" for forward mode too (`jax.jvp`, `jax.hessian`): JAX differentiates the product's program,
         in reverse mode with whatever memory that takes.
@@ -85,6 +96,9 @@ def matmul(x: jax.Array, w: QuantArray, *, differentiable: Mode | None = None, l
     >>> lb.matmul(jnp.ones((3, 8)), w).shape
     (3, 4)
     """
+    if width is not None:
+        how = partial(matmul, differentiable=differentiable, lowering=lowering)
+        return at_width(how, x, expect_array(w, "matmul"), width)
     x = jnp.asarray(x)
     sizes = dict(expect_array(w, "matmul").type.dims)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -252,8 +266,12 @@ def _matmul_bwd(t: QuantType, saved: Residuals, dy: jax.Array) -> tuple[jax.Arra
     dx = _cotangent(t, "x", x, fields, dy)
     out: dict[str, Any] = {}
     for name, value in fields.items():
-        floating = jnp.issubdtype(value.dtype, jnp.floating)
-        out[name] = _cotangent(t, name, x, fields, dy) if floating else np.zeros(value.shape, jax.dtypes.float0)
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            out[name] = np.zeros(value.shape, jax.dtypes.float0)
+        elif name in params(t.decode):
+            out[name] = _cotangent(t, name, x, fields, dy)
+        else:  # of another width
+            out[name] = jnp.zeros_like(value)
     return dx, out
 
 

@@ -82,8 +82,13 @@ class QuantType:
             return "adapter" if field in (LORA_A, LORA_B) else "frozen"
         if any(field == f"{split}_rest" for split, _, _ in self.splits):
             return "frozen"
-        tables = (e.table for e in topo(self.decode) if isinstance(e, Gather))
-        return "codebook" if any(_is_rows_of(t, params(self.decode)[field]) for t in tables) else "scale"
+        decode = next(term for term in readings(self) if field in params(term))
+        tables = (e.table for e in topo(decode) if isinstance(e, Gather))
+        return "codebook" if any(_is_rows_of(t, params(decode)[field]) for t in tables) else "scale"
+
+    def at(self, width: int) -> QuantType:
+        """The type that reads the same stored arrays at another width. Raises ValueError for one that there is not."""
+        return replace(self, format=self.format.at(width))
 
     def resized(self, **sizes: int) -> QuantType:
         """The same format at another size: `type.resized(n=4)` is the type of four rows."""
@@ -121,6 +126,11 @@ def _decode(t: QuantType) -> Expr:
     return e if t.adapter is None else e + t.adapter.decode(sizes["n"], sizes["k"])
 
 
+def readings(t: QuantType) -> tuple[Expr, ...]:
+    """The decode terms at every width, or the only one."""
+    return tuple(_decode(t.at(width)) for width in t.format.widths) or (_decode(t),)
+
+
 def _split_field(e: Expr, leaf: Param, dim: str, at: int) -> Expr:
     first = param(f"{leaf.name}_first", "f32", None, **{**leaf.dims, dim: at})
     rest = leaf.dims[dim] - at
@@ -133,8 +143,8 @@ def _split_field(e: Expr, leaf: Param, dim: str, at: int) -> Expr:
 
 @lru_cache(maxsize=4096)
 def _fields(t: QuantType) -> dict[str, Param]:
-    decode = _decode(t)
-    return dict(sorted((params(decode) if t.layout == "own" else layout(decode).fields).items()))
+    own = params(*readings(t))  # which raises where two readings differ on what is stored
+    return dict(sorted((own if t.layout == "own" else layout(_decode(t)).fields).items()))
 
 
 def type_to_json(t: QuantType) -> dict[str, Any]:

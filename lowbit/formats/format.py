@@ -7,7 +7,7 @@ term; its gradients, lowerings, costs and files follow from the term.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
@@ -16,6 +16,8 @@ from lowbit.ir.expr import Expr
 from lowbit.ir.walk import params
 
 Decode = Callable[..., Expr]
+Views = tuple[str, Callable[..., Iterable[int]]]
+"""An option that chooses how the same stored arrays are read, and its values, from the other options."""
 TRIAL = (4096, 4096)
 """The size at which new options are tried: a multiple of every usual word, vector and group."""
 
@@ -43,6 +45,26 @@ class Format:
         """The decode term of an [n, k] weight, k being the summed (input) dim. Its dims are n and k."""
         return definition(self.name).decode(n, k, **dict(self.options))
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths at which the same stored arrays can be read; none for a format with one reading."""
+        views, options = definition(self.name).views, dict(self.options)
+        return () if views is None else tuple(views[1](**{o: v for o, v in options.items() if o != views[0]}))
+
+    def at(self, width: int) -> Format:
+        """The reading of the same stored arrays at another width. Raises ValueError for one that there is not.
+
+        >>> import lowbit as lb
+        >>> str(lb.any_precision(3, 6).at(4))
+        'any_precision(hi=6, lo=3, width=4)'
+        """
+        if (views := definition(self.name).views) is None:
+            raise ValueError(f"{self} is read at one width only")
+        if type(width) is not int or width not in self.widths:
+            known = f"{min(self.widths)} to {max(self.widths)}"
+            raise ValueError(f"{self} is read at widths {known}, not {width!r}")
+        return Format(self.name, tuple(sorted({**dict(self.options), views[0]: width}.items())))
+
     def __str__(self) -> str:
         usual = {p.name: p.default for p in inspect.signature(definition(self.name).decode).parameters.values()}
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options if v != usual.get(k))})"
@@ -55,16 +77,20 @@ class Definition:
     Attributes:
       decode: `decode(n, k, **options)` gives the term; it raises ValueError for options or sizes it cannot store.
       version: goes up whenever stored arrays of an older version would decode differently.
+      views: how else the same arrays can be read.
     """
 
     decode: Decode
     version: int
+    views: Views | None = None
 
 
 _DEFINITIONS: dict[str, Definition] = {}
 
 
-def register_format(name: str, *, version: int = 1) -> Callable[[Decode], Callable[..., Format]]:
+def register_format(
+    name: str, *, version: int = 1, views: Views | None = None
+) -> Callable[[Decode], Callable[..., Format]]:
     """Define a format by its decode function; the decorated name becomes the constructor of `Format`s.
 
     The function takes the sizes `n` (outputs) and `k` (inputs), then keyword options, and returns a term with the
@@ -95,7 +121,7 @@ def register_format(name: str, *, version: int = 1) -> Callable[[Decode], Callab
 
         make.__name__, make.__doc__ = name, decode.__doc__
         make.__signature__ = options  # type: ignore[attr-defined]
-        _DEFINITIONS[name] = Definition(decode, version)
+        _DEFINITIONS[name] = Definition(decode, version, views)
         return make
 
     return wrap
