@@ -6,9 +6,9 @@ w = table_b[code >> (hi - b)], b one of lo to hi. Any-Precision LLM (Park et al.
 from __future__ import annotations
 
 from lowbit.formats.format import register_format
-from lowbit.formats.planes import plane_bits, scale_type, ungroup
+from lowbit.formats.planes import scale_type, ungroup
 from lowbit.ir.build import const, contract, param, slice_
-from lowbit.ir.expr import Expr, Gather
+from lowbit.ir.expr import Expr, Gather, Unpack
 
 
 def _widths(lo: int, hi: int, **_: object) -> range:
@@ -41,6 +41,6 @@ def any_precision(
     b = hi if width is None else width
     if type(b) is not int or not lo <= b <= hi:
         raise ValueError(f"width must be None or an int from lo = {lo} to hi = {hi}, not {width!r}")
-    leading = slice_(plane_bits(hi, n, k, None), "p", 0, b)
-    code = contract((leading, const([1 << (b - 1 - p) for p in range(b)], "i32", "p")), ("p",))
+    planes = slice_(param("planes", "u8", p=hi, n=n, g=1, j=-(-k // 8)), "p", 0, b)
+    code = contract((Unpack(planes, 1, "v", 8), const([1 << (b - 1 - p) for p in range(b)], "i32", "p")), ("p",))
     return ungroup(Gather(param(f"table{b}", scale_type(table_dtype), n=n, c=1 << b), code, "c"), k, None)
