@@ -89,7 +89,7 @@ def register_format(name: str, *, version: int = 1) -> Callable[[Decode], Callab
         def make(*args: Any, **kwargs: Any) -> Format:
             bound = options.bind(*args, **kwargs)
             bound.apply_defaults()
-            _check_names(name, decode(*TRIAL, **bound.arguments))  # wrong options are an error here, not layers later
+            _check_term(name, decode(*TRIAL, **bound.arguments))  # wrong options are an error here, not layers later
             _check_storable(name, bound.arguments)
             return Format(name, tuple(sorted(bound.arguments.items())))
 
@@ -108,7 +108,9 @@ def _check_storable(name: str, options: Mapping[str, Any]) -> None:
             raise TypeError(f"{what}: files hold ints, floats, bools, strings and None")
 
 
-def _check_names(name: str, term: Expr) -> None:
+def _check_term(name: str, term: Any) -> None:
+    if not isinstance(term, Expr):
+        raise TypeError(f"format {name!r} decodes to a {type(term).__name__}, not an expression of lowbit.ir")
     if taken := params(term).keys() & {"x", "dy"}:
         raise ValueError(f"format {name!r} stores {sorted(taken)}: x and dy name what weights meet, so rename them")
 
