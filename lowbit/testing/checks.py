@@ -34,6 +34,9 @@ from lowbit.planning import lowering, machine_of, plan
 from lowbit.quantizers import Quantizer, quantize_array
 from lowbit.testing.tolerance import Array, assert_within, exact_and_bound, expect, in_float64, rounded
 
+DRAWS = 16
+"""Random signs that a quantizer is tried on."""
+
 
 def random_array(t: QuantType, seed: int = 0) -> QuantArray:
     """An array of a type with random contents: normal floats, and integers from all of each leaf's range.
@@ -94,7 +97,7 @@ def check_text(t: QuantType) -> None:
     """The decode is what its text says, and the type what its JSON says: what files and exported programs rest on."""
     expect(parse(text(t.decode)) is t.decode, "the text of the decode parses to another term")
     again = type_from_json(json.loads(json.dumps(type_to_json(t))))
-    expect(again == t, f"the type is read back as {again}, not {t}: options are ints, bools, strings or None")
+    expect(again == t, f"the type is read back as {again}, not {t}: options are ints, floats, bools, strings or None")
 
 
 def check_product(x: Any, w: QuantArray, form: str | None = None) -> None:
@@ -244,6 +247,32 @@ def check_quantizer(fmt: Format, n: int, k: int, quantizer: Quantizer | None = N
         if kind == "normal":
             error = float(np.linalg.norm(decoded - w) / np.linalg.norm(w))
             expect(error < 1, f"the relative error on N(0, 1) is {error:.3g}; all zeros have 1")
+    check_places(fmt, n, k, quantizer)
+
+
+def check_places(fmt: Format, n: int, k: int, quantizer: Quantizer | None = None) -> None:
+    """Codes and scales lie where the decode looks for them, also in the last of a ragged group.
+
+    Weights have random signs, and are 4 times larger in the second half of the inputs, and of the outputs. On average
+    over `DRAWS`, none takes the sign of another. A scale that both halves share may make them equal, so only a weight
+    of a first half that comes back twice as large as one of the second is wrong. The error of all weights together
+    hides such faults: a few weights may be at the wrong place, or every scale, where groups are alike.
+    """
+    inputs, outputs = np.arange(k)[:, None] >= k // 2, np.arange(n) >= n // 2
+    mean = np.zeros((k, n))
+    for seed in range(DRAWS):
+        rng = np.random.default_rng(seed)
+        signs, size = rng.choice([-1, 1], (k, n)), rng.uniform(0.9, 1.1, (k, n)) * 4.0**inputs * 4.0**outputs
+        array = quantize_array((signs * size).astype(np.float32), fmt, quantizer, name="a weight in two sizes")
+        mean += signs * np.asarray(dequantize(array)) / DRAWS
+    at = [int(i) for i in np.unravel_index(mean.argmin(), mean.shape)]
+    wrong = f"{_count(mean < 0)} weights take the signs of others, the worst at n={at[1]} k={at[0]}"
+    expect(mean.min() >= 0, f"{wrong}: does the quantizer put codes where the decode looks for them?")
+    for dim, axis in (("k", 0), ("n", 1)):
+        first, second = np.split(mean, [mean.shape[axis] // 2], axis)
+        larger = first.max(axis, initial=0) > 2 * second.min(axis)
+        wrong = f"weights that are 4 times smaller in the first half of {dim} come back larger than in the second"
+        expect(not larger.any(), f"{wrong}: does the quantizer put scales where the decode looks for them?")
 
 
 def _ordered(value: Array, term: Expr, dims: Sequence[str]) -> Array:
