@@ -71,6 +71,9 @@ def register_format(name: str, *, version: int = 1) -> Callable[[Decode], Callab
     dims n and k. Integer leaves are codes and never trained; float leaves are scales, or codebooks where a code
     selects from them. A leaf is not called `x` or `dy`, which are the activation and a cotangent.
 
+    Raises ValueError for a name that is taken, or when a format is made for such a leaf; TypeError for what is no
+    expression, and for options that a file cannot hold.
+
     >>> import lowbit as lb
     >>> from lowbit.ir import const, param
     >>> @lb.register_format("int8_rows")

@@ -77,7 +77,11 @@ def product_term(m: int, t: QuantType, dtype: Any) -> Expr:
 
 
 def check_decode(w: QuantArray) -> None:
-    """`lb.dequantize` is the oracle's decode, which is finite, in the type's dims and dtype."""
+    """`lb.dequantize` is the oracle's decode, which is finite, in the type's dims and dtype; else AssertionError.
+
+    >>> import lowbit as lb
+    >>> lb.testing.check_decode(lb.quantize_array(np.eye(8, 4), lb.bcq(2)))
+    """
     exact, bound = exact_and_bound(w.type.decode, stored(w), list(dict(w.type.dims)))
     expect(is_float(w.type.decode.dtype), f"decodes to {w.type.decode.type}; weights are floats: multiply by a scale")
     expect(np.isfinite(exact).all(), f"{_count(~np.isfinite(exact))} weights of random stored arrays are NaN or inf")
@@ -104,7 +108,11 @@ def check_product(x: Any, w: QuantArray, form: str | None = None) -> None:
     """`lb.matmul(x, w)` in a form, or the one chosen, is the product of x with the oracle's weights.
 
     The bound is that of the arithmetic of the form, rounded once to x's dtype. Raises LoweringError for a form that
-    this product does not have.
+    this product does not have, AssertionError for a product or a shape that is wrong.
+
+    >>> import lowbit as lb
+    >>> w = lb.quantize_array(np.eye(8, 4), lb.bcq(2))
+    >>> lb.testing.check_product(np.ones((3, 8), np.float32), w, "decode")  # x [..., k]
     """
     x = np.asarray(x)
     planned = plan(x.shape, w.type, dtype=x.dtype).form(form)
@@ -147,7 +155,11 @@ def check_vmap(x: Array, ws: Sequence[QuantArray]) -> None:
 
 def check_gradients(x: Array, w: QuantArray) -> None:
     """The cotangents of x and of every float field are those of the transposed term, and those of `jax.vjp` of the
-    decode followed by a dot in float64; codes have none."""
+    decode followed by a dot in float64; codes have none. x is [m, k]. Raises AssertionError otherwise.
+
+    >>> import lowbit as lb
+    >>> lb.testing.check_gradients(np.ones((3, 8), np.float32), lb.quantize_array(np.eye(8, 4), lb.bcq(2)))
+    """
     m, n = x.shape[0], dict(w.type.dims)["n"]
     # Small, so that the cotangents stay within the narrowest type that may store a scale: 448 for e4m3.
     dy = (random_rows(m, n, seed=3) / 64).astype(x.dtype)

@@ -257,9 +257,7 @@ def test_a_format_that_gives_no_expression_is_refused():
     def fmt(n, k):
         return np.zeros((n, k))
 
-    with pytest.raises(
-        TypeError, match=r"^format 'test_no_term' decodes to a ndarray, not an expression of "
-    ):
+    with pytest.raises(TypeError, match=r"^format 'test_no_term' decodes to a ndarray, not an expression of "):
         fmt()
 
 
