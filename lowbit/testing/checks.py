@@ -271,10 +271,10 @@ def check_places(fmt: Format, n: int, k: int, quantizer: Quantizer | None = None
     hides such faults: a few weights may be at the wrong place, or every scale, where groups are alike.
     """
     inputs, outputs = np.arange(k)[:, None] >= k // 2, np.arange(n) >= n // 2
-    mean = np.zeros((k, n))
+    size, mean = 4.0**inputs * 4.0**outputs, np.zeros((k, n))
     for seed in range(DRAWS):
-        rng = np.random.default_rng(seed)
-        signs, size = rng.choice([-1, 1], (k, n)), rng.uniform(0.9, 1.1, (k, n)) * 4.0**inputs * 4.0**outputs
+        # Every second draw has the signs of the last one turned: one level of two may be zero, for either sign.
+        signs = np.random.default_rng(seed // 2).choice([-1, 1], (k, n)) * (-1) ** seed
         array = quantize_array((signs * size).astype(np.float32), fmt, quantizer, name="a weight in two sizes")
         mean += signs * np.asarray(dequantize(array)) / DRAWS
     at = [int(i) for i in np.unravel_index(mean.argmin(), mean.shape)]
