@@ -4,6 +4,9 @@ VENV ?= .venv
 JAX ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
+AOT_ARGS ?=
+PART ?= 1/1
+GPU_TESTS ?= tests/gpu
 
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(JOBS)
@@ -11,7 +14,7 @@ export PYTHON JAX
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint bench docs clean
+.PHONY: help demo test test-all lint bench aot gpu docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -20,6 +23,8 @@ help:  ## this list
 	@echo "JAX=0.10.2         another jax (now: $(or $(JAX),the newest that fits))"
 	@echo "VENV=.venv-a       another environment (now: $(VENV))"
 	@echo "PYTEST_ARGS=...    more arguments for pytest"
+	@echo "PART=2/3           of the products that make gpu times (now: $(PART)); GPU_TESTS= leaves its tests out"
+	@echo "AOT_ARGS=...       other arguments for tools.aot: --only NAME --dump FOLDER"
 
 demo:  ## quantize, run, tune and save a real language model; writes demo-out/
 	@tools/venv.sh $(VENV) demo
@@ -46,6 +51,22 @@ bench:  ## time everything in benchmarks/ on this machine; writes benchmarks/res
 	@tools/venv.sh $(VENV) bench
 	@for name in cpu_matmul gradient_memory quantize_speed; do \
 		$(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; done
+
+# An environment of its own: where jax finds its CUDA plugin and no driver, it says so at each start.
+aot:  ## every GPU kernel compiled for an H100, without one; writes the table of docs/kernels.md
+	@tools/venv.sh $(VENV)-aot aot
+	$(VENV)-aot/bin/python -m tools.aot $(or $(AOT_ARGS),--write docs/kernels.md)
+
+# With the Python of the machine and what that has: one with a GPU may have no network. The tests' own warnings are errors
+# elsewhere; here they may be those of other versions. In all less than 9 minutes, whatever hangs.
+gpu:  ## on an H100 or H200: tests/gpu, then the kernels timed; writes benchmarks/results/
+	@$(PYTHON) -m benchmarks.needs
+	@start=$$(date +%s); left() { echo $$((start + $$1 - $$(date +%s))); }; failed=0; \
+	if [ -n "$(GPU_TESTS)" ]; then XLA_PYTHON_CLIENT_PREALLOCATE=false PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 timeout 240 \
+		$(PYTHON) -m pytest -p xdist.plugin -n 6 -p no:cacheprovider -W default $(GPU_TESTS) || failed=1; fi; \
+	timeout 120 $(PYTHON) -m benchmarks.gpu_micro || failed=1; \
+	timeout $$(left 530) $(PYTHON) -m benchmarks.gpu_matmul $(PART) --seconds $$(left 490) || failed=1; \
+	exit $$failed
 
 docs:  ## the pages of docs/, every output in them made on the way; writes docs/_build/html
 	@tools/venv.sh $(VENV) docs

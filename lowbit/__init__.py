@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from lowbit import testing as testing
     from lowbit import tune as tune
     from lowbit.array import QuantArray as QuantArray
-    from lowbit.array import QuantType as QuantType
     from lowbit.array import dequantize as dequantize
     from lowbit.formats import Format as Format
     from lowbit.formats import bcq as bcq
@@ -29,11 +28,13 @@ if TYPE_CHECKING:
     from lowbit.nn import compare as compare
     from lowbit.nn import explain as explain
     from lowbit.nn import load as load
+    from lowbit.nn import prepare as prepare
     from lowbit.nn import quantize as quantize
     from lowbit.nn import report as report
     from lowbit.nn import save as save
     from lowbit.ops import matmul as matmul
     from lowbit.planning import plan as plan
+    from lowbit.quant_type import QuantType as QuantType
     from lowbit.quantizers import alternating as alternating
     from lowbit.quantizers import greedy as greedy
     from lowbit.quantizers import quantize_array as quantize_array
@@ -44,12 +45,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "QuantArray": "array", "QuantType": "array", "dequantize": "array",
+    "QuantArray": "array", "QuantType": "quant_type", "dequantize": "array",
     "Format": "formats", "bcq": "formats", "register_format": "formats", "uniform": "formats",
     "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
     "CheckpointError": "io",
     "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "calibrate": "nn", "compare": "nn", "explain": "nn",
-    "load": "nn", "quantize": "nn", "report": "nn", "save": "nn",
+    "load": "nn", "prepare": "nn", "quantize": "nn", "report": "nn", "save": "nn",
     "alternating": "quantizers", "greedy": "quantizers", "quantize_array": "quantizers",
     "round_to_nearest": "quantizers", "set_default_quantizer": "quantizers", "to_bcq": "quantizers",
 }  # fmt: skip

@@ -13,13 +13,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit.array import QuantArray, QuantType, expect_array, over_stack
+from lowbit.array import QuantArray, expect_array, over_stack, own
+from lowbit.devices import is_hopper
+from lowbit.dispatch import by_platform
 from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.ir.expr import Const, Expr
 from lowbit.ir.walk import topo
+from lowbit.kernels.decoders import ROWS
+from lowbit.kernels.layout import layout
+from lowbit.passes.choose import Form
 from lowbit.passes.lower_xla import align, emit
 from lowbit.passes.tile import Tiles, keeps
-from lowbit.planning import FORCED, WATCH, check_last_dim, cotangent_term, machine_of, planned
+from lowbit.planning import (
+    FORCED,
+    WATCH,
+    Lowering,
+    check_last_dim,
+    checked_lowering,
+    cotangent_term,
+    machine_of,
+    planned,
+)
+from lowbit.quant_type import QuantType
 
 Mode = Literal["vjp", "jvp"]
 _MODE = jax.make_user_context("vjp")
@@ -45,7 +60,7 @@ def _checked(mode: str) -> str:
     return mode
 
 
-def matmul(x: jax.Array, w: QuantArray, *, differentiable: Mode | None = None) -> jax.Array:
+def matmul(x: jax.Array, w: QuantArray, *, differentiable: Mode | None = None, lowering: Lowering = None) -> jax.Array:
     """`x @ w` for x [..., k] and a quantized w with dims k and n: [..., n], accumulated in float32.
 
     The result has x's dtype. Gradients reach x and every float field of `w`; codes have none. A batch of symbolic size,
@@ -58,10 +73,12 @@ def matmul(x: jax.Array, w: QuantArray, *, differentiable: Mode | None = None) -
       differentiable: "vjp", the default, for reverse mode (`jax.grad`): gradients are terms of their own and never hold
         a dense weight. "jvp" for forward mode too (`jax.jvp`, `jax.hessian`): JAX differentiates the product's program,
         in reverse mode with whatever memory that takes.
+      lowering: the name of the form or kernel to run whatever it costs, or several of which the first that can is
+        taken. `lb.explain` lists them.
 
     Raises TypeError for an x that is not floating, a w that is no QuantArray, or forward mode through a "vjp" product,
     ValueError when x's last dim is not w's k or its first ones are not w's stack (both sizes are named), or for another
-    mode.
+    mode, and LoweringError, with the table of what can run and why the rest cannot, for a `lowering` that cannot.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> w = lb.quantize_array(jnp.eye(8, 4), lb.bcq(2, group=8))
@@ -82,14 +99,14 @@ def matmul(x: jax.Array, w: QuantArray, *, differentiable: Mode | None = None) -
     if (seen := WATCH.get()) is not None:
         seen(x, w)
     if stack:
-        y: jax.Array = over_stack(lambda one, x: matmul(x, one, differentiable=differentiable), w, x)
+        y: jax.Array = over_stack(lambda one, x: matmul(x, one, differentiable=differentiable, lowering=lowering), w, x)
         return y
     batch, rows = x.shape[:-1], prod(x.shape[:-1])
     if rows == 0:
         return jnp.zeros((*batch, sizes["n"]), x.dtype)
     flat = x.reshape(rows, sizes["k"])
     product = _matmul if _checked(differentiable or _MODE.value) == "vjp" else _forward
-    with explained():
+    with explained(), FORCED(checked_lowering(lowering) or FORCED.value):
         if isinstance(rows, int):
             out = product(w.type, flat, w.fields)
         else:
@@ -143,6 +160,8 @@ def take(w: QuantArray, ids: jax.Array) -> jax.Array:
 
 def _rows(w: QuantArray, ids: jax.Array) -> jax.Array:
     """Rows [ids, k] of the decode; ids out of range give any row."""
+    if w.type.layout != "own":
+        return jax.vmap(partial(_row_of_tile, w))(ids)
     decode = w.type.decode
     if not all(keeps(e, "n") and not (isinstance(e, Const) and "n" in e.dims) for e in topo(decode)):
         whole = align(emit(decode, w.fields), decode.dims, {d: decode.dims[d] for d in ("n", "k")})
@@ -156,15 +175,57 @@ def _rows(w: QuantArray, ids: jax.Array) -> jax.Array:
     return align(emit(few, fields), few.dims, {"n": ids.size, "k": few.dims["k"]})
 
 
+def _row_of_tile(w: QuantArray, row: jax.Array) -> jax.Array:
+    """A row [k] of an array in the kernels' layout: its tile alone is brought back."""
+    tile = {name: jax.lax.dynamic_index_in_dim(a, row // ROWS, keepdims=True) for name, a in w.fields.items()}
+    size = min(ROWS, dict(w.type.dims)["n"])
+    return _rows(own(QuantArray(tile, w.type.resized(n=size))), (row % ROWS)[None])[0]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
-    return _forward(t, x, fields)
+    if t.layout == "own":
+        return _forward(t, x, fields)
+    return _laid_out(t, x, fields)
 
 
 @partial(jax.jit, static_argnums=0)
 def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
-    term = planned(x.shape[0], t, short(x.dtype), jax.default_backend()).form(FORCED.value).term
-    return _emit_in_order(term, {**fields, "x": x}, ("m", "n"), x.dtype)
+    """As XLA compiles it, in whatever layout the fields are."""
+    planned_here = planned(x.shape[0], t, short(x.dtype), jax.default_backend())
+    choice = planned_here.choice(FORCED.value)
+    if choice.name == "dense":
+        return _dense(t, x, fields)
+    term = choice.term if isinstance(choice, Form) else planned_here.term
+    return _emit_in_order(term, {**own(QuantArray(fields, t)).fields, "x": x}, ("m", "n"), x.dtype)
+
+
+def _dense(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """The weight decoded to x's dtype, then one product."""
+    w = align(emit(t.decode, own(QuantArray(fields, t)).fields), t.decode.dims, dict(t.dims)).astype(x.dtype)
+    axis = [dim for dim, _ in t.dims].index("k")
+    return jax.lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+@partial(jax.jit, static_argnums=0)
+def _laid_out(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """On a Hopper GPU as planned there, elsewhere by the term: in one program for all platforms."""
+    here = jax.default_backend()
+    if here == "gpu" and not is_hopper(jax.devices()[0]):
+        return _forward(t, x, fields)
+    planned(x.shape[0], t, short(x.dtype), here).choice(FORCED.value)  # raises for a lowering that it lacks
+    choice = planned(x.shape[0], t, short(x.dtype), "gpu").choice(FORCED.value if here == "gpu" else None)
+    by_term = partial(_forward, t)
+    if isinstance(choice, Form):
+        return by_term(x, fields)
+    cuda = partial(_by_kernel if choice.name == "mma" else _dense, t)
+    return by_platform(cuda, by_term, x, fields)
+
+
+def _by_kernel(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    from lowbit.kernels.product import product  # imports Mosaic GPU, which other platforms do without
+
+    return product(layout(t.decode), x, fields)
 
 
 def _emit_in_order(
@@ -179,11 +240,15 @@ Residuals = tuple[jax.Array, dict[str, jax.Array]]
 
 
 def _matmul_fwd(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> tuple[jax.Array, Residuals]:
-    return _forward(t, x, fields), (x, fields)
+    return _matmul(t, x, fields), (x, fields)
 
 
 def _matmul_bwd(t: QuantType, saved: Residuals, dy: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
     x, fields = saved
+    if t.layout != "own":
+        to = replace(t, layout="own")
+        dx, dfields = jax.vjp(lambda x, f: _matmul(to, x, own(QuantArray(f, t)).fields), x, fields)[1](dy)
+        return dx, dfields
     dx = _cotangent(t, "x", x, fields, dy)
     out: dict[str, Any] = {}
     for name, value in fields.items():

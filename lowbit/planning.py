@@ -5,26 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
 
 import jax
 
-from lowbit.array import QuantArray, QuantType
+from lowbit.array import QuantArray
+from lowbit.devices import no_kernels_here
 from lowbit.ir.build import contract, param
 from lowbit.ir.dtypes import short
 from lowbit.ir.expr import Expr, Param
 from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params
+from lowbit.kernels.choice import KERNELS, KernelChoice, kernel_choices, restoring
 from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.pipeline import PIPELINES
 from lowbit.passes.style import Style
+from lowbit.quant_type import QuantType
 
+Lowering = str | Sequence[str] | None
+"""The name of a form or kernel, several in order of preference, or None for the cheapest."""
 WATCH: ContextVar[Callable[[jax.Array, QuantArray], None] | None] = ContextVar("WATCH", default=None)
 FORCED = jax.make_user_context(None)
-"""The form that `lowering` asks for: part of every jit cache key, also of functions that were traced before."""
+"""What `lowering` asks for: part of every jit cache key, also of functions that were traced before."""
 
 # name, byte, dot, pointwise, moved, field, lookup, far_lookup, scatter, cache, style
 MACHINES = {
@@ -37,34 +42,60 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Every way to compute one product, cheapest first (what ties goes by simplicity); the first is what runs."""
+    """Every way to compute one product; the first choice is what runs.
+
+    Attributes:
+      forms: of its term, that XLA compiles, cheapest first (what ties goes by simplicity).
+      kernels: of this library, taken or refused.
+    """
 
     what: str
     machine: str
     forms: tuple[Form, ...]
+    kernels: tuple[KernelChoice, ...] = ()
 
     @property
     def term(self) -> Expr:
         return self.forms[0].term
 
-    def form(self, name: str | None) -> Form:
-        """The form of that name, or the cheapest. Raises LoweringError for one that is not among them."""
-        found = next((f for f in self.forms if name in (None, f.name)), None)
-        if found is None:
-            raise LoweringError(f"lowering {name!r} is no form of its own for {self.what}: {_options(self.names)}")
-        return found
+    @property
+    def choices(self) -> tuple[Form | KernelChoice, ...]:
+        """What can run: the cheapest first (of what ties with a form, the form), then by cost."""
+        kernels = sorted((k for k in self.kernels if k.refused is None), key=lambda k: k.nanoseconds)
+        cheaper = [k for k in kernels if k.nanoseconds < self.forms[0].nanoseconds]
+        every: list[Form | KernelChoice] = [*cheaper, *self.forms, *(k for k in kernels if k not in cheaper)]
+        first, rest = every[0], every[1:]
+        return first, *sorted(rest, key=lambda c: c.nanoseconds)
+
+    def choice(self, lowering: Lowering = None) -> Form | KernelChoice:
+        """The first of the names in `lowering` that can run, or the first choice for None.
+
+        Raises LoweringError, with the whole table, where none of them can.
+        """
+        if lowering is None:
+            return self.choices[0]
+        names = (lowering,) if isinstance(lowering, str) else tuple(lowering)
+        by_name = {c.name: c for c in self.choices}
+        if found := [by_name[name] for name in names if name in by_name]:
+            return found[0]
+        asked = " or ".join(map(repr, names))
+        raise LoweringError(f"lowering {asked} cannot run {self.what}: {_options(by_name)}\n{self}")
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(f.name for f in self.forms)
+        return tuple(c.name for c in self.choices)
 
     def __str__(self) -> str:
         columns = f"{'form':8} {'predicted':>12} {'bytes read':>12} {'fma':>14} {'look-ups':>12}"
-        rows = [
-            f"{f.name:8} {f.nanoseconds / 1e3:>9.1f} us {f.cost.bytes:>12,} {f.cost.fma:>14,} {f.cost.lookups:>12,}"
-            for f in self.forms
-        ]
-        return "\n".join([f"{self.what} on {self.machine}", columns, *rows])
+        refused = [f"{k.name:8} refused: {k.refused}" for k in self.kernels if k.refused is not None]
+        return "\n".join([f"{self.what} on {self.machine}", columns, *map(_row, self.choices), *refused])
+
+
+def _row(c: Form | KernelChoice) -> str:
+    start = f"{c.name:8} {c.nanoseconds / 1e3:>9.1f} us"
+    if isinstance(c, KernelChoice):
+        return f"{start} {c.bytes:>12,}"
+    return f"{start} {c.cost.bytes:>12,} {c.cost.fma:>14,} {c.cost.lookups:>12,}"
 
 
 class LoweringError(ValueError):
@@ -76,8 +107,9 @@ def _options(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def lowering(name: str) -> Iterator[None]:
-    """Within it, `lb.matmul` and every quantized layer run the product in the form of that name, whatever it costs.
+def lowering(name: str | Sequence[str]) -> Iterator[None]:
+    """Within it, `lb.matmul` and every quantized layer run the product in the form or by the kernel of that name (the
+    first of several that can run), whatever it costs.
 
     Functions compiled before are compiled again. Gradients are made in the forms chosen as ever. `lb.explain` lists
     the forms of a product; those that come out the same as another go by one name.
@@ -90,10 +122,19 @@ def lowering(name: str) -> Iterator[None]:
     ...     lb.matmul(jnp.ones((3, 8)), w).shape
     (3, 4)
     """
-    if name not in PIPELINES:
-        raise LoweringError(f"there is no lowering {name!r}: {_options(PIPELINES)}")
-    with FORCED(name):
+    with FORCED(checked_lowering(name)):
         yield
+
+
+def checked_lowering(names: Lowering) -> tuple[str, ...] | None:
+    """Raises LoweringError for a name that does not exist."""
+    if names is None:
+        return None
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        if name not in (known := (*PIPELINES, *KERNELS)):
+            raise LoweringError(f"there is no lowering {name!r}: {_options(known)}")
+    return names
 
 
 @contextmanager
@@ -141,7 +182,13 @@ def machine_of(platform: str) -> Machine:
 @lru_cache(maxsize=4096)
 def planned(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
     machine = machine_of(platform)
-    return Plan(f"x[{m}, k] @ {t}", machine.name, forms(_product(m, t, dtype), machine))
+    made = forms(_product(m, t, dtype), machine)
+    stored = t.bits // 8
+    before = restoring(prod(t.shape), stored, t.layout)  # the forms take the format's own layout
+    made = tuple(replace(f, nanoseconds=f.nanoseconds + before) for f in made)
+    mma, dense = kernel_choices(m, t.decode, stored, t.layout, dtype, machine.name)
+    kernels = (replace(mma, refused=mma.refused or no_kernels_here()), dense)
+    return Plan(f"x[{m}, k] @ {t}", machine.name, made, kernels)
 
 
 def _product(m: int, t: QuantType, dtype: Any) -> Expr:

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from lowbit.array import QuantArray, QuantType
+from lowbit.array import QuantArray, own
 from lowbit.formats.planes import group_size
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.ir.expr import Param
 from lowbit.nn.kernel import Kernel, Scale, expect_arrays, joined, kernels
+from lowbit.quant_type import QuantType
 
 M = TypeVar("M", bound=nnx.Module)
 ALPHA, BETA = "alpha", "beta"
@@ -112,8 +113,8 @@ def fold(model: M) -> M:
 
 
 def _fold(kernel: Kernel) -> Kernel:
-    fields = dict(kernel.array.fields)
-    canonical = replace(kernel.type, splits=())
+    fields = dict(own(kernel.array).fields)
+    canonical = replace(kernel.type, splits=(), layout="own")
     for field, dim, _at in kernel.type.splits:
         leaf = canonical.fields[field]
         parts = [fields.pop(n).astype(jnp.float32) for n in (f"{field}_first", f"{field}_rest") if n in fields]
@@ -128,7 +129,8 @@ def _axis(leaf: Param, dim: str) -> int:
 
 def _prepare(kernel: Kernel, which: str, offsets: bool) -> tuple[Kernel, list[str]]:
     """The kernel with what trains split off in float32, and the names of the fields that train."""
-    canonical = replace(kernel.type, splits=())
+    array = own(kernel.array)
+    canonical = replace(array.type, splits=())
     splits = []
     if "p" in (canonical.fields[ALPHA].dims if ALPHA in canonical.fields else ()):
         dims = canonical.fields[ALPHA].dims
@@ -136,10 +138,10 @@ def _prepare(kernel: Kernel, which: str, offsets: bool) -> tuple[Kernel, list[st
     if offsets and BETA in canonical.fields:
         splits.append((BETA, "n", canonical.fields[BETA].dims["n"]))
     new = replace(canonical, splits=tuple(splits))
-    if new != kernel.type and kernel.type.splits:
-        kernel = _fold(kernel)
-    fields = dict(kernel.array.fields)
-    for field, dim, at in splits if new != kernel.type else ():
+    if new != array.type and array.type.splits:
+        array = _fold(kernel).array
+    fields = dict(array.fields)
+    for field, dim, at in splits if new != array.type else ():
         first, rest = jnp.split(fields.pop(field), [at], _axis(canonical.fields[field], dim))
         fields[f"{field}_first"] = first.astype(jnp.float32)
         if rest.size:

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 
 import jax
 
-from lowbit.array import QuantArray, QuantType
+from lowbit.array import QuantArray
 from lowbit.io.atomic import replacing
 from lowbit.io.error import AGAIN, CheckpointError
 from lowbit.io.header import Header, describe, pack, tensors_of, unpack
 from lowbit.io.mapped import Mapped
 from lowbit.io.tensors import Array, decode, encoded_as, safetensors_bytes, sha256, to_jax
 from lowbit.io.types import stored_type
+from lowbit.quant_type import QuantType
 
 Path = str | os.PathLike[str]
 Value = jax.Array | Array | QuantArray

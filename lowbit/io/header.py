@@ -22,11 +22,12 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lowbit.array import QuantArray, type_from_json, type_to_json
+from lowbit.array import QuantArray, own
 from lowbit.io.error import AGAIN, CheckpointError
 from lowbit.io.tensors import DTYPES, Array, encode, sha256, to_host
 from lowbit.ir.parse import parse
 from lowbit.ir.text import text
+from lowbit.quant_type import type_from_json, type_to_json
 
 VERSION = 1
 KEY = "lowbit"
@@ -47,14 +48,17 @@ def describe(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[H
 
     Raises TypeError for what is not an array, ValueError for a name or a quantized array that could not be read back.
     """
-    for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise TypeError(f"metadata must map strings to strings, not {key!r} to {value!r}")
+    for key, kept in metadata.items():
+        if not isinstance(key, str) or not isinstance(kept, str):
+            raise TypeError(f"metadata must map strings to strings, not {key!r} to {kept!r}")
     arrays: dict[str, Array] = {}
     described: dict[str, Header] = {}
     for name, value in entries.items():
         _check_name(name)
         parts = _fields(name, value) if isinstance(value, QuantArray) else {name: to_host(name, value)}
+        if isinstance(value, QuantArray) and value.type.layout != "own":  # moved only after it was checked
+            value = own(value)
+            parts = _fields(name, value)
         if clash := sorted(parts.keys() & arrays.keys()):
             raise ValueError(
                 f"entry {name!r} is stored as the tensor {clash[0]!r}, as another one is: rename one of them"

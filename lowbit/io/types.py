@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from lowbit.array import QuantType, type_from_json
 from lowbit.formats.format import UnknownFormatError, definition
 from lowbit.io.error import CheckpointError
 from lowbit.ir.expr import Expr
 from lowbit.ir.parse import ParseError, parse
 from lowbit.ir.text import text
+from lowbit.quant_type import QuantType, type_from_json
 
 SHOWN_LINES, SHOWN_CHARS = 8, 160
 

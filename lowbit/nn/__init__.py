@@ -22,6 +22,7 @@ from lowbit.nn.layers import Embed as Embed
 from lowbit.nn.layers import Linear as Linear
 from lowbit.nn.linen import Linen as Linen
 from lowbit.nn.lora import lora as lora
+from lowbit.nn.prepare import prepare as prepare
 from lowbit.nn.quantize import quantize as quantize
 from lowbit.nn.report import Report as Report
 from lowbit.nn.report import explain as explain

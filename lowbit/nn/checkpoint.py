@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from typing import Any, TypeVar, overload
 
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lowbit.array import QuantArray
+from lowbit.array import QuantArray, laid_out
 from lowbit.io import CheckpointError, read, write
 from lowbit.nn.kernel import expect_module, joined, kernels
 
@@ -110,17 +111,19 @@ def plain(name: str, value: Any) -> Any:
 def _match(path: Any, entries: dict[str, Any], into: nnx.Module, variables: dict[str, Any]) -> dict[str, Any]:
     """Array by Variable name, after checking that file and model hold the same things."""
     values: dict[str, Any] = {}
-    for name, kernel in kernels(into).items():
+    quantized = kernels(into)
+    for name, kernel in quantized.items():
         stored = entries.get(name)
         if isinstance(stored, QuantArray):
-            if stored.type != kernel.type:
+            if stored.type != replace(kernel.type, layout="own"):
                 raise CheckpointError(f"{path}: {name!r} is {stored.type}, but the model has {kernel.type}")
-            values |= {f"{name}/{field}": value for field, value in stored.fields.items()}
+            like = stored if kernel.type.layout == "own" else laid_out(stored)
+            values |= {f"{name}/{field}": value for field, value in like.fields.items()}
         elif stored is not None:
             raise CheckpointError(f"{path}: {name!r} is stored dense, but the model has it as {kernel.type}")
     for name, stored in entries.items():
         if isinstance(stored, QuantArray):
-            if f"{name}/{next(iter(stored.fields))}" not in values:
+            if name not in quantized:
                 raise CheckpointError(
                     f"{path}: {name!r} is stored as {stored.type}, but the model has no such quantized weight"
                 )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from lowbit.array import QuantArray
+from lowbit.array import QuantArray, own
 from lowbit.formats.low_rank import LORA_A, LORA_B, LowRank
 from lowbit.nn.kernel import Kernel, expect_arrays, expect_module, joined, kernels
 from lowbit.nn.kinds import layers
@@ -88,9 +88,9 @@ def _chosen(model: nnx.Module, patterns: list[str]) -> set[str]:
 
 
 def _adapted(kernel: Kernel, adapter: LowRank, rngs: nnx.Rngs) -> Kernel:
-    new = replace(kernel.type, adapter=adapter)
+    new = replace(kernel.type, adapter=adapter, layout="own")
     a, b = ((*kernel.array.stack, *new.fields[name].dims.values()) for name in (LORA_A, LORA_B))
     batch = range(len(kernel.array.stack))
     start = nnx.initializers.he_uniform(batch_axis=tuple(batch))(rngs.params(), a, jnp.float32)
-    fields = {**kernel.array.fields, LORA_A: start, LORA_B: jnp.zeros(b, jnp.float32)}
+    fields = {**own(kernel.array).fields, LORA_A: start, LORA_B: jnp.zeros(b, jnp.float32)}
     return Kernel(QuantArray.of(fields, new), kernel.stats.get_value())

@@ -136,13 +136,15 @@ def _nbytes(a: Any) -> int:
     return int(prod(a.shape) * dtype.itemsize)
 
 
-def explain(layer: Any, batch: int = 1, platform: str | None = None) -> str:
-    """Every way to run a quantized layer's product at a batch size, cheapest first: a table of predicted costs.
+def explain(layer: Any, batch: int = 1, platform: str | None = None, dtype: Any = None) -> str:
+    """Every way to run a quantized layer's product at a batch size, cheapest first: predicted costs, and what
+    cannot run, with the reason.
 
     Args:
       layer: a quantized layer (of an `lb.nn.Embed` its `attend`), its kernel, or a QuantArray. Of a stack, one slice.
       batch: rows of activations.
       platform: "cpu", "gpu" or "tpu"; the default backend's if None.
+      dtype: of the activations; if None that which the layer computes in, or else that of its weight.
 
     Raises TypeError for a layer that is not quantized, ValueError for a batch below 1 or an unknown platform.
 
@@ -156,4 +158,5 @@ def explain(layer: Any, batch: int = 1, platform: str | None = None) -> str:
     array = held.array if isinstance(held, Kernel) else held
     if not isinstance(array, QuantArray):
         raise TypeError(f"{type(layer).__name__} is not a quantized layer or array: nothing to explain")
-    return str(plan((batch, dict(array.type.dims)["k"]), array.type, platform))
+    given = dtype or getattr(layer, "dtype", None) or array.dtype
+    return str(plan((batch, dict(array.type.dims)["k"]), array.type, platform, given))

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 from absl import logging
 
-from lowbit.array import QuantType, type_to_json
 from lowbit.io import CheckpointError, read, read_header, write
 from lowbit.io.tensors import sha256, to_host
 from lowbit.ir.dtypes import short
 from lowbit.nn.kernel import Kernel
 from lowbit.nn.rules import Rule
+from lowbit.quant_type import QuantType, type_to_json
 from lowbit.quantizers.quantizer import default_quantizer
 
 

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit.array import QuantArray, QuantType, expect_array
+from lowbit.array import QuantArray, expect_array, own
 from lowbit.formats.bcq import bcq
 from lowbit.formats.format import Format
 from lowbit.formats.planes import group_size, pack_planes
 from lowbit.ir.dtypes import numpy_dtype, short
+from lowbit.quant_type import QuantType
 from lowbit.quantizers.binary import BinaryCode, solve
 from lowbit.quantizers.checks import check_range, check_weight, positive
 from lowbit.quantizers.groups import to_groups
@@ -206,7 +207,8 @@ def to_bcq(w: QuantArray) -> QuantArray:
     >>> lb.to_bcq(lb.quantize_array(jnp.ones((256, 4)), lb.uniform(4, group=128))).type
     QuantType(f32[k=256 n=4] as bcq(bits=4, group=128, offset=True), 5.25 bits/weight)
     """
-    fmt = expect_array(w, "to_bcq").type.format
+    w = own(expect_array(w, "to_bcq"))
+    fmt = w.type.format
     if fmt.name != "uniform":
         raise TypeError(f"to_bcq converts uniform arrays; this one is {fmt}")
     new = bcq(fmt["bits"], fmt["group"], offset=True, scale_dtype="float32")

@@ -12,11 +12,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lowbit.array import QuantArray, QuantType
+from lowbit.array import QuantArray
 from lowbit.formats.format import Format
+from lowbit.kernels.choice import KERNELS
 from lowbit.nn import kernels
 from lowbit.passes.pipeline import PIPELINES
 from lowbit.planning import LoweringError, plan, watching
+from lowbit.quant_type import QuantType
 from lowbit.quantizers.quantizer import Quantizer, has_default
 from lowbit.testing import checks
 
@@ -254,7 +256,7 @@ def _inputs(model: Any, batch: Any, call: Any, arrays: dict[str, QuantArray]) ->
 def _forms(x_shape: Sequence[int], t: QuantType) -> tuple[str, ...]:
     try:
         found = plan(x_shape, t).names
-        return tuple(name for name in PIPELINES if name in found)
+        return tuple(name for name in (*PIPELINES, *KERNELS) if name in found)
     except Exception:  # a wrong decode or pass: the checks, one for each name, say what
         return tuple(PIPELINES)
 
@@ -263,7 +265,7 @@ def _expect_some(lowerings: Iterable[str] | None, forms: dict[str, tuple[str, ..
     known = dict.fromkeys(name for names in forms.values() for name in names)
     for name in lowerings or ():
         if name not in known:
-            raise LoweringError(f"lowering {name!r} is no form of its own for {what}: use one of {', '.join(known)}")
+            raise LoweringError(f"lowering {name!r} cannot run {what}: use one of {', '.join(known)}")
 
 
 def _run(what: str, found: Sequence[Check], refused: dict[str, str]) -> Checked:

@@ -46,9 +46,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _known() -> tuple[str, ...]:
-    from lowbit.passes.pipeline import PIPELINES  # here, and so below: the plugin is loaded by every run of pytest
+    from lowbit.kernels.choice import KERNELS  # here, and so below: the plugin is loaded by every run of pytest
+    from lowbit.passes.pipeline import PIPELINES
 
-    return tuple(PIPELINES)
+    return (*PIPELINES, *KERNELS)
 
 
 def _named(config: pytest.Config) -> list[str]:

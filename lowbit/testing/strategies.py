@@ -20,9 +20,10 @@ try:
 except ModuleNotFoundError as err:
     raise ModuleNotFoundError("lowbit.testing.strategies needs hypothesis: pip install lowbit[test]") from err
 
-from lowbit.array import QuantArray, QuantType
+from lowbit.array import QuantArray
 from lowbit.formats import Format, bcq, uniform
 from lowbit.ir.dtypes import DType
+from lowbit.quant_type import QuantType
 from lowbit.testing.checks import random_array
 
 _SHARED = {

@@ -10,9 +10,10 @@ import pytest
 from jax import export
 
 import lowbit as lb
-from lowbit.array import QuantArray, QuantType, type_from_json, type_to_json
+from lowbit.array import QuantArray
 from lowbit.formats import UnknownFormatError
 from lowbit.ir import Gather, evaluate, merge, param
+from lowbit.quant_type import QuantType, type_from_json, type_to_json
 from lowbit.testing.tolerance import assert_within, exact_and_bound
 from tests.terms import environment
 

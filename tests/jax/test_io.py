@@ -18,13 +18,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lowbit import io
-from lowbit.array import QuantArray, QuantType, dequantize
+from lowbit.array import QuantArray, dequantize
 from lowbit.formats import Format, bcq, format, register_format, uniform
 from lowbit.io.header import DIGEST, KEY, pack
 from lowbit.io.tensors import DTYPES
 from lowbit.ir import Gather, const, evaluate, param, params, text
 from lowbit.ir.dtypes import is_float, numpy_dtype
 from lowbit.ir.parse import MAX_CHARS, parse
+from lowbit.quant_type import QuantType
 from lowbit.testing.tolerance import assert_within, exact_and_bound
 
 CheckpointError = io.CheckpointError

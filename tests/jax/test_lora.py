@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 import lowbit as lb
-from lowbit.array import QuantArray, QuantType, type_to_json
+from lowbit.array import QuantArray
 from lowbit.formats.low_rank import LowRank
 from lowbit.ops import take
+from lowbit.quant_type import QuantType, type_to_json
 from lowbit.testing.tolerance import assert_within, gamma
 from tests.models import TOKENS, Net, Shared, arrays, assert_same, dense, fast, inputs, product_bound
 

@@ -10,7 +10,7 @@ import pytest
 
 import lowbit as lb
 from lowbit import ops
-from lowbit.array import QuantArray, QuantType
+from lowbit.array import QuantArray
 from lowbit.formats import Format
 from lowbit.ir import Concat, Merge, const, param, params, slice_, transpose
 from lowbit.ir.dtypes import numpy_dtype, short
@@ -19,6 +19,7 @@ from lowbit.passes import choose
 from lowbit.passes.choose import TIE
 from lowbit.passes.lower_xla import emit
 from lowbit.planning import MACHINES
+from lowbit.quant_type import QuantType
 from lowbit.testing.checks import check_gradients, check_product, product_term, stored
 from lowbit.testing.tolerance import assert_within, exact_and_bound, gamma, rounded, tiny
 from tests.terms import environment
@@ -115,7 +116,8 @@ def test_plan_is_sorted_and_printed():
     assert rest == sorted(rest) and first <= TIE * rest[0]
     lines = str(p).splitlines()
     assert lines[0] == "x[6, k] @ f32[k=4096 n=8] as bcq(bits=3, group=128) on cpu"
-    assert [line.split()[0] for line in lines[2:]] == [f.name for f in p.forms]
+    assert [line.split()[0] for line in lines[2:]] == [*p.names, "mma", "dense"]
+    assert all("refused: it is for GPUs" in line for line in lines[-2:])
     assert lb.plan((6, 4096), p_type := quant(lb.bcq(3, 128), 4096, 8).type, platform="tpu").machine == "tpu"
     assert lb.plan((6, 4096), p_type) is lb.plan((2, 3, 4096), p_type)
 

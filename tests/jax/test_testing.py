@@ -30,6 +30,7 @@ from lowbit.ir import (
     slice_,
     text,
 )
+from lowbit.kernels.choice import KERNELS
 from lowbit.passes import PIPELINES, Pass
 from lowbit.passes.lower_xla import emit
 from lowbit.testing import checks, kit, strategies
@@ -398,27 +399,24 @@ def test_a_lowering_really_runs(monkeypatch):
     for name in plan.names:
         with lb.testing.lowering(name):
             compiled(X, w)
-            assert ran[-1] is plan.form(name).term
+            assert ran[-1] is plan.choice(name).term
             before = len(ran)
             compiled(X, w)
             assert len(ran) == before
-    assert np.array_equal(compiled(X, w), usual) and plan.form(None) is plan.forms[0]
+    assert np.array_equal(compiled(X, w), usual) and plan.choice() is plan.forms[0]
 
 
 def test_lowerings_that_are_not_there():
     with pytest.raises(
-        lb.testing.LoweringError, match=f"^there is no lowering 'tabel': use one of {', '.join(PIPELINES)}$"
+        lb.testing.LoweringError,
+        match=f"^there is no lowering 'tabel': use one of {', '.join((*PIPELINES, *KERNELS))}$",
     ):
         lb.testing.lowering("tabel").__enter__()
     one = lb.testing.random_array(lb.QuantType((("k", 24), ("n", 3)), "f32", lb.uniform(2, group=8)))
-    message = (
-        r"^lowering 'bucket' is no form of its own for x\[2, k\] @ f32\[k=24 n=3\] as uniform\(.*\): use one of \w+, "
-    )
+    message = r"^lowering 'bucket' cannot run x\[2, k\] @ f32\[k=24 n=3\] as uniform\(.*\): use one of \w+, "
     with pytest.raises(lb.testing.LoweringError, match=message), lb.testing.lowering("bucket"):
         lb.matmul(X, one)
-    with pytest.raises(
-        lb.testing.LoweringError, match=r"^lowering 'bucket' is no form of its own for uniform\(bits=2\): "
-    ):
+    with pytest.raises(lb.testing.LoweringError, match=r"^lowering 'bucket' cannot run uniform\(bits=2\): "):
         lb.testing.check_format(lb.uniform(2), SMALL, lowerings=["decode", "bucket"])
 
 
@@ -495,9 +493,7 @@ def test_models_with_nothing_to_check():
         lb.testing.check_model(model, batch, call=lambda m, b: b)
     with pytest.raises(ValueError, match=r"^the batch reaches no quantized weight .* a call that does not compile$"):
         lb.testing.check_model(model, batch, call=nnx.jit(lambda m, b: m(b)))
-    with pytest.raises(
-        lb.testing.LoweringError, match=r"^lowering 'tabel' is no form of its own for Sequential: use one"
-    ):
+    with pytest.raises(lb.testing.LoweringError, match=r"^lowering 'tabel' cannot run Sequential: use one"):
         lb.testing.check_model(model, batch, lowerings=["tabel"])
 
 
@@ -573,8 +569,8 @@ def test_a_lowering_that_a_test_does_not_have(plugin, pytester):
         """
     )
     run = plugin("-rs")
-    run.stdout.fnmatch_lines(["*lowering 'bucket' is no form of its own for x[[]1, k] @ *"])
-    assert run.parseoutcomes()["skipped"] + run.parseoutcomes()["passed"] == len(PIPELINES)
+    run.stdout.fnmatch_lines(["*lowering 'bucket' cannot run x[[]1, k] @ *"])
+    assert run.parseoutcomes()["skipped"] + run.parseoutcomes()["passed"] == len(PIPELINES) + len(KERNELS)
     plugin("--lowbit-lowering=bucket").assert_outcomes(failed=1)
 
 
@@ -583,7 +579,7 @@ def test_a_lowering_that_a_test_does_not_have(plugin, pytester):
     [
         (
             "--lowbit-lowering=tabel",
-            f"ERROR: --lowbit-lowering: there is no lowering 'tabel'; use all, {', '.join(PIPELINES)}",
+            f"ERROR: --lowbit-lowering: there is no lowering 'tabel'; use all, {', '.join((*PIPELINES, *KERNELS))}",
         ),
         ("--lowbit-format=tests.fp3", "'tests.fp3' is not MODULE:NAME"),
         (

@@ -1,0 +1,136 @@
+"""Lane programs on the GPU: registers are MLIR values, operations the PTX instructions of the same names.
+
+Instructions are written out where the compiler would otherwise use two for one, or contract what must round twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from lowbit.kernels.alu import HALVES, Half, HalfOp, Register
+from lowbit.kernels.decoders import ROWS
+from lowbit.kernels.lanes import LANES, STAGE, Program
+
+WORDS = {count: plgpu.Layout.WG_STRIDED((count, LANES), vec_size=4) for count in (4, 8, 12, 16)}
+ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+def i32() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def constant(value: int) -> Any:
+    return utils.c(value if value < 1 << 31 else value - (1 << 32), i32())
+
+
+def ptx(code: str, *operands: Register | int) -> Register:
+    """One instruction: `code` with its operands $1, $2 and so on, into $0."""
+    values = [constant(v) if isinstance(v, int) else v for v in operands]
+    return llvm.inline_asm(i32(), values, code, "=r" + ",r" * len(values))
+
+
+class GpuAlu:
+    """The reading as PTX."""
+
+    def __init__(self) -> None:
+        # Zero, but the assembler cannot see it: a constant would be moved again for every use, and multiplying by a
+        # power of two would become a shift.
+        self.zero = ptx("{ .reg .b32 t; mov.u32 t, %dynamic_smem_size; shr.u32 $0, t, 31; }")
+        self.held: dict[int, Register] = {}
+
+    def register(self, value: int) -> Register:
+        """A constant that stays in a register."""
+        if value not in self.held:
+            self.held[value] = ptx("add.u32 $0, $1, $2;", self.zero, value)
+        return self.held[value]
+
+    def shl(self, a: Register, n: int) -> Register:
+        return arith.shli(a, constant(n)) if n else a
+
+    def shr(self, a: Register, n: int) -> Register:
+        return arith.shrui(a, constant(n)) if n else a
+
+    def high_half(self, a: Register) -> Register:
+        return ptx("mul.hi.u32 $0, $1, $2;", a, self.register(1 << 16))
+
+    def lop3(self, a: Register, b: Register | int, c: Register | int, table: int) -> Register:
+        return ptx(f"lop3.b32 $0, $1, $2, $3, {table};", a, b, c)
+
+    def prmt(self, a: Register | int, b: Register | int, selector: Register | int) -> Register:
+        return ptx("prmt.b32 $0, $1, $2, $3;", a, b, selector)
+
+    def mad(self, a: Register, b: int, c: int) -> Register:
+        return ptx("mad.lo.u32 $0, $1, $2, $3;", a, b, c)
+
+    def mad_high(self, a: Register, b: int, c: int) -> Register:
+        return ptx("mad.hi.u32 $0, $1, $2, $3;", a, b, self.register(c))
+
+    def half2(self, op: HalfOp, kind: Half, *operands: Register | int) -> Register:
+        places = ", ".join(f"${i + 1}" for i in range(len(operands)))
+        return ptx(f"{op}.rn.{kind}x2 $0, {places};", *operands)
+
+    def f32(self, op: str, a: Register, b: Register) -> Register:
+        return ptx(f"{op}.rn.f32 $0, $1, $2;", a, b)
+
+    def number(self, value: float) -> Register:
+        return constant(int(np.float32(value).view(np.uint32)))
+
+    def widen(self, a: Register, dtype: str) -> Register:
+        match dtype:
+            case "f32":
+                return a
+            case "f16":
+                return ptx("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }", a)
+            case "bf16":
+                return self.shl(a, 16)
+            case _:  # an unsigned integer below 2^16: 2^23 + a as bits, less 2^23
+                return self.f32("sub", self.lop3(a, 0x4B000000, 0, 0xFC), constant(0x4B000000))
+
+    def pack2(self, kind: Half, low: Register, high: Register) -> Register:
+        return ptx(f"cvt.rn.{kind}x2.f32 $0, $1, $2;", high, low)
+
+
+def in_registers(program: Program, words: jax.Array, *stored: jax.Array) -> jax.Array:
+    """The stage [ROWS, STAGE] of weights in WGMMA's layout; operands as for `lanes.in_numpy`, in WORDS and ROW."""
+    out = plgpu.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind], layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(WORDS[program.words], *(ROW for _ in stored)), return_type=out)
+    def decoded(ctx: Any, words: Any, *stored: Any) -> Any:
+        del ctx
+        registers = program(GpuAlu(), _raw(words), *map(_raw, stored))
+        return _fragments(registers, program.kind)
+
+    return decoded(words, *stored)
+
+
+def _raw(array: Any) -> list[Register]:
+    """A fragmented array's registers, each 32 bits: elements of 32, or narrower ones of their own."""
+    out: list[Register] = []
+    for register in array.registers.flat:
+        count = ir.VectorType(register.type).shape[0]
+        bits = utils.bitwidth(array.mlir_dtype)
+        if bits == 32:
+            word = utils.bitcast(register, ir.VectorType.get((count,), i32()))
+            out += [vector.extract(word, [], [i]) for i in range(count)]
+        else:
+            out.append(arith.extui(i32(), utils.bitcast(register, ir.IntegerType.get_signless(bits))))
+    return out
+
+
+def _fragments(registers: list[Register], kind: Half) -> Any:
+    layout = fa.WGMMA_LAYOUT
+    shape = layout.registers_shape((ROWS, STAGE))
+    element = ir.F16Type.get() if kind == "f16" else ir.BF16Type.get()
+    made = np.empty(shape, dtype=object)
+    for register, at in zip(registers, np.ndindex(*shape), strict=True):
+        one = vector.broadcast(ir.VectorType.get((1,), i32()), register)
+        made[at] = utils.bitcast(one, ir.VectorType.get((2,), element))
+    return fa.FragmentedArray(_registers=made, _layout=layout, _is_signed=None)

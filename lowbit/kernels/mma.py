@@ -1,0 +1,176 @@
+"""The schedule `mma`: weights are decoded in registers as WGMMA's operand A, activations are B.
+
+out[m, n] = sum_k x[m, k] w[n, k] as tiles of out^T: ROWS outputs by up to COLUMNS_A_BLOCK rows of x for each warpgroup
+that computes. One more warpgroup fetches words, parameters and x by TMA. Parts of k (split-k) are summed in order
+afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lowbit.ir.dtypes import bits as dtype_bits
+from lowbit.kernels.decoders import ROWS
+from lowbit.kernels.lanes import LANES, STAGE, Program, groups_of
+from lowbit.kernels.layout import WARPGROUPS
+from lowbit.kernels.verbs import Gpu, Verbs
+from lowbit.passes.scalar import Element
+
+COLUMNS_A_BLOCK = 64
+"""Rows of x that a block multiplies at most."""
+SMS = 132
+FILLING = 2
+"""Steps that filling its pipeline costs a block, about."""
+MOST_DEEP = 8
+SHARED = 224 << 10
+"""Bytes of shared memory for buffers; barriers take the rest."""
+ALIGNED = 1024
+"""Bytes that a buffer begins at a multiple of."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a launch, after padding.
+
+    Attributes:
+      m: rows of x, a multiple of 8.
+      rows: tiles of ROWS outputs, a multiple of WARPGROUPS.
+      stages: steps of STAGE inputs.
+    """
+
+    m: int
+    rows: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Parameters of the schedule.
+
+    Attributes:
+      columns: rows of x a block, a multiple of 8, at most COLUMNS_A_BLOCK.
+      parts: of k.
+      depth: stages in flight.
+    """
+
+    columns: int
+    parts: int
+    depth: int
+
+
+def tuning(shape: Shape, program: Program) -> Tuning:
+    """As few steps as possible of the SM that has most of them, and as many stages in flight as fit."""
+    columns = min(shape.m, COLUMNS_A_BLOCK)
+    blocks = shape.rows // WARPGROUPS * ceil(shape.m / columns)
+
+    def longest(parts: int) -> int:
+        return ceil(blocks * parts / SMS) * (shape.stages // parts + FILLING)
+
+    parts = min((p for p in range(1, shape.stages + 1) if shape.stages % p == 0), key=longest)
+    staging = 4 * WARPGROUPS * ROWS * columns
+    parameters = sum(WARPGROUPS * ROWS * dtype_bits(e.leaf.dtype) // 8 for e, _ in program.inputs)
+    leaves = {e.leaf for e in program.weights.parameters}
+    stage = 2 * columns * STAGE + 4 * WARPGROUPS * program.words * LANES + parameters + ALIGNED * len(leaves)
+    fit = max(2, min(MOST_DEEP, (SHARED - staging) // stage, shape.stages // parts))
+    return Tuning(columns, parts, 1 << fit.bit_length() - 1)  # a power of two: the loop divides by it
+
+
+def mma(program: Program, shape: Shape, tuned: Tuning, verbs: Verbs | None = None) -> Callable[..., jax.Array]:
+    """The product as a function (words, *parameters, x) -> f32 [parts, n, m].
+
+    words: u32 [rows, stages, words, LANES]; parameters: one array per stored leaf, [rows, groups, elements, ROWS]; x:
+    [m, k], of the program's halves; all as `lowbit.kernels.layout` has them, and m and k of `shape`.
+    """
+    return _launch(_Schedule(program, shape, tuned, verbs or Gpu()))
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    program: Program
+    shape: Shape
+    tuned: Tuning
+    verbs: Verbs
+
+    @property
+    def leaves(self) -> dict[str, list[Element]]:
+        """Parameters by the array that holds them."""
+        out: dict[str, list[Element]] = {}
+        for e in self.program.weights.parameters:
+            out.setdefault(e.leaf.name, []).append(e)
+        return out
+
+    def body(self, *refs: Any) -> None:
+        """The kernel."""
+        inputs, (out, staging) = refs[:-2], refs[-2:]
+        row, part, column = (lax.axis_index(name) for name in ("row", "part", "column"))
+        group = lax.axis_index("group")
+        tuned, verbs = self.tuned, self.verbs
+        steps = self.shape.stages // tuned.parts
+
+        def compute(pipeline: Callable[..., Any]) -> None:
+            verbs.accumulate(staging.at[group], pipeline)
+            plgpu.commit_smem()
+            n, m = (row * WARPGROUPS + group) * ROWS, column * tuned.columns
+            target = out.at[part, pl.ds(n, ROWS), pl.ds(m, tuned.columns)]
+            plgpu.copy_smem_to_gmem(staging.at[group], target)
+            plgpu.wait_smem_to_gmem(0)
+
+        def step(_: Any, *args: Any) -> Any:
+            *stage, acc = args
+            self.step(group, acc, *stage)
+            return acc
+
+        plgpu.emit_pipeline_warp_specialized(
+            step, grid=(steps,), in_specs=self.specs(row, part * steps, column), wg_axis="group",
+            num_compute_wgs=WARPGROUPS, memory_registers=40, max_concurrent_steps=tuned.depth, compute_context=compute,
+        )(*inputs)  # fmt: skip
+
+    def step(self, group: jax.Array, acc: Any, words: Any, *rest: Any) -> None:
+        """One stage: decode, multiply."""
+        *parameters, x = rest
+        verbs, program = self.verbs, self.program
+        refs = dict(zip(self.leaves, parameters, strict=True))
+        stored = [
+            verbs.rows(refs[e.leaf.name].at[group, g, self.leaves[e.leaf.name].index(e)]) for e, g in program.inputs
+        ]
+        weights = verbs.decode(program, verbs.words(words.at[group, 0], program), *stored)
+        verbs.multiply(acc, weights, x)
+        verbs.release()
+
+    def specs(self, row: jax.Array, first: jax.Array, column: jax.Array) -> list[plgpu.BlockSpec]:
+        """What a step fetches."""
+        swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        x = plgpu.BlockSpec((self.tuned.columns, STAGE), lambda k: (column, first + k), transforms=swizzled)
+        words = plgpu.BlockSpec((WARPGROUPS, 1, self.program.words, LANES), lambda k: (row, first + k, 0, 0))
+        return [words, *(self.parameter_spec(e, row, first) for e in self.leaves.values()), x]
+
+    def parameter_spec(self, elements: Sequence[Element], row: jax.Array, first: jax.Array) -> plgpu.BlockSpec:
+        e = elements[0]
+        block = (WARPGROUPS, groups_of(e), len(elements), ROWS)
+        # Stages that share a group. The pipeline wants every index to depend on the step, also that of a whole row.
+        wide = max(1, e.span // STAGE) if e.span else self.shape.stages
+        return plgpu.BlockSpec(block, lambda k: (row, lax.div(first + k, wide), 0, 0))
+
+
+def _launch(schedule: _Schedule) -> Callable[..., jax.Array]:
+    shape, tuned = schedule.shape, schedule.tuned
+    return plgpu.kernel(
+        schedule.body,
+        out_type=jax.ShapeDtypeStruct((tuned.parts, shape.rows * ROWS, shape.m), jnp.float32),
+        scratch_types=[plgpu.SMEM((WARPGROUPS, ROWS, tuned.columns), jnp.float32)],
+        grid=(shape.rows // WARPGROUPS, tuned.parts, ceil(shape.m / tuned.columns)),
+        grid_names=("row", "part", "column"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=schedule.verbs.interpret,
+    )

@@ -1,0 +1,101 @@
+"""What a schedule says in two back ends: the verbs that Pallas' interpreter lacks, for the GPU and for its twin.
+
+The pipeline, index maps, barriers and everything else of a schedule is shared, so interpreting the twin checks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lowbit.compat import load, transposed
+from lowbit.kernels.alu import HALVES
+from lowbit.kernels.decoders import ROWS
+from lowbit.kernels.lane_gpu import ROW, WORDS, in_registers
+from lowbit.kernels.lanes import STAGE, Program, in_numpy
+
+Ref = Any
+
+
+class Verbs(Protocol):
+    interpret: Any
+
+    def accumulate(self, out: Ref, run: Callable[[Ref], Any]) -> None:
+        """out = what `run` adds to an accumulator of its shape, which is zero at first."""
+
+    def words(self, ref: Ref, program: Program) -> jax.Array: ...
+    def rows(self, ref: Ref) -> jax.Array:
+        """A value for each of the ROWS."""
+
+    def decode(self, program: Program, words: jax.Array, *stored: jax.Array) -> jax.Array: ...
+    def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
+        """acc += weights [ROWS, k] @ x [columns, k]^T, finished when it returns."""
+
+    def release(self) -> None:
+        """Say that the stage's buffers were read."""
+
+
+class Gpu:
+    """Mosaic GPU."""
+
+    interpret = False
+
+    def accumulate(self, out: Ref, run: Callable[[Ref], Any]) -> None:
+        def scoped(acc: Ref) -> jax.Array:
+            run(acc)
+            return acc[...]
+
+        out[...] = pl.run_scoped(scoped, plgpu.ACC(out.shape, jnp.float32))  # type: ignore[attr-defined]
+
+    def words(self, ref: Ref, program: Program) -> jax.Array:
+        return load(ref, layout=WORDS[program.words])
+
+    def rows(self, ref: Ref) -> jax.Array:
+        return load(ref, layout=ROW)
+
+    def decode(self, program: Program, words: jax.Array, *stored: jax.Array) -> jax.Array:
+        return in_registers(program, words, *stored)
+
+    def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
+        plgpu.wgmma(acc, weights, transposed(x))
+        plgpu.wgmma_wait(0)
+
+    def release(self) -> None:
+        pass
+
+
+class Twin:
+    """The interpreter: results accumulate in shared memory, decoding is numpy, the product jnp.
+
+    Attributes:
+      interpret: parameters of Pallas' Mosaic GPU interpreter.
+    """
+
+    def __init__(self, interpret: Any) -> None:
+        self.interpret = interpret
+
+    def accumulate(self, out: Ref, run: Callable[[Ref], Any]) -> None:
+        out[...] = jnp.zeros(out.shape, jnp.float32)
+        run(out)
+
+    def words(self, ref: Ref, program: Program) -> jax.Array:
+        return ref[...]
+
+    def rows(self, ref: Ref) -> jax.Array:
+        return ref[...]
+
+    def decode(self, program: Program, words: jax.Array, *stored: jax.Array) -> jax.Array:
+        out = jax.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind])
+        return jax.pure_callback(lambda *raw: in_numpy(program, *map(np.asarray, raw)), out, words, *stored)
+
+    def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
+        acc[...] += jnp.dot(weights.astype(jnp.float32), x[...].astype(jnp.float32).T)
+
+    def release(self) -> None:
+        plgpu.commit_smem()

@@ -1,0 +1,218 @@
+"""decode[n, k] = f_c(stored elements of row n and of k's group): one weight, for each value c of its code.
+
+A kernel decodes weight by weight. This reading goes through the term at one position (n, k), held as index arrays for
+all positions at once, and finds which stored bits are the weight's code and what the weight is for each code value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import assert_never
+
+import numpy as np
+
+from lowbit.ir.dtypes import bits as dtype_bits
+from lowbit.ir.dtypes import is_float
+from lowbit.ir.expr import (
+    Add,
+    Bitcast,
+    Bucket,
+    Call,
+    Cast,
+    Concat,
+    Const,
+    Contract,
+    Expr,
+    Gather,
+    Merge,
+    Pad,
+    Param,
+    Slice,
+    Split,
+    Unpack,
+)
+from lowbit.passes.scalar import Element, Index, Number, Scalar, Where, elements, number, plus, times
+
+CODE_BITS = 4
+"""Most bits of a weight's code: a table of 16 entries is what a byte permute looks up."""
+GRAIN = 32
+"""Weights along k that one selector word covers: what is shared by a multiple of it is a parameter, not a code."""
+
+Position = Mapping[str, Index]
+
+
+class UnsuitableError(ValueError):
+    """Why weights cannot be decoded one by one from small codes."""
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """What each weight is.
+
+    Attributes:
+      codes: the stored fields that make the code, least significant first.
+      entries: the weight for each value of the code.
+    """
+
+    codes: tuple[Element, ...]
+    entries: tuple[Scalar, ...]
+
+    @property
+    def bits(self) -> int:
+        return sum(code_width(c) for c in self.codes)
+
+    @property
+    def parameters(self) -> tuple[Element, ...]:
+        """The stored elements that the entries are made of."""
+        return tuple(elements(*(node for _, node in self.entries)))
+
+
+def pointwise(decode: Expr) -> Pointwise:
+    """The reading of a decode term with the dims n and k. Raises UnsuitableError with the reason."""
+    sizes = decode.dims
+    here = {"n": np.arange(sizes["n"])[:, None], "k": np.arange(sizes["k"])[None, :]}
+    first = _Reader({})
+    first.at(decode, here)
+    codes = tuple(first.codes)
+    widths = [code_width(c) for c in codes]
+    if not 1 <= sum(widths) <= CODE_BITS:
+        raise UnsuitableError(f"a weight's code has {sum(widths)} bits, and a kernel's table takes 1 to {CODE_BITS}")
+    entries = []
+    for values in product(*(range(1 << w) for w in reversed(widths))):
+        reader = _Reader(dict(zip(codes, reversed(values), strict=True)))
+        entries.append(reader.at(decode, here))
+        if reader.codes.keys() - set(codes):
+            raise UnsuitableError("which bits are a weight's code depends on other bits of it")
+    return Pointwise(codes, tuple(entries))
+
+
+def code_width(e: Element) -> int:
+    """Bits of a code field."""
+    if e.width:
+        return e.width
+    bounds = e.leaf.bounds
+    if bounds is None or bounds[0] < 0:
+        raise UnsuitableError(f"codes {e.leaf.name!r} may be negative; store them from 0 up")
+    return min(dtype_bits(e.leaf.dtype), bounds[1].bit_length())
+
+
+@dataclass
+class _Reader:
+    """Evaluates a term at every position, the codes having the values given (0 if new)."""
+
+    assigned: Mapping[Element, int]
+    codes: dict[Element, None] = field(default_factory=dict)
+
+    def at(self, e: Expr, here: Position) -> Scalar:
+        match e:
+            case Param():
+                return self._stored(Element(e, tuple(Where.of(here[d]) for d in e.dims)))
+            case Const():
+                picked = np.unique(np.broadcast_arrays(e.values[tuple(here[d] for d in e.dims)])[0])
+                return number(float(_one(picked, "a constant of the format")))
+            case Unpack(x, width, dim, _):
+                return self._stored(_field(x, width * here[dim], width, here))
+            case Add(a, b):
+                return plus(self.at(a, here), self.at(b, here))
+            case Contract():
+                return self._contract(e, here)
+            case Gather(table, index, dim):
+                sign, code = self.at(index, here)
+                if not isinstance(code, Number):
+                    raise UnsuitableError("an index is made of parameters, not of code bits")
+                # Fields may hold more than the codes' range: what no array stores may mean any entry.
+                entry = min(max(int(sign * code.value), 0), table.dims[dim] - 1)
+                return self.at(table, {**here, dim: np.full((1, 1), entry)})
+            case Cast(x, to, rounds):
+                if rounds:
+                    raise UnsuitableError(f"a step rounds to {to}")
+                return self.at(x, here)
+            case Split() | Merge() | Slice() | Concat():
+                return self.at(*_moved(e, here))
+            case Bitcast() | Bucket() | Pad() | Call():
+                raise UnsuitableError(f"a step of its decode is a {type(e).__name__}")
+            case _:
+                assert_never(e)
+
+    def _stored(self, e: Element) -> Scalar:
+        if not e.varies[1] or e.span % GRAIN == 0:
+            return 1, e
+        if is_float(e.leaf.dtype):
+            few = f"every {e.span} inputs, not for a multiple of {GRAIN}"
+            raise UnsuitableError(f"{e.leaf.name!r} has a value for {few}")
+        code_width(e)
+        self.codes[e] = None
+        return number(self.assigned.get(e, 0))
+
+    def _contract(self, e: Contract, here: Position) -> Scalar:
+        sizes = {d: n for f in e.factors for d, n in f.dims.items() if d in e.over}
+        terms = []
+        for values in product(*map(range, sizes.values())):
+            there = {**here, **{d: np.full((1, 1), v) for d, v in zip(sizes, values, strict=True)}}
+            term = number(1)
+            for f in e.factors:
+                term = times(term, self.at(f, there))
+            terms.append(term)
+        if e.ring == "gf2":
+            return _parity(terms)
+        total = number(0)
+        for term in terms:
+            total = plus(total, term)
+        return total
+
+
+def _parity(terms: list[Scalar]) -> Scalar:
+    values = [node.value for _, node in terms if isinstance(node, Number)]
+    if len(values) < len(terms):
+        raise UnsuitableError("an xor of parameters")
+    return number(sum(map(int, values)) % 2)
+
+
+def _field(x: Expr, shift: Index, width: int, here: Position) -> Element:
+    """Bits of a stored word, seen through steps that move words and fields of fields."""
+    match x:
+        case Param():
+            return Element(x, tuple(Where.of(here[d]) for d in x.dims), Where.of(shift), width)
+        case Unpack(inner, outer, dim, _):
+            return _field(inner, shift + outer * here[dim], width, here)
+        case Split() | Merge() | Slice() | Concat():
+            moved, there = _moved(x, here)
+            return _field(moved, shift, width, there)
+        case _:
+            raise UnsuitableError(f"fields are unpacked from a {type(x).__name__}, not from stored words")
+
+
+def _moved(e: Split | Merge | Slice | Concat, here: Position) -> tuple[Expr, Position]:
+    """The operand and the position in it of a step that only moves."""
+    there = dict(here)
+    match e:
+        case Split(x, dim, into):
+            index = np.zeros((1, 1), np.int64)
+            for name, size in into:
+                index = index * size + there.pop(name)
+            return x, {**there, dim: index}
+        case Merge(x, parts, into):
+            index = there.pop(into)
+            for name in reversed(parts):
+                index, there[name] = index // x.dims[name], index % x.dims[name]
+            return x, there
+        case Slice(x, dim, start, _):
+            return x, {**there, dim: there[dim] + start}
+        case Concat(parts, dim):
+            start = 0
+            for part in parts:
+                inside = (there[dim] >= start) & (there[dim] < start + part.dims[dim])
+                if inside.all():
+                    return part, {**there, dim: there[dim] - start}
+                start += part.dims[dim]
+            raise UnsuitableError(f"its weights come from several arrays joined along {dim!r}")
+        case _:
+            assert_never(e)
+
+
+def _one(values: Index, what: str) -> float:
+    if values.size != 1:
+        raise UnsuitableError(f"{what} depends on the weight's position")
+    return float(values[0])

@@ -1,0 +1,166 @@
+"""What is static about a quantized array: its logical dims, its format, and how its fields are laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from math import prod
+from typing import Any, Literal, get_args
+
+from lowbit.formats.format import Format, definition
+from lowbit.formats.low_rank import LORA_A, LORA_B, LowRank
+from lowbit.ir.build import cast, param
+from lowbit.ir.dims import Shape
+from lowbit.ir.dtypes import DType, bits, is_float, short
+from lowbit.ir.expr import Concat, Contract, Expr, Gather, Param
+from lowbit.ir.walk import params, substitute, topo
+from lowbit.kernels.layout import layout
+
+LayoutName = Literal["own", "mma"]
+"""How fields are laid out: as the format's decode term says, or as the kernels read them (`lowbit.kernels.layout`)."""
+
+Split = tuple[str, str, int]
+"""(field, dim, at): the field is stored as two, its first `at` entries along the dim in float32, to be trained."""
+
+
+@dataclass(frozen=True)
+class QuantType:
+    """What is static about a quantized array: hashable, comparable, and all that a jitted function depends on.
+
+    Attributes:
+      dims: the logical array's dims in its order: (("k", 512), ("n", 256)) for a Flax kernel, n first for an embedding.
+      dtype: the logical element type, that of the array that was quantized.
+      format: the format with its options.
+      splits: fields stored in two parts so that one can be trained and the other not.
+      adapter: what is added to the decoded weight and trains instead of everything else in it.
+      layout: of the stored fields. Files hold "own".
+    """
+
+    dims: Shape
+    dtype: DType
+    format: Format
+    splits: tuple[Split, ...] = ()
+    adapter: LowRank | None = None
+    layout: LayoutName = "own"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(n for _, n in self.dims)
+
+    @property
+    def decode(self) -> Expr:
+        """The decode term, with the dims n and k, of fields in the format's own layout."""
+        return _decode(self)
+
+    @property
+    def fields(self) -> Mapping[str, Param]:
+        """The stored arrays by name; in the format's own layout they are the leaves of the decode term."""
+        return _fields(self)
+
+    @property
+    def bits(self) -> int:
+        """Bits of everything stored, padding included."""
+        return sum(prod(f.dims.values()) * bits(f.dtype) for f in self.fields.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bits / prod(self.shape)
+
+    @property
+    def encoding(self) -> str:
+        """The format, and the adapter on it: "bcq(bits=3) + lora(rank=8, alpha=16)"."""
+        return " + ".join(str(part) for part in (self.format, self.adapter) if part is not None)
+
+    def role(self, field: str) -> str:
+        """One of "code" (integers), "codebook" (a table that codes select from), "scale", "frozen" (not trained) or
+        "adapter"."""
+        leaf = self.fields[field]
+        if not is_float(leaf.dtype):
+            return "code"
+        if self.adapter is not None:
+            return "adapter" if field in (LORA_A, LORA_B) else "frozen"
+        if any(field == f"{split}_rest" for split, _, _ in self.splits):
+            return "frozen"
+        tables = (e.table for e in topo(self.decode) if isinstance(e, Gather))
+        return "codebook" if any(_is_rows_of(t, params(self.decode)[field]) for t in tables) else "scale"
+
+    def resized(self, **sizes: int) -> QuantType:
+        """The same format at another size: `type.resized(n=4)` is the type of four rows."""
+        return replace(self, dims=tuple((k, sizes.get(k, n)) for k, n in self.dims))
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{' '.join(f'{k}={n}' for k, n in self.dims)}] as {self.encoding}"
+
+    def __repr__(self) -> str:
+        return f"QuantType({self}, {self.bits_per_weight:.3g} bits/weight)"
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        from treescope.rendering_parts import build_one_line_tree_node, text  # who calls this has it
+
+        return build_one_line_tree_node(text(repr(self)), path)
+
+
+def _is_rows_of(table: Expr, leaf: Param) -> bool:
+    """Whether a gathered table is the leaf itself, seen through steps that only move or convert entries."""
+    while table is not leaf and len(table.args) == 1 and not isinstance(table, Contract):
+        table = table.args[0]
+    return table is leaf
+
+
+@lru_cache(maxsize=4096)
+def _decode(t: QuantType) -> Expr:
+    sizes = dict(t.dims)
+    if sizes.keys() != {"k", "n"}:
+        raise ValueError(f"a quantized array has the dims k and n, not {tuple(sizes)}")
+    e = t.format.decode(sizes["n"], sizes["k"])
+    if dict(e.dims) != sizes:
+        raise ValueError(f"format {t.format} decodes to {e.type}, which is not [n={sizes['n']} k={sizes['k']}]")
+    for field, dim, at in t.splits:
+        e = _split_field(e, params(e)[field], dim, at)
+    return e if t.adapter is None else e + t.adapter.decode(sizes["n"], sizes["k"])
+
+
+def _split_field(e: Expr, leaf: Param, dim: str, at: int) -> Expr:
+    first = param(f"{leaf.name}_first", "f32", None, **{**leaf.dims, dim: at})
+    rest = leaf.dims[dim] - at
+    if rest == 0:
+        return substitute(e, {leaf: first})
+    tail = param(f"{leaf.name}_rest", leaf.dtype, None, **{**leaf.dims, dim: rest})
+    whole = Concat((first, cast(tail, "f32")), dim)
+    return substitute(e, {leaf: whole})
+
+
+@lru_cache(maxsize=4096)
+def _fields(t: QuantType) -> dict[str, Param]:
+    decode = _decode(t)
+    return dict(sorted((params(decode) if t.layout == "own" else layout(decode).fields).items()))
+
+
+def type_to_json(t: QuantType) -> dict[str, Any]:
+    """A type as plain data; `type_from_json` is its inverse."""
+    data = {
+        "dims": [list(d) for d in t.dims],
+        "dtype": t.dtype,
+        "format": t.format.name,
+        "version": t.format.version,
+        "options": dict(t.format.options),
+        "splits": [list(s) for s in t.splits],
+    }
+    if t.adapter is not None:
+        data["adapter"] = asdict(t.adapter)
+    return data if t.layout == "own" else {**data, "layout": t.layout}
+
+
+def type_from_json(data: Mapping[str, Any]) -> QuantType:
+    """Raises UnknownFormatError for a format nobody registered, ValueError for another version of it."""
+    known = definition(data["format"]).version
+    if data["version"] != known:
+        raise ValueError(f"format {data['format']!r} has version {data['version']}, this library reads version {known}")
+    fmt = Format(data["format"], tuple(sorted(data["options"].items())))
+    dims = tuple((str(k), int(n)) for k, n in data["dims"])
+    splits = tuple((str(f), str(d), int(at)) for f, d, at in data["splits"])
+    adapter = LowRank(**data["adapter"]) if "adapter" in data else None
+    if (arranged := data.get("layout", "own")) not in get_args(LayoutName):
+        raise ValueError(f"layout {arranged!r} is not one this library reads: {', '.join(get_args(LayoutName))}")
+    return QuantType(dims, short(data["dtype"]), fmt, splits, adapter, arranged)

@@ -1,0 +1,269 @@
+"""The schedule `mma`: its twin in the Mosaic GPU interpreter against the oracle, and the programs that hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations, product
+from math import ceil
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+from jax import export
+
+import lowbit as lb
+from lowbit import devices, planning
+from lowbit.array import QuantArray, laid_out
+from lowbit.compat import NEW, interpret_params, races_found
+from lowbit.ir.dtypes import short
+from lowbit.kernels import product as launch
+from lowbit.kernels.layout import layout
+from lowbit.kernels.mma import Tuning, tuning
+from lowbit.kernels.verbs import HALVES, Twin
+from lowbit.quant_type import QuantType
+from lowbit.testing import random_array
+from lowbit.testing.checks import assert_product, kernel_term, random_rows
+from tests.fp3 import fp3_rows
+from tests.models import inputs
+
+KERNEL = "mosaic_gpu"
+"""In the name of what a program calls."""
+
+
+def array(fmt: lb.Format, n: int, k: int, dtype: Any = "bf16", seed: int = 0) -> QuantArray:
+    return random_array(QuantType((("k", k), ("n", n)), dtype, fmt), seed)
+
+
+def run(w: QuantArray, x: Any, tuned: Tuning | None, twin: type[Twin] = Twin) -> jax.Array:
+    verbs = twin(interpret_params(detect_races=True))
+    y = launch.product(layout(w.type.decode), jnp.asarray(x), laid_out(w).fields, tuned, verbs)
+    return jax.block_until_ready(y)
+
+
+def check(fmt: lb.Format, kind: Any, m: int, n: int, k: int, tuned: Tuning | None) -> None:
+    w, x = array(fmt, n, k), random_rows(m, k, dtype=HALVES[kind])
+    y = run(w, x, tuned)
+    assert y.shape == (m, n) and y.dtype == HALVES[kind]
+    assert not races_found()
+    assert_product(y, x, w, kernel_term(m, w.type, short(x.dtype)))
+
+
+# ---------------------------------------------------------------- the twin
+
+FORMATS = (
+    lb.uniform(4, group=128),
+    lb.bcq(2, group=32, scale_dtype="float16"),
+    lb.bcq(3),
+    lb.bcq(4, group=512, scale_dtype="bfloat16"),
+    fp3_rows(),  # a stranger's
+)
+KINDS, BATCHES, ROWS = ("f16", "bf16"), (1, 5, 16, 64), (13, 65)
+INPUTS = ((70, 1), (525, 1), (301, 2), (519, 3))
+"""And the parts that they are summed in."""
+FACTORS = (FORMATS, KINDS, BATCHES, ROWS, INPUTS)
+PAIRWISE = tuple(
+    (fmt, KINDS[(i + j // 2) % 2], m, ROWS[(i // 2 + j) % 2], INPUTS[(i + j) % 4])
+    for (i, fmt), (j, m) in product(enumerate(FORMATS), enumerate(BATCHES))
+)
+
+
+def test_the_grid_covers_every_pair() -> None:
+    for a, b in combinations(range(len(FACTORS)), 2):
+        assert {(case[a], case[b]) for case in PAIRWISE} == set(product(FACTORS[a], FACTORS[b]))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "kind", "m", "n", "inputs"),
+    [
+        pytest.param(*case, marks=() if case in PAIRWISE else pytest.mark.slow, id="-".join(map(str, case)))
+        for case in dict.fromkeys((*PAIRWISE, *product(*FACTORS[:3], ROWS[1:], INPUTS)))
+    ],
+)
+def test_the_twin_is_the_oracles_product(fmt: lb.Format, kind: Any, m: int, n: int, inputs: tuple[int, int]) -> None:
+    k, parts = inputs
+    check(fmt, kind, m, n, k, Tuning(columns=8 * ceil(m / 8), parts=parts, depth=2))
+
+
+def test_parameters_of_its_own_choice() -> None:
+    check(lb.uniform(4, group=64), "bf16", 3, 13, 1500, None)  # six stages
+    of = launch.Shape(8, 2, 64)
+    program = launch.Program(layout(lb.uniform(4).decode(128, 64 * 256)).weights, "bf16")
+    chosen = tuning(of, program)
+    assert of.stages % chosen.parts == 0 and chosen.parts > 1  # one block would leave most of the GPU idle
+
+
+@pytest.mark.slow
+def test_more_than_a_block_multiplies() -> None:
+    check(lb.bcq(2), "f16", 130, 129, 70, None)  # of x's rows and of outputs: 2 by 2 blocks
+
+
+class Racing(Twin):
+    """Both warpgroups add to the same accumulator."""
+
+    def accumulate(self, out: Any, run: Any) -> None:
+        super().accumulate(out.ref.at[0], run)
+
+
+def test_a_planted_race_is_found() -> None:
+    w = array(lb.bcq(2), 13, 70)
+    if NEW:
+        with pytest.raises(Exception, match="RACE DETECTED"):
+            run(w, random_rows(1, 70, dtype="float16"), None, Racing)
+    else:
+        run(w, random_rows(1, 70, dtype="float16"), None, Racing)
+        assert races_found()
+
+
+def test_only_halves_are_multiplied() -> None:
+    with pytest.raises(TypeError, match="x is float32: the matrix unit multiplies float16 and bfloat16"):
+        run(array(lb.bcq(2), 13, 70), random_rows(1, 70), None)
+
+
+# ---------------------------------------------------------------- programs
+
+W = array(lb.uniform(4, group=64), 100, 300)
+THERE = laid_out(W)
+X = inputs(5, 300, dtype="bfloat16")
+
+
+def for_cuda(f: Any, *args: Any) -> str:
+    return str(jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text())
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS[:2], fp3_rows()], ids=str)
+def test_a_program_for_cuda_holds_the_kernel(fmt: lb.Format) -> None:
+    w = laid_out(array(fmt, 100, 300))
+    assert KERNEL in for_cuda(lb.matmul, X, w)
+    assert KERNEL not in for_cuda(lb.matmul, X, array(fmt, 100, 300))
+    assert KERNEL not in for_cuda(lb.matmul, X.astype("float32"), w)
+    assert KERNEL not in str(jax.jit(lb.matmul).lower(X, w).as_text())
+
+
+def test_one_exported_program_serves_cpu_and_cuda() -> None:
+    made = export.export(jax.jit(lb.matmul), platforms=["cpu", "cuda"])(X, THERE)
+    assert KERNEL in made.mlir_module()
+    again = export.deserialize(made.serialize())
+    assert again.platforms == ("cpu", "cuda")
+    np.testing.assert_array_equal(np.asarray(again.call(X, THERE)), np.asarray(lb.matmul(X, THERE)))
+
+
+def test_on_a_cpu_products_are_those_of_the_plain_array() -> None:
+    np.testing.assert_array_equal(np.asarray(jax.jit(lb.matmul)(X, THERE)), np.asarray(jax.jit(lb.matmul)(X, W)))
+
+
+STACK = jax.tree.map(lambda *a: jnp.stack(a), W, array(lb.uniform(4, group=64), 100, 300, seed=1))
+
+
+def scanned(x: jax.Array, stack: QuantArray) -> jax.Array:
+    return jax.lax.scan(lambda _, w: (None, lb.matmul(x, w)), None, stack)[1]
+
+
+def mapped(x: jax.Array, stack: QuantArray) -> jax.Array:
+    return jax.vmap(lb.matmul, (None, 0))(x, stack)
+
+
+def rows_mapped(x: jax.Array, stack: QuantArray) -> jax.Array:
+    first = jax.tree.map(lambda a: a[0], stack)
+    return jax.vmap(lambda row: lb.matmul(row, first))(x)
+
+
+@pytest.mark.parametrize("over", [scanned, mapped, rows_mapped])
+def test_stacks_and_batches(over: Any) -> None:
+    there = laid_out(STACK)
+    got, want = (np.asarray(jax.jit(over)(X, s).astype("float32")) for s in (there, STACK))
+    step = 2 * float(jnp.finfo("bfloat16").eps)  # both round a float32 sum to bfloat16
+    np.testing.assert_allclose(got, want, rtol=step, atol=step)
+    assert KERNEL in for_cuda(over, X, there)
+
+
+def test_a_batch_of_symbolic_size() -> None:
+    (b,) = export.symbolic_shape("b")
+    x = jax.ShapeDtypeStruct((b, 300), jnp.bfloat16)
+    made = export.export(jax.jit(lb.matmul), platforms=["cpu", "cuda"])(x, THERE)
+    assert KERNEL in made.mlir_module()
+    assert made.call(X, THERE).shape == (5, 100)
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def test_explain_lists_the_kernel_taken_or_refused() -> None:
+    def line(w: QuantArray, platform: str, dtype: str = "bfloat16", batch: int = 1) -> str:
+        table = str(lb.plan((batch, 300), w.type, platform, dtype)).splitlines()
+        return next(row for row in table if row.startswith("mma "))
+
+    assert "us" in line(THERE, "gpu") and "refused" not in line(THERE, "gpu")
+    assert lb.explain(THERE, batch=1, platform="gpu").splitlines()[2] == line(THERE, "gpu")  # and first of all
+    assert f"{THERE.type.bits // 8 + 2 * 300:,}" in line(THERE, "gpu")  # every stored bit, and x
+    for w, platform, dtype, why in (
+        (THERE, "cpu", "bfloat16", "it is for GPUs"),
+        (W, "gpu", "bfloat16", "the weight is in its format's own layout: lb.prepare the model for its GPU"),
+        (THERE, "gpu", "float32", "x is f32, and it multiplies halves: cast x to bfloat16 or float16"),
+        (array(lb.uniform(6), 100, 300), "gpu", "float16", "a weight's code has 6 bits, and a kernel's table takes"),
+        (array(lb.bcq(2, group=96), 100, 300), "gpu", "float16", "groups of 96 inputs do not line up with 256"),
+    ):
+        assert f"refused: {why}" in line(w, platform, dtype)
+
+
+def test_lowering_by_name_or_by_several() -> None:
+    with pytest.raises(planning.LoweringError) as refused:
+        lb.matmul(X, THERE, lowering="mma")
+    message = str(refused.value)
+    assert message.startswith(f"lowering 'mma' cannot run x[5, k] @ {THERE.type}: use one of decode")
+    assert "mma      refused: it is for GPUs" in message and "predicted" in message
+    with pytest.raises(planning.LoweringError, match="lowering 'mma' or 'dense' cannot run"):
+        lb.matmul(X, THERE, lowering=["mma", "dense"])
+    with pytest.raises(planning.LoweringError, match=r"there is no lowering 'wgmma': use one of .*mma, dense"):
+        lb.matmul(X, THERE, lowering=["decode", "wgmma"])
+    got, want = (lb.matmul(X, THERE, lowering=names) for names in (["mma", "table", "decode"], "table"))
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+    assert {"mma", "dense"}.isdisjoint(lb.plan(X.shape, THERE.type, "cpu", "bfloat16").names)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[str]]]:
+    """A GPU to be given a capability, and what is logged. Programs are still made for the CPU."""
+    said: list[str] = []
+    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])
+    _forget()
+    yield device, said
+    _forget()
+
+
+def _forget() -> None:
+    jax.clear_caches()
+    devices._warn.cache_clear()
+    planning.planned.cache_clear()
+
+
+def test_another_gpu_is_named_once_and_runs_what_xla_makes(gpu: tuple[Any, list[str]]) -> None:
+    device, said = gpu
+    assert KERNEL not in for_cuda(lb.matmul, X, THERE)
+    assert KERNEL not in for_cuda(lb.matmul, X[:2], THERE)
+    why = "NVIDIA A100 has compute capability 8.0: lowbit's kernels are for 9.0 exactly"
+    assert said == [f"{why}, so products run as XLA makes them"]
+    with pytest.raises(planning.LoweringError, match=r"mma +refused: this GPU has compute capability 8.0, and it is"):
+        lb.matmul(X, THERE, lowering="mma")
+    layer = lb.nn.Linear(lb.nn.Kernel(W, jnp.zeros(2)), None)
+    assert lb.prepare(layer) is layer
+    assert "mma      refused: this GPU has compute capability 8.0" in lb.explain(THERE)
+    del device.compute_capability
+    assert not devices.is_hopper(device)
+
+
+def test_on_a_hopper_gpu_the_kernel_is_the_choice(gpu: tuple[Any, list[str]]) -> None:
+    device, said = gpu
+    device.compute_capability = "9.0"
+    assert KERNEL in for_cuda(lb.matmul, X, THERE)
+    assert KERNEL in for_cuda(lambda x, w: lb.matmul(x, w, lowering="mma"), X, THERE)
+    assert KERNEL not in for_cuda(lambda x, w: lb.matmul(x, w, lowering="decode"), X, THERE)
+    layer = lb.nn.Linear(lb.nn.Kernel(W, jnp.zeros(2)), None)
+    assert lb.prepare(layer).kernel.type.layout == "mma"
+    assert said == []

@@ -1,0 +1,68 @@
+"""The kernels that `make aot` compiles: every way to decode, in both halves, for some rows of activations."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+
+import lowbit as lb
+from lowbit.formats.format import Format
+from lowbit.ir.dtypes import numpy_dtype
+from lowbit.kernels.alu import HALVES, Half
+from lowbit.kernels.decoders import ROWS
+from lowbit.kernels.lanes import LANES, STAGE
+from lowbit.kernels.layout import layout
+from lowbit.kernels.product import product
+from lowbit.quant_type import QuantType
+from tests.fp3 import fp3_rows
+
+SCALES: dict[Half, str] = {"f16": "float16", "bf16": "bfloat16"}
+SIZE = 8192
+"""Of the square weight: a loop over k remains in every part of it."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A kernel as `tools.aot.report.Kernel` has it."""
+
+    name: str
+    function: Callable[..., Any]
+    avals: tuple[Any, ...]
+    weights: int
+    bits: float
+    wgmmas: int
+    target: float | None
+
+
+def catalog() -> Iterator[Listed]:
+    aims = {
+        "uniform4": (lb.uniform, 4, 0.9),
+        "bcq2": (lb.bcq, 2, 0.9),
+        "bcq3": (lb.bcq, 3, 0.9),
+        "bcq4": (lb.bcq, 4, 1.0),
+    }
+    for name, (make, bits, target) in aims.items():
+        for kind, scale in SCALES.items():
+            fmt = make(bits, group=128, scale_dtype=scale)
+            yield listed(f"{name}_{kind}_m8", fmt, kind, 8, target)
+        yield listed(f"{name}_bf16_m64", fmt, "bf16", 64, None)
+        yield listed(f"{name}_bf16_m256", fmt, "bf16", 256, None)
+        yield listed(f"{name}_f32_scales_bf16_m8", make(bits, group=128), "bf16", 8, target)
+    yield listed("bcq1_bf16_m8", lb.bcq(1, group=128, scale_dtype="bfloat16"), "bf16", 8, None)
+    yield listed("bcq4_offset_bf16_m8", lb.bcq(4, group=128, offset=True, scale_dtype="bfloat16"), "bf16", 8, None)
+    yield listed("fp3_rows_bf16_m8", fp3_rows(), "bf16", 8, 0.9)  # a format from outside the library
+    yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
+
+
+def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> Listed:
+    """The product of x [m, SIZE] with a SIZE by SIZE weight."""
+    of = layout(fmt.decode(SIZE, SIZE))
+    fields = {
+        field: jax.ShapeDtypeStruct(tuple(leaf.dims.values()), numpy_dtype(leaf.dtype))
+        for field, leaf in of.fields.items()
+    }
+    x = jax.ShapeDtypeStruct((m, SIZE), HALVES[kind])
+    bits = QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma").bits_per_weight
+    return Listed(name, partial(product, of), (x, fields), ROWS * STAGE // LANES, bits, STAGE // 16, target)
