@@ -18,14 +18,14 @@ import numpy as np
 from lowbit.array import QuantArray, dequantize, own
 from lowbit.formats.format import Format
 from lowbit.io import read, write
-from lowbit.ir.build import cast, contract, param
+from lowbit.ir.build import param
 from lowbit.ir.dtypes import is_float, numpy_dtype, short
 from lowbit.ir.expr import Expr
 from lowbit.ir.oracle import evaluate
 from lowbit.ir.parse import parse
 from lowbit.ir.text import text
 from lowbit.ir.transpose import transpose
-from lowbit.ir.walk import params, substitute
+from lowbit.ir.walk import params
 from lowbit.nn import Kernel, Linear, report
 from lowbit.ops import matmul, take
 from lowbit.passes.choose import Form, choose
@@ -33,6 +33,7 @@ from lowbit.passes.lower_xla import align, emit
 from lowbit.planning import lowering, machine_of, plan
 from lowbit.quant_type import QuantType, type_from_json, type_to_json
 from lowbit.quantizers import Quantizer, quantize_array
+from lowbit.testing.terms import kernel_term, product_term
 from lowbit.testing.tolerance import Array, assert_within, exact_and_bound, expect, in_float64, rounded
 
 DRAWS = 16
@@ -67,18 +68,6 @@ def random_rows(*shape: int, dtype: Any = "float32", seed: int = 9) -> Array:
 def stored(w: QuantArray) -> dict[str, Array]:
     """The fields of an array, on the host."""
     return {name: np.asarray(a) for name, a in w.fields.items()}
-
-
-def product_term(m: int, t: QuantType, dtype: Any) -> Expr:
-    """x [m, k] times w, as the formula has it."""
-    return contract((param("x", dtype, None, m=m, k=dict(t.dims)["k"]), t.decode), ("k",))
-
-
-def kernel_term(m: int, t: QuantType, dtype: Any) -> Expr:
-    """The product as kernels compute it: floats that are stored, and weights, are rounded to x's dtype."""
-    floats = [leaf for leaf in params(t.decode).values() if is_float(leaf.dtype)]
-    decode = substitute(t.decode, {leaf: cast(cast(leaf, dtype), leaf.dtype) for leaf in floats})
-    return contract((param("x", dtype, None, m=m, k=dict(t.dims)["k"]), cast(decode, dtype)), ("k",))
 
 
 # ---------------------------------------------------------------- values
