@@ -29,7 +29,8 @@ from benchmarks.gpu_timing import copies, profiled, timed
 from lowbit.array import QuantArray, laid_out
 from lowbit.ir.dtypes import short
 from lowbit.passes.choose import Form
-from lowbit.testing.checks import assert_product, kernel_term, random_array, random_rows
+from lowbit.testing.checks import assert_product, random_array, random_rows
+from lowbit.testing.terms import kernel_term
 from lowbit.testing.tolerance import assert_within, dot_tolerance, tiny
 
 NAME = "gpu_matmul"

@@ -97,6 +97,9 @@ def register_format(
     dims n and k. Integer leaves are codes and never trained; float leaves are scales, or codebooks where a code
     selects from them. A leaf is not called `x` or `dy`, which are the activation and a cotangent.
 
+    Raises ValueError for a name that is taken, or when a format is made for such a leaf; TypeError for what is no
+    expression, and for options that a file cannot hold.
+
     >>> import lowbit as lb
     >>> from lowbit.ir import const, param
     >>> @lb.register_format("int8_rows")
@@ -115,7 +118,7 @@ def register_format(
         def make(*args: Any, **kwargs: Any) -> Format:
             bound = options.bind(*args, **kwargs)
             bound.apply_defaults()
-            _check_names(name, decode(*TRIAL, **bound.arguments))  # wrong options are an error here, not layers later
+            _check_term(name, decode(*TRIAL, **bound.arguments))  # wrong options are an error here, not layers later
             _check_storable(name, bound.arguments)
             return Format(name, tuple(sorted(bound.arguments.items())))
 
@@ -134,7 +137,9 @@ def _check_storable(name: str, options: Mapping[str, Any]) -> None:
             raise TypeError(f"{what}: files hold ints, floats, bools, strings and None")
 
 
-def _check_names(name: str, term: Expr) -> None:
+def _check_term(name: str, term: Any) -> None:
+    if not isinstance(term, Expr):
+        raise TypeError(f"format {name!r} decodes to a {type(term).__name__}, not an expression of lowbit.ir")
     if taken := params(term).keys() & {"x", "dy"}:
         raise ValueError(f"format {name!r} stores {sorted(taken)}: x and dy name what weights meet, so rename them")
 

@@ -56,6 +56,8 @@ def check_range(array: QuantArray, w: jax.Array, name: str) -> None:
     if any(isinstance(v, jax.core.Tracer) for v in (*scales.values(), w)):
         return
     for stored, v in scales.items():
+        if bool(jnp.isnan(v).any()):
+            raise ValueError(f"{name}: {stored!r} holds NaN, as a division by zero gives: repair the quantizer")
         if not bool(jnp.isfinite(v).all()):
             raise ValueError(f"{name}: {stored!r} overflows {v.dtype}; use scale_dtype='float32' or 'bfloat16'")
     normal = {f: bool(jnp.abs(v).max() >= jnp.finfo(v.dtype).smallest_normal) for f, v in scales.items()}

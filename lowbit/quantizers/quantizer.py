@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -188,6 +188,9 @@ def quantize_array(
 def _quantize(w: jax.Array, t: QuantType, solver: Quantizer, importance: jax.Array | None, name: str) -> QuantArray:
     rows = w if t.dims[0][0] == "n" else w.T
     fields = solver(rows, t.format) if importance is None else solver(rows, t.format, importance)  # type: ignore[call-arg]
+    if not isinstance(fields, Mapping):
+        given = f"returned a {type(fields).__name__}, not the stored arrays by name"
+        raise TypeError(f"{name}: the quantizer {given}: {t.format} stores {sorted(t.fields)}")
     array = QuantArray.of(fields, t)
     check_range(array, w, name)
     return array

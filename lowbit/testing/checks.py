@@ -18,14 +18,14 @@ import numpy as np
 from lowbit.array import QuantArray, dequantize, own
 from lowbit.formats.format import Format
 from lowbit.io import read, write
-from lowbit.ir.build import cast, contract, param
+from lowbit.ir.build import param
 from lowbit.ir.dtypes import is_float, numpy_dtype, short
 from lowbit.ir.expr import Expr
 from lowbit.ir.oracle import evaluate
 from lowbit.ir.parse import parse
 from lowbit.ir.text import text
 from lowbit.ir.transpose import transpose
-from lowbit.ir.walk import params, substitute
+from lowbit.ir.walk import params
 from lowbit.nn import Kernel, Linear, report
 from lowbit.ops import matmul, take
 from lowbit.passes.choose import Form, choose
@@ -33,7 +33,11 @@ from lowbit.passes.lower_xla import align, emit
 from lowbit.planning import lowering, machine_of, plan
 from lowbit.quant_type import QuantType, type_from_json, type_to_json
 from lowbit.quantizers import Quantizer, quantize_array
+from lowbit.testing.terms import kernel_term, product_term
 from lowbit.testing.tolerance import Array, assert_within, exact_and_bound, expect, in_float64, rounded
+
+DRAWS = 16
+"""Random signs that a quantizer is tried on."""
 
 
 def random_array(t: QuantType, seed: int = 0) -> QuantArray:
@@ -66,23 +70,15 @@ def stored(w: QuantArray) -> dict[str, Array]:
     return {name: np.asarray(a) for name, a in w.fields.items()}
 
 
-def product_term(m: int, t: QuantType, dtype: Any) -> Expr:
-    """x [m, k] times w, as the formula has it."""
-    return contract((param("x", dtype, None, m=m, k=dict(t.dims)["k"]), t.decode), ("k",))
-
-
-def kernel_term(m: int, t: QuantType, dtype: Any) -> Expr:
-    """The product as kernels compute it: floats that are stored, and weights, are rounded to x's dtype."""
-    floats = [leaf for leaf in params(t.decode).values() if is_float(leaf.dtype)]
-    decode = substitute(t.decode, {leaf: cast(cast(leaf, dtype), leaf.dtype) for leaf in floats})
-    return contract((param("x", dtype, None, m=m, k=dict(t.dims)["k"]), cast(decode, dtype)), ("k",))
-
-
 # ---------------------------------------------------------------- values
 
 
 def check_decode(w: QuantArray) -> None:
-    """`lb.dequantize` is the oracle's decode, which is finite, in the type's dims and dtype."""
+    """`lb.dequantize` is the oracle's decode, which is finite, in the type's dims and dtype; else AssertionError.
+
+    >>> import lowbit as lb
+    >>> lb.testing.check_decode(lb.quantize_array(np.eye(8, 4), lb.bcq(2)))
+    """
     exact, bound = exact_and_bound(w.type.decode, stored(w), list(dict(w.type.dims)))
     expect(is_float(w.type.decode.dtype), f"decodes to {w.type.decode.type}; weights are floats: multiply by a scale")
     expect(np.isfinite(exact).all(), f"{_count(~np.isfinite(exact))} weights of random stored arrays are NaN or inf")
@@ -102,14 +98,18 @@ def check_text(t: QuantType) -> None:
     """The decode is what its text says, and the type what its JSON says: what files and exported programs rest on."""
     expect(parse(text(t.decode)) is t.decode, "the text of the decode parses to another term")
     again = type_from_json(json.loads(json.dumps(type_to_json(t))))
-    expect(again == t, f"the type is read back as {again}, not {t}: options are ints, bools, strings or None")
+    expect(again == t, f"the type is read back as {again}, not {t}: options are ints, floats, bools, strings or None")
 
 
 def check_product(x: Any, w: QuantArray, form: str | None = None) -> None:
     """`lb.matmul(x, w)` in a form, or the one chosen, is the product of x with the oracle's weights.
 
     The bound is that of the arithmetic of the form, rounded once to x's dtype. Raises LoweringError for a form that
-    this product does not have.
+    this product does not have, AssertionError for a product or a shape that is wrong.
+
+    >>> import lowbit as lb
+    >>> w = lb.quantize_array(np.eye(8, 4), lb.bcq(2))
+    >>> lb.testing.check_product(np.ones((3, 8), np.float32), w, "decode")  # x [..., k]
     """
     x = np.asarray(x)
     planned = plan(x.shape, w.type, dtype=x.dtype).choice(form)
@@ -154,7 +154,11 @@ def check_vmap(x: Array, ws: Sequence[QuantArray]) -> None:
 
 def check_gradients(x: Array, w: QuantArray) -> None:
     """The cotangents of x and of every float field are those of the transposed term, and those of `jax.vjp` of the
-    decode followed by a dot in float64; codes have none."""
+    decode followed by a dot in float64; codes have none. x is [m, k]. Raises AssertionError otherwise.
+
+    >>> import lowbit as lb
+    >>> lb.testing.check_gradients(np.ones((3, 8), np.float32), lb.quantize_array(np.eye(8, 4), lb.bcq(2)))
+    """
     m, n = x.shape[0], dict(w.type.dims)["n"]
     # Small, so that the cotangents stay within the narrowest type that may store a scale: 448 for e4m3.
     dy = (random_rows(m, n, seed=3) / 64).astype(x.dtype)
@@ -254,6 +258,32 @@ def check_quantizer(fmt: Format, n: int, k: int, quantizer: Quantizer | None = N
         if kind == "normal":
             error = float(np.linalg.norm(decoded - w) / np.linalg.norm(w))
             expect(error < 1, f"the relative error on N(0, 1) is {error:.3g}; all zeros have 1")
+    check_places(fmt, n, k, quantizer)
+
+
+def check_places(fmt: Format, n: int, k: int, quantizer: Quantizer | None = None) -> None:
+    """Codes and scales lie where the decode looks for them, also in the last of a ragged group.
+
+    Weights have random signs, and are 4 times larger in the second half of the inputs, and of the outputs. On average
+    over `DRAWS`, none takes the sign of another. A scale that both halves share may make them equal, so only a weight
+    of a first half that comes back twice as large as one of the second is wrong. The error of all weights together
+    hides such faults: a few weights may be at the wrong place, or every scale, where groups are alike.
+    """
+    inputs, outputs = np.arange(k)[:, None] >= k // 2, np.arange(n) >= n // 2
+    size, mean = 4.0**inputs * 4.0**outputs, np.zeros((k, n))
+    for seed in range(DRAWS):
+        # Every second draw has the signs of the last one turned: one level of two may be zero, for either sign.
+        signs = np.random.default_rng(seed // 2).choice([-1, 1], (k, n)) * (-1) ** seed
+        array = quantize_array((signs * size).astype(np.float32), fmt, quantizer, name="a weight in two sizes")
+        mean += signs * np.asarray(dequantize(array)) / DRAWS
+    at = [int(i) for i in np.unravel_index(mean.argmin(), mean.shape)]
+    wrong = f"{_count(mean < 0)} weights take the signs of others, the worst at n={at[1]} k={at[0]}"
+    expect(mean.min() >= 0, f"{wrong}: does the quantizer put codes where the decode looks for them?")
+    for dim, axis in (("k", 0), ("n", 1)):
+        first, second = np.split(mean, [mean.shape[axis] // 2], axis)
+        larger = first.max(axis, initial=0) > 2 * second.min(axis)
+        wrong = f"weights that are 4 times smaller in the first half of {dim} come back larger than in the second"
+        expect(not larger.any(), f"{wrong}: does the quantizer put scales where the decode looks for them?")
 
 
 def _ordered(value: Array, term: Expr, dims: Sequence[str]) -> Array:

@@ -75,7 +75,8 @@ def check_format(
     in every lowering, for one vector, no rows, bfloat16 and under `jax.vmap`; the gradients of x and of every float
     field are those of the transposed term and of `jax.vjp` through the decode; a file gives the same bits back, and so
     does an exported program; `lb.report` counts what is stored. A quantizer must cope with zero, constant and huge
-    weights. Floats are compared within bounds that follow from the arithmetic (`lowbit.testing.tolerance`).
+    weights, and put codes and scales where the decode looks for them. Floats are compared within bounds that follow
+    from the arithmetic (`lowbit.testing.tolerance`).
 
     Args:
       fmt: the format, with its options.

@@ -91,7 +91,10 @@ class Kit(pytest.Collector):
         if self.kind == "format":
             checks, refused = format_checks(found() if callable(found) else found, lowerings=lowerings)
         else:
-            model, batch = found()
+            made = found()
+            if not isinstance(made, tuple) or len(made) != 2:
+                raise self.CollectError(f"{self.place!r} gives a {type(made).__name__}, not the pair (model, batch)")
+            model, batch = made
             checks = model_checks(model, batch, lowerings=lowerings)
         tests = {str(check): check.run for check in checks}
         tests |= {where: partial(pytest.skip, f"refused: {reason}") for where, reason in refused.items()}

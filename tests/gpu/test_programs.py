@@ -22,12 +22,11 @@ from lowbit.planning import machine_of
 from lowbit.testing.checks import (
     assert_product,
     check_export,
-    kernel_term,
-    product_term,
     random_array,
     random_rows,
     stored,
 )
+from lowbit.testing.terms import kernel_term, product_term
 from lowbit.testing.tolerance import assert_within, exact_and_bound, rounded
 from tests.hopper import needed
 

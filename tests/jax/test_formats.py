@@ -252,6 +252,15 @@ def test_names_of_what_a_weight_meets():
         named_x()
 
 
+def test_a_format_that_gives_no_expression_is_refused():
+    @lb.register_format("test_no_term")
+    def fmt(n, k):
+        return np.zeros((n, k))
+
+    with pytest.raises(TypeError, match=r"^format 'test_no_term' decodes to a ndarray, not an expression of "):
+        fmt()
+
+
 def test_unknown_format():
     with pytest.raises(UnknownFormatError) as err:
         Format("no_such").decode(8, 8)

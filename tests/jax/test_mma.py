@@ -26,7 +26,8 @@ from lowbit.kernels.mma import Tuning, tuning
 from lowbit.kernels.verbs import HALVES, Twin
 from lowbit.quant_type import QuantType
 from lowbit.testing import random_array
-from lowbit.testing.checks import assert_product, kernel_term, random_rows
+from lowbit.testing.checks import assert_product, random_rows
+from lowbit.testing.terms import kernel_term
 from tests.fp3 import fp3_rows
 from tests.models import inputs
 

@@ -20,7 +20,8 @@ from lowbit.passes.choose import TIE
 from lowbit.passes.lower_xla import emit
 from lowbit.planning import MACHINES
 from lowbit.quant_type import QuantType
-from lowbit.testing.checks import check_gradients, check_product, product_term, stored
+from lowbit.testing.checks import check_gradients, check_product, stored
+from lowbit.testing.terms import product_term
 from lowbit.testing.tolerance import assert_within, exact_and_bound, gamma, rounded, tiny
 from tests.terms import environment
 

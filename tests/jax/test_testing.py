@@ -14,7 +14,22 @@ from hypothesis import given, settings
 
 import lowbit as lb
 from lowbit import ops, planning
-from lowbit.ir import Bitcast, Call, CallSpec, Type, Unpack, const, contract, merge, param, parse, register_call, text
+from lowbit.ir import (
+    Bitcast,
+    Call,
+    CallSpec,
+    Gather,
+    Type,
+    Unpack,
+    const,
+    contract,
+    merge,
+    param,
+    parse,
+    register_call,
+    slice_,
+    text,
+)
 from lowbit.kernels.choice import KERNELS
 from lowbit.passes import PIPELINES, Pass
 from lowbit.passes.lower_xla import emit
@@ -164,10 +179,17 @@ def bits_of_floats(n: int, k: int):
     return Bitcast(param("codes", "u8", (0x7E, 0x7F), n=n, k=k), "e4m3") * param("scale", "f32", n=n)
 
 
+@lb.register_format("infinite_level")
+def infinite_level(n: int, k: int):
+    levels = const([0, 1, np.inf, 2], "f32", "c")
+    return Gather(levels, param("codes", "u8", (0, 3), n=n, k=k), "c") * param("scale", "f32", n=n)
+
+
 @pytest.mark.parametrize(
     ("fmt", "message"),
     [
         (decodes_to_integers(), r"decodes to i8\[n=2 k=9\]; weights are floats: multiply by a scale"),
+        (infinite_level(), r"\d+ of 18 weights of random stored arrays are NaN or inf"),
         (bits_of_floats(), r"\d+ of 18 weights of random stored arrays are NaN or inf"),
     ],
 )
@@ -282,7 +304,7 @@ def test_a_program_that_changes_is_caught(monkeypatch):
     [
         (
             lambda w, f: f | {"scale": f["scale"] / jnp.abs(w).max(1) * jnp.abs(w).max(1)},
-            r"a weight that is zero: 'scale' ",
+            r"a weight that is zero: 'scale' holds NaN, as a division by zero gives: repair the quantizer$",
         ),
         (lambda w, f: f | {"scale": 0 * f["scale"]}, r"a weight that is normal: 'scale' underflows float32"),
         (lambda w, f: f | {"scale": -f["scale"]}, r"the relative error on N\(0, 1\) is 2.0\d; all zeros have 1$"),
@@ -296,6 +318,55 @@ def test_a_program_that_changes_is_caught(monkeypatch):
 def test_a_wrong_quantizer_is_caught(change, message):
     with pytest.raises(AssertionError, match=f"^{message}"):
         checks.check_quantizer(fp3.fp3_rows(), 2, 9, lambda w, fmt: change(w, fp3.nearest(w, fmt)))
+
+
+@lb.register_format("int4_groups")
+def int4_groups(n: int, k: int):
+    """A signed code of 4 bits times a scale for each 4 inputs, the last group padded."""
+    groups = -(-k // 4)
+    weight = param("codes", "i8", (-8, 7), n=n, g=groups, t=4) * param("scale", "f32", n=n, g=groups)
+    return slice_(merge(weight, "g", "t", into="k"), "k", 0, k)
+
+
+def absmax(w, fmt):
+    groups = jnp.pad(w, ((0, 0), (0, -w.shape[1] % 4))).reshape(len(w), -1, 4)
+    largest = jnp.abs(groups).max(-1)
+    scale = jnp.where(largest > 0, largest / 7, 1.0)
+    return {"codes": jnp.round(groups / scale[:, :, None]).astype(jnp.int8), "scale": scale}
+
+
+SIGNS = r"\d+ of 80 weights take the signs of others, the worst at n=\d k=\d+: does the quantizer put codes"
+SIZES = "weights that are 4 times smaller in the first half of {} come back larger than in the second: does "
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f | {"codes": f["codes"].at[:, -1, :2].set(f["codes"][:, -1, 1::-1])}, SIGNS),
+        (lambda f: f | {"codes": f["codes"].at[:, -1].set(0)}, SIZES.format("k")),
+        (lambda f: f | {"scale": jnp.roll(f["scale"], 1, axis=1)}, SIZES.format("k")),
+        (lambda f: f | {"scale": f["scale"][::-1]}, SIZES.format("n")),
+    ],
+    ids=["tail reversed", "tail dropped", "scales of other groups", "scales of other outputs"],
+)
+def test_codes_and_scales_at_wrong_places_are_caught(change, message):
+    """The error of all weights together would pass each."""
+    checks.check_quantizer(int4_groups(), 8, 10, absmax)
+    with pytest.raises(AssertionError, match=f"^{message}"):
+        checks.check_places(int4_groups(), 8, 10, lambda w, fmt: change(absmax(w, fmt)))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "quantizer"), [(lb.bcq(1), lb.greedy()), (lb.bcq(1, offset=True), lb.greedy()), (lb.uniform(1), None)]
+)
+def test_one_scale_for_weights_of_two_sizes_is_no_fault(fmt, quantizer):
+    checks.check_places(fmt, 2, 21, quantizer)
+
+
+def test_a_quantizer_that_returns_no_arrays_is_named():
+    message = r"TypeError: a weight that is normal: the quantizer returned a NoneType, not the stored arrays by name: "
+    found = failures(planted("fp3_no_arrays"), lowerings=["decode"], quantizer=lambda w, fmt: None)
+    assert re.match(message + r"fp3_no_arrays\(\) stores \['planes', 'scale'\]$", found["quantizer"])
 
 
 def test_weights_that_come_back_as_nan_are_caught():
@@ -514,6 +585,10 @@ def test_a_lowering_that_a_test_does_not_have(plugin, pytester):
         (
             "--lowbit-format=tests.fp3:fp4",
             "'tests.fp3:fp4' cannot be imported: module 'tests.fp3' has no attribute 'fp4'",
+        ),
+        (
+            "--lowbit-model=tests.jax.test_testing:Tied",
+            "'tests.jax.test_testing:Tied' gives a Tied, not the pair (model, batch)",
         ),
         ("--lowbit-model=no_such:model", "'no_such:model' cannot be imported: No module named 'no_such'"),
     ],
