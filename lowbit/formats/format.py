@@ -93,6 +93,9 @@ def register_format(
 ) -> Callable[[Decode], Callable[..., Format]]:
     """Define a format by its decode function; the decorated name becomes the constructor of `Format`s.
 
+    `views=(option, values)` is for stored arrays that can be read in several ways: the option that says how, and a
+    function from the other options to its values. The arrays are those that any of the readings has.
+
     The function takes the sizes `n` (outputs) and `k` (inputs), then keyword options, and returns a term with the
     dims n and k. Integer leaves are codes and never trained; float leaves are scales, or codebooks where a code
     selects from them. A leaf is not called `x` or `dy`, which are the activation and a cotangent.
