@@ -13,6 +13,7 @@ import pytest
 
 import lowbit as lb
 from lowbit.array import laid_out
+from lowbit.ir import param
 from lowbit.passes.pointwise import UnsuitableError
 
 FORMAT = lb.any_precision(2, 4)
@@ -107,3 +108,12 @@ def test_widths_that_there_are_not(lo: Any, hi: Any) -> None:
 def test_a_width_of_its_own_is_one_of_them(width: Any) -> None:
     with pytest.raises(ValueError, match=f"^width must be None or an int from lo = 2 to hi = 4, not {width}"):
         lb.any_precision(2, 4, width)
+
+
+def test_readings_store_the_same_arrays() -> None:
+    @lb.register_format("readings_that_differ", views=("width", lambda **_: (1, 2)))
+    def differ(n: int, k: int, width: int = 1) -> Any:
+        return param("scale", "f32", n=n, w=width).sum("w") * param("codes", "u8", n=n, k=k)
+
+    with pytest.raises(ValueError, match=r"^param 'scale' occurs as Type\(dims=\{'n': 7, 'w': 1\}.* and as"):
+        _ = replace(TYPE, format=differ()).fields
