@@ -20,9 +20,9 @@ def prepare(model: M, device: Any = None) -> M:
     """The model with its quantized weights laid out as the kernels of `device` read them, once and for all.
 
     On a GPU of compute capability 9.0 products then run as Pallas kernels; every result, gradient and saved file is
-    that of the model as it was. Weights of formats that the kernels cannot decode stay as they are, and one log line
-    names them with the reasons. For a device without kernels the model comes back unchanged. `model` keeps its own
-    arrays: drop it to free them.
+    that of the model as it was, but for bits that pad a group, which become zeros. Weights of formats that the kernels
+    cannot decode stay as they are, and one log line names them with the reasons. For a device without kernels the model
+    comes back unchanged. `model` keeps its own arrays: drop it to free them.
 
     Args:
       device: a `jax.Device`; the default one if None. "hopper" stands for a GPU that is not here, for export.
