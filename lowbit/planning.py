@@ -127,10 +127,12 @@ def lowering(name: str | Sequence[str]) -> Iterator[None]:
 
 
 def checked_lowering(names: Lowering) -> tuple[str, ...] | None:
-    """Raises LoweringError for a name that does not exist."""
+    """Raises LoweringError for a name that does not exist, or no name."""
     if names is None:
         return None
     names = (names,) if isinstance(names, str) else tuple(names)
+    if not names:
+        raise LoweringError(f"lowering names nothing: {_options((*PIPELINES, *KERNELS))}, or None for the cheapest")
     for name in names:
         if name not in (known := (*PIPELINES, *KERNELS)):
             raise LoweringError(f"there is no lowering {name!r}: {_options(known)}")

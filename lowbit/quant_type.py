@@ -92,7 +92,9 @@ class QuantType:
 
     def resized(self, **sizes: int) -> QuantType:
         """The same format at another size: `type.resized(n=4)` is the type of four rows."""
-        return replace(self, dims=tuple((k, sizes.get(k, n)) for k, n in self.dims))
+        # A field split off whole stays whole.
+        splits = tuple((f, d, sizes.get(d, at) if (d, at) in self.dims else at) for f, d, at in self.splits)
+        return replace(self, dims=tuple((k, sizes.get(k, n)) for k, n in self.dims), splits=splits)
 
     def __str__(self) -> str:
         return f"{self.dtype}[{' '.join(f'{k}={n}' for k, n in self.dims)}] as {self.encoding}"

@@ -20,14 +20,14 @@ def prepare(model: M, device: Any = None) -> M:
     """The model with its quantized weights laid out as the kernels of `device` read them, once and for all.
 
     On a GPU of compute capability 9.0 products then run as Pallas kernels; every result, gradient and saved file is
-    that of the model as it was. Weights of formats that the kernels cannot decode stay as they are, and one log line
-    names them with the reasons. For a device without kernels the model comes back unchanged. `model` keeps its own
-    arrays: drop it to free them.
+    that of the model as it was, but for bits that pad a group, which become zeros. Weights of formats that the kernels
+    cannot decode stay as they are, and one log line names them with the reasons. For a device without kernels the model
+    comes back unchanged. `model` keeps its own arrays: drop it to free them.
 
     Args:
       device: a `jax.Device`; the default one if None. "hopper" stands for a GPU that is not here, for export.
 
-    Raises TypeError for what is no model, ValueError for an abstract one.
+    Raises TypeError for what is no model or no device, ValueError for an abstract model.
 
     >>> from flax import nnx
     >>> import lowbit as lb
@@ -37,8 +37,11 @@ def prepare(model: M, device: Any = None) -> M:
     """
     expect_module(model, "prepare")
     expect_arrays(model, "prepare")
-    if device != "hopper" and not is_hopper(jax.devices()[0] if device is None else device):
-        return model
+    if device != "hopper":
+        if device is not None and not isinstance(device, jax.Device):
+            raise TypeError(f"device is {device!r}: give a jax.Device, None for the default one, or 'hopper'")
+        if not is_hopper(jax.devices()[0] if device is None else device):
+            return model
     refused: dict[str, str] = {}
 
     def arranged(path: tuple[Any, ...], node: Any) -> Any:

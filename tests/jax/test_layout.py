@@ -397,6 +397,16 @@ def test_rows_of_a_table() -> None:
     assert np.isnan(got[1, 3]).all() and not np.isnan(got[:, :3]).any()
 
 
+def test_rows_of_a_table_whose_offsets_are_tuned() -> None:
+    """They are split off along the rows, all of them: the part that a tile of rows has is whole too."""
+    table = lb.nn.Linear(lb.nn.Kernel(some(lb.bcq(2, group=32, offset=True), 130, 64, dims="nk"), jnp.zeros(2)), None)
+    tuned = lb.tune.alpha_tuning(table, offsets=True).model.kernel.array
+    assert ("beta", "n", 130) in tuned.type.splits
+    ids = jnp.array([0, 63, 64, 129])
+    np.testing.assert_array_equal(take(laid_out(tuned), ids), take(tuned, ids))
+    assert tuned.type.resized(n=200).fields["beta_first"].dims["n"] == 200
+
+
 def test_grouped_products() -> None:
     stack = jax.tree.map(lambda *a: jnp.stack(a), *(some(lb.bcq(2, group=32), 5, 64, seed) for seed in range(2)))
     sizes, x = jnp.array([2, 3]), wholes(5, 64)
@@ -431,3 +441,8 @@ def test_formats_that_kernels_cannot_decode_stay_and_are_named(monkeypatch: pyte
 def test_what_is_no_model() -> None:
     with pytest.raises(TypeError, match="cannot prepare a int"):
         lb.prepare(3, "hopper")
+
+
+def test_what_is_no_device() -> None:
+    with pytest.raises(TypeError, match=r"^device is 'cuda': give a jax[.]Device, None"):
+        lb.prepare(small(), "cuda")

@@ -220,6 +220,8 @@ def test_lowering_by_name_or_by_several() -> None:
         lb.matmul(X, THERE, lowering=["mma", "dense"])
     with pytest.raises(planning.LoweringError, match=r"there is no lowering 'wgmma': use one of .*mma, dense"):
         lb.matmul(X, THERE, lowering=["decode", "wgmma"])
+    with pytest.raises(planning.LoweringError, match=r"^lowering names nothing: use one of .*, or None"):
+        lb.matmul(X, THERE, lowering=[])
     got, want = (lb.matmul(X, THERE, lowering=names) for names in (["mma", "table", "decode"], "table"))
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
     assert {"mma", "dense"}.isdisjoint(lb.plan(X.shape, THERE.type, "cpu", "bfloat16").names)
