@@ -56,7 +56,7 @@ class Format:
 
         >>> import lowbit as lb
         >>> str(lb.any_precision(3, 6).at(4))
-        'any_precision(hi=6, lo=3, width=4)'
+        'any_precision(hi=6, width=4)'
         """
         if (views := definition(self.name).views) is None:
             raise ValueError(f"{self} is read at one width only")

@@ -30,6 +30,7 @@ def named(rows: list[harness.Row]) -> dict[str, harness.Row]:
     return out
 
 
+@pytest.mark.slow
 def test_products() -> None:
     found = named(list(cpu_matmul.measure()))
     assert {"bcq3_g128_batch3", "uniform4_g128_256x384_batch3", "dense_batch3"} <= set(found)
