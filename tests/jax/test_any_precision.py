@@ -31,9 +31,10 @@ def product() -> Any:
     return jax.jit(lambda x, w, width: lb.matmul(x, w, width=width))
 
 
-@pytest.mark.parametrize(
-    "fmt", [FORMAT, lb.any_precision(1, 1), lb.any_precision(2, 5, width=3, table_dtype="float32")]
-)
+WIDER = lb.any_precision(2, 5, width=3, table_dtype="float32")
+
+
+@pytest.mark.parametrize("fmt", [FORMAT, pytest.param(WIDER, marks=pytest.mark.slow)])
 def test_the_kit(fmt: lb.Format) -> None:
     lb.testing.check_format(fmt)
 

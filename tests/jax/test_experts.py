@@ -116,7 +116,7 @@ def test_a_layer_of_experts() -> None:
     assert np.std(lb.nn.Experts(2, 64, 64, rngs=nnx.Rngs(0)).kernel[...]) == pytest.approx(1 / 8, rel=0.05)
 
 
-@pytest.mark.parametrize("rows", [3, 10])
+@pytest.mark.parametrize("rows", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_forward_mode(rows: int) -> None:
     w, _ = quantized(3)
     x, product = wholes(rows, 8), lambda x: lb.grouped_matmul(x, w, jnp.array([1, 0, rows - 1]))

@@ -89,8 +89,12 @@ def test_the_twin_is_the_oracles_product(fmt: lb.Format, kind: Any, m: int, n: i
     check(fmt, kind, m, n, k, Tuning(columns=8 * ceil(m / 8), parts=parts, depth=2))
 
 
-def test_parameters_of_its_own_choice() -> None:
+@pytest.mark.slow
+def test_it_runs_with_parameters_of_its_own_choice() -> None:
     check(lb.uniform(4, group=64), "bf16", 3, 13, 1500, None)  # six stages
+
+
+def test_parameters_of_its_own_choice() -> None:
     of = launch.Shape(8, 2, 64)
     program = launch.Program(layout(lb.uniform(4).decode(128, 64 * 256)).weights, "bf16")
     chosen = tuning(of, program)
