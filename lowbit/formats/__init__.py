@@ -1,6 +1,7 @@
 """Formats: one file each, defined by its decode expression."""
 
 from lowbit.formats.bcq import bcq as bcq
+from lowbit.formats.codebook import codebook as codebook
 from lowbit.formats.format import Format as Format
 from lowbit.formats.format import UnknownFormatError as UnknownFormatError
 from lowbit.formats.format import register_format as register_format

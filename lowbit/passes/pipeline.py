@@ -51,7 +51,7 @@ PIPELINES: Mapping[str, Pipeline] = {
     "apart": (APART,),
     "table": (APART, HOIST, TABULATE, DISTRIBUTE, COMMUTE, FOLD),
     "planes": (APART, HOIST, DISTRIBUTE, FLATTEN, TABULATE, COMMUTE, FOLD),
-    "join": (APART, HOIST, JOIN, DISTRIBUTE, FOLD),
+    "join": (APART, HOIST, JOIN, DISTRIBUTE, COMMUTE, FOLD),
     "bucket": (APART, HOIST, JOIN, DISTRIBUTE, FOLD, BUCKET),
 }
 """The forms that `choose` compares: decode first; multiply by each part of a weight that is a sum, such as a low-rank
