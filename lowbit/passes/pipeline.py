@@ -56,7 +56,7 @@ PIPELINES: Mapping[str, Pipeline] = {
 }
 """The forms that `choose` compares: decode first; multiply by each part of a weight that is a sum, such as a low-rank
 adapter; look partial sums up; the same with zero points and place values as terms and factors of their own; or make one
-index of the planes (and add up the activations that share it)."""
+index of the planes, for weights or partial sums (and add up the activations that share it)."""
 
 
 def run(e: Expr, pipeline: Pipeline, dump: Callable[[str], None] | None = None) -> Expr:
