@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lowbit.formats import Format as Format
     from lowbit.formats import any_precision as any_precision
     from lowbit.formats import bcq as bcq
+    from lowbit.formats import codebook as codebook
     from lowbit.formats import register_format as register_format
     from lowbit.formats import uniform as uniform
     from lowbit.grouped import grouped_matmul as grouped_matmul
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from lowbit.quantizers import alternating as alternating
     from lowbit.quantizers import greedy as greedy
     from lowbit.quantizers import quantize_array as quantize_array
+    from lowbit.quantizers import residual_kmeans as residual_kmeans
     from lowbit.quantizers import round_to_nearest as round_to_nearest
     from lowbit.quantizers import set_default_quantizer as set_default_quantizer
     from lowbit.quantizers import to_bcq as to_bcq
@@ -47,14 +49,15 @@ __version__ = "0.1.0"
 
 _HOME = {
     "QuantArray": "array", "QuantType": "quant_type", "dequantize": "array",
-    "Format": "formats", "any_precision": "formats", "bcq": "formats", "register_format": "formats",
-    "uniform": "formats",
+    "Format": "formats", "any_precision": "formats", "bcq": "formats", "codebook": "formats",
+    "register_format": "formats", "uniform": "formats",
     "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
     "CheckpointError": "io",
     "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "calibrate": "nn", "compare": "nn", "explain": "nn",
     "load": "nn", "prepare": "nn", "quantize": "nn", "report": "nn", "save": "nn",
     "alternating": "quantizers", "greedy": "quantizers", "quantize_array": "quantizers",
-    "round_to_nearest": "quantizers", "set_default_quantizer": "quantizers", "to_bcq": "quantizers",
+    "residual_kmeans": "quantizers", "round_to_nearest": "quantizers", "set_default_quantizer": "quantizers",
+    "to_bcq": "quantizers",
 }  # fmt: skip
 __all__ = [*_HOME, "nn", "testing", "tune"]
 

@@ -2,6 +2,7 @@
 
 from lowbit.formats.any_precision import any_precision as any_precision
 from lowbit.formats.bcq import bcq as bcq
+from lowbit.formats.codebook import codebook as codebook
 from lowbit.formats.format import Format as Format
 from lowbit.formats.format import UnknownFormatError as UnknownFormatError
 from lowbit.formats.format import register_format as register_format

@@ -18,7 +18,7 @@ class Machine:
     A coarse model: it has to rank forms whose costs differ several-fold, not to predict times.
 
     Attributes:
-      byte: reading one stored byte.
+      byte: reading one stored byte, or writing one of a computed table larger than `cache`.
       dot: a multiply-add in a matrix product.
       pointwise: a multiply-add anywhere else.
       moved: an element of an operand whose layout does not suit a batched product.
@@ -44,9 +44,11 @@ class Machine:
 
     def nanoseconds(self, c: Cost) -> float:
         """Predicted time."""
-        lookup = self.lookup if c.table <= self.cache else self.far_lookup
+        near = c.table <= self.cache
+        moved_bytes = c.bytes + (0 if near else c.table)  # a table that no cache holds is written to memory
         arithmetic = c.dot * self.dot + (c.fma - c.dot) * self.pointwise + c.moved * self.moved + c.fields * self.field
-        return c.bytes * self.byte + arithmetic + c.lookups * lookup + c.scattered * self.scatter
+        looked_up = c.lookups * (self.lookup if near else self.far_lookup)
+        return moved_bytes * self.byte + arithmetic + looked_up + c.scattered * self.scatter
 
 
 TIE = 1.1

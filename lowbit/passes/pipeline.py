@@ -51,12 +51,12 @@ PIPELINES: Mapping[str, Pipeline] = {
     "apart": (APART,),
     "table": (APART, HOIST, TABULATE, DISTRIBUTE, COMMUTE, FOLD),
     "planes": (APART, HOIST, DISTRIBUTE, FLATTEN, TABULATE, COMMUTE, FOLD),
-    "join": (APART, HOIST, JOIN, DISTRIBUTE, FOLD),
+    "join": (APART, HOIST, JOIN, DISTRIBUTE, COMMUTE, FOLD),
     "bucket": (APART, HOIST, JOIN, DISTRIBUTE, FOLD, BUCKET),
 }
 """The forms that `choose` compares: decode first; multiply by each part of a weight that is a sum, such as a low-rank
 adapter; look partial sums up; the same with zero points and place values as terms and factors of their own; or make one
-index of the planes (and add up the activations that share it)."""
+index of the planes, for weights or partial sums (and add up the activations that share it)."""
 
 
 def run(e: Expr, pipeline: Pipeline, dump: Callable[[str], None] | None = None) -> Expr:
