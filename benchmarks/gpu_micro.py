@@ -242,7 +242,7 @@ class Fetching(Gpu):
 def fetch(case: Case) -> tuple[Callable[..., jax.Array], list[jax.ShapeDtypeStruct]]:
     """The pipeline of a product without its arithmetic, and what it takes: the stored arrays, then x."""
     of = layout(canonical(case.what, case.n, case.k).decode)
-    program, shape = Program(of.weights, "bf16"), Shape(case.m, of.tiles, of.stages)
+    program, shape = of.program("bf16"), Shape(case.m, of.tiles, of.stages)
     leaves = [of.fields[name] for name in (WORDS, *of.leaves)]
     avals = [jax.ShapeDtypeStruct(tuple(leaf.dims.values()), numpy_dtype(leaf.dtype)) for leaf in leaves]
     x = jax.ShapeDtypeStruct((case.m, of.stages * STAGE), jnp.bfloat16)

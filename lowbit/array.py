@@ -15,10 +15,8 @@ from jax import export
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.ir.expr import Param
 from lowbit.kernels.arrange import arrange, restore
-from lowbit.kernels.layout import layout
 from lowbit.passes.lower_xla import align, emit
-from lowbit.passes.pointwise import UnsuitableError
-from lowbit.quant_type import QuantType, type_from_json, type_to_json
+from lowbit.quant_type import QuantType, kernel_layout, type_from_json, type_to_json
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -129,7 +127,7 @@ def own(w: QuantArray) -> QuantArray:
 
 @partial(jax.jit, static_argnums=0)
 def _restored(t: QuantType, fields: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return restore(layout(t.decode), fields)
+    return restore(kernel_layout(t), fields)
 
 
 def laid_out(w: QuantArray) -> QuantArray:
@@ -137,15 +135,13 @@ def laid_out(w: QuantArray) -> QuantArray:
 
     Raises `lowbit.passes.pointwise.UnsuitableError`, with the reason, for a format that has none.
     """
-    if w.type.format.widths:
-        raise UnsuitableError("it is read at several widths, and no kernel decodes more than one")
     to = replace(w.type, layout="mma")
     return over_stack(lambda one: QuantArray(_arranged(to, one.fields), to), own(w))
 
 
 @partial(jax.jit, static_argnums=0)
 def _arranged(t: QuantType, fields: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return arrange(layout(t.decode), fields)
+    return arrange(kernel_layout(t), fields)
 
 
 def dequantize(w: QuantArray) -> jax.Array:

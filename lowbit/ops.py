@@ -20,7 +20,6 @@ from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.ir.expr import Const, Expr
 from lowbit.ir.walk import params, topo
 from lowbit.kernels.decoders import ROWS
-from lowbit.kernels.layout import layout
 from lowbit.passes.choose import Form
 from lowbit.passes.lower_xla import align, emit
 from lowbit.passes.tile import Tiles, keeps
@@ -34,7 +33,7 @@ from lowbit.planning import (
     machine_of,
     planned,
 )
-from lowbit.quant_type import QuantType
+from lowbit.quant_type import QuantType, kernel_layout, readings
 from lowbit.widths import at_width
 
 Mode = Literal["vjp", "jvp"]
@@ -239,7 +238,7 @@ def _laid_out(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.A
 def _by_kernel(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
     from lowbit.kernels.product import product  # imports Mosaic GPU, which other platforms do without
 
-    return product(layout(t.decode), x, fields)
+    return product(kernel_layout(t), x, fields, at=readings(t).index(t.decode))
 
 
 def _emit_in_order(

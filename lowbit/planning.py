@@ -15,6 +15,7 @@ import jax
 from lowbit.array import QuantArray
 from lowbit.devices import no_kernels_here
 from lowbit.ir.build import contract, param
+from lowbit.ir.cost import cost
 from lowbit.ir.dtypes import short
 from lowbit.ir.expr import Expr, Param
 from lowbit.ir.transpose import transpose
@@ -23,7 +24,7 @@ from lowbit.kernels.choice import KERNELS, KernelChoice, kernel_choices, restori
 from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.pipeline import PIPELINES
 from lowbit.passes.style import Style
-from lowbit.quant_type import QuantType
+from lowbit.quant_type import QuantType, readings
 
 Lowering = str | Sequence[str] | None
 """The name of a form or kernel, several in order of preference, or None for the cheapest."""
@@ -188,7 +189,8 @@ def planned(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
     stored = t.bits // 8
     before = restoring(prod(t.shape), stored, t.layout)  # the forms take the format's own layout
     made = tuple(replace(f, nanoseconds=f.nanoseconds + before) for f in made)
-    mma, dense = kernel_choices(m, t.decode, stored, t.layout, dtype, machine.name)
+    read = cost(t.decode).bytes if t.format.widths else stored  # of one width
+    mma, dense = kernel_choices(m, readings(t), read, t.layout, dtype, machine.name)
     kernels = (replace(mma, refused=mma.refused or no_kernels_here()), dense)
     return Plan(f"x[{m}, k] @ {t}", machine.name, made, kernels)
 

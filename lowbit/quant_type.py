@@ -15,7 +15,7 @@ from lowbit.ir.dims import Shape
 from lowbit.ir.dtypes import DType, bits, is_float, short
 from lowbit.ir.expr import Concat, Contract, Expr, Gather, Param
 from lowbit.ir.walk import params, substitute, topo
-from lowbit.kernels.layout import layout
+from lowbit.kernels.layout import Layout, layout
 
 LayoutName = Literal["own", "mma"]
 """How fields are laid out: as the format's decode term says, or as the kernels read them (`lowbit.kernels.layout`)."""
@@ -146,7 +146,12 @@ def _split_field(e: Expr, leaf: Param, dim: str, at: int) -> Expr:
 @lru_cache(maxsize=4096)
 def _fields(t: QuantType) -> dict[str, Param]:
     own = params(*readings(t))  # which raises where two readings differ on what is stored
-    return dict(sorted((own if t.layout == "own" else layout(_decode(t)).fields).items()))
+    return dict(sorted((own if t.layout == "own" else kernel_layout(t).fields).items()))
+
+
+def kernel_layout(t: QuantType) -> Layout:
+    """How the kernels have the fields of such an array. Raises UnsuitableError with the reason why they cannot."""
+    return layout(*readings(t))
 
 
 def type_to_json(t: QuantType) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from lowbit.kernels.lanes import Program, in_numpy, tables_in_numpy
 from lowbit.passes.pointwise import Pointwise, code_width
 from lowbit.passes.scalar import Element, Node, Number, Product, Scalar, Sum
 
@@ -44,3 +45,8 @@ def weights(of: Pointwise, env: Mapping[str, Array], n: int, k: int) -> Array:
     entries = [value(x, lambda e: element(e, env).astype(np.float64)) for x in of.entries]
     out: Array = np.choose(code, [np.broadcast_to(v, (n, k)) for v in entries])
     return out
+
+
+def staged(p: Program, words: Sequence[Array], *stored: Array) -> Array:
+    """A stage as the kernel decodes it, tables of whole rows made beforehand."""
+    return in_numpy(p, words, *(tables_in_numpy(p, *stored) if p.of_rows else stored))

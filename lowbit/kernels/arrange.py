@@ -13,7 +13,7 @@ import numpy as np
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.decoders import COLUMNS, ROWS, Decoder
 from lowbit.kernels.lanes import LANES, STAGE
-from lowbit.kernels.layout import WORDS, Layout
+from lowbit.kernels.layout import Layout
 from lowbit.passes.pointwise import code_width
 from lowbit.passes.relayout import bit_positions
 
@@ -29,8 +29,8 @@ def arrange(to: Layout, fields: Fields) -> dict[str, jax.Array]:
     stored = {name: _rows_first(to, name, fields[name]) for name in to.code_bits}
     padded = [jnp.pad(a, ((0, to.tiles * ROWS - to.n), (0, 0))) for a in stored.values()]
     tiles = [a.reshape(to.tiles, ROWS, -1) for a in padded]
-    out[WORDS] = jax.lax.map(lambda rows: _words(to, dict(zip(stored, rows, strict=True))), tiles, batch_size=AT_ONCE)
-    return out
+    words = jax.lax.map(lambda rows: _words(to, dict(zip(stored, rows, strict=True))), tiles, batch_size=AT_ONCE)
+    return out | words
 
 
 def restore(of: Layout, fields: Fields) -> dict[str, jax.Array]:
@@ -39,14 +39,14 @@ def restore(of: Layout, fields: Fields) -> dict[str, jax.Array]:
     Tiles beyond the rows of `of` may be missing.
     """
     out = {name: _untiled(of, name, fields[name]) for name in of.leaves}
-    codes = jax.lax.map(partial(_entries, of), fields[WORDS], batch_size=AT_ONCE)
+    codes = jax.lax.map(partial(_entries, of), {name: fields[name] for name in of.words}, batch_size=AT_ONCE)
     for name, rows in codes.items():
         out[name] = _in_place(of, name, rows.reshape(len(rows) * ROWS, -1)[: of.n])
     return out
 
 
 def _element(of: Layout, name: str) -> Any:
-    return next(e for e in (*of.weights.codes, *of.weights.parameters) if e.leaf.name == name)
+    return next(e for e in (*of.codes, *sum(of.leaves.values(), ())) if e.leaf.name == name)
 
 
 def _rows_first(of: Layout, name: str, a: jax.Array) -> jax.Array:
@@ -70,18 +70,19 @@ def _tiled(to: Layout, name: str, a: jax.Array) -> jax.Array:
     rows = _rows_first(to, name, a)[:, columns.reshape(-1)].reshape(to.n, groups, len(elements))
     rows = jnp.where((starts < to.k)[None, :, None], rows, jnp.zeros((), rows.dtype))
     padded = jnp.pad(rows, ((0, to.tiles * ROWS - to.n), (0, 0), (0, 0)))
-    return padded.reshape(to.tiles, ROWS, groups, -1).transpose(0, 2, 3, 1)
+    tiled = padded.reshape(to.tiles, ROWS, groups, -1)
+    return tiled.transpose((0, 2, 1, 3) if to.looked_up(name) else (0, 2, 3, 1))
 
 
 def _untiled(of: Layout, name: str, a: jax.Array) -> jax.Array:
-    rows = a.transpose(0, 3, 1, 2).reshape(len(a) * ROWS, -1)[: of.n]
+    rows = a.transpose((0, 2, 1, 3) if of.looked_up(name) else (0, 3, 1, 2)).reshape(len(a) * ROWS, -1)[: of.n]
     return _in_place(of, name, rows[:, of.homes[name]])
 
 
-def _words(to: Layout, rows: dict[str, jax.Array]) -> jax.Array:
-    """A tile of rows' words [stage, word, lane] from the code leaves' rows [ROWS, entries]."""
+def _words(to: Layout, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A tile of rows' arrays of words [stage, word, lane] from the code leaves' rows [ROWS, entries]."""
     codes, below = jnp.zeros((ROWS, to.k), jnp.uint8), 0
-    for e in to.weights.codes:
+    for e in to.codes:
         place, width = to.place(e), code_width(e)
         field = rows[e.leaf.name][:, place.column] >> place.shift[None].astype(rows[e.leaf.name].dtype)
         codes |= (field & ((1 << width) - 1)).astype(jnp.uint8) << below
@@ -90,21 +91,29 @@ def _words(to: Layout, rows: dict[str, jax.Array]) -> jax.Array:
     tiles = jnp.pad(stored, ((0, 0), (0, to.stages * STAGE - to.k))).reshape(ROWS, -1, COLUMNS).swapaxes(0, 1)
     code, bit = _sources(to.decoder)
     bits = tiles.reshape(-1, ROWS * COLUMNS)[:, code] >> bit[None] & 1
-    words = _joined(bits.reshape(-1, to.decoder.bits, LANES, 32), jnp.uint32)
-    by_stage = words.reshape(to.stages, -1, LANES)  # a lane's words, tile by tile
-    return by_stage.reshape(to.stages, -1, 4, LANES).swapaxes(2, 3).reshape(by_stage.shape)
+    words = _joined(bits.reshape(to.stages, TILES, to.bits, LANES, 32), jnp.uint32)
+    out, below = {}, 0
+    for name, count in to.words.items():
+        by_fours = words[:, :, below : below + count].reshape(to.stages, count * TILES // 4, 4, LANES)
+        out[name] = by_fours.swapaxes(2, 3).reshape(to.stages, count * TILES, LANES)
+        below += count
+    return out
 
 
-def _entries(of: Layout, words: jax.Array) -> dict[str, jax.Array]:
+def _entries(of: Layout, words: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The inverse of `_words`."""
-    by_lane = words.reshape(of.stages, -1, LANES, 4).swapaxes(2, 3).reshape(-1, of.decoder.bits * LANES)
+    by_lane = [
+        words[name].reshape(of.stages, -1, LANES, 4).swapaxes(2, 3).reshape(of.stages * TILES, count * LANES)
+        for name, count in of.words.items()
+    ]
+    by_tile = jnp.concatenate(by_lane, 1)
     at = bit_positions(of.decoder.codes(), of.decoder.bits)
-    bits = by_lane[:, at // 32] >> (at % 32)[None].astype(np.uint32) & 1
+    bits = by_tile[:, at // 32] >> (at % 32)[None].astype(np.uint32) & 1
     stored = _joined(bits, jnp.uint8).swapaxes(0, 1).reshape(ROWS, -1)[:, : of.k]
     codes = jnp.asarray(np.array(of.decoder.meaning, np.uint8))[stored]
     out = {}
     for name, source in of.code_bits.items():
-        bits = codes[:, source // of.weights.bits] >> (source % of.weights.bits)[None].astype(np.uint8) & 1
+        bits = codes[:, source // of.bits] >> (source % of.bits)[None].astype(np.uint8) & 1
         dtype = numpy_dtype(_element(of, name).leaf.dtype)
         out[name] = _joined(jnp.where((source >= 0)[None], bits, 0), dtype)
     return out

@@ -6,6 +6,7 @@ dense    the weight is decoded once, to halves, and multiplied by the platform's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -43,17 +44,17 @@ class KernelChoice:
 
 
 def kernel_choices(
-    m: int, decode: Expr, stored: int, laid_out: str, dtype: DType, machine: str
+    m: int, readings: Sequence[Expr], stored: int, laid_out: str, dtype: DType, machine: str
 ) -> tuple[KernelChoice, ...]:
-    """Of x [m, k] in `dtype` by a weight of `stored` bytes in the layout `laid_out`."""
-    n, k = decode.dims["n"], decode.dims["k"]
+    """Of x [m, k] in `dtype` by a weight of which `stored` bytes are read, in the layout `laid_out`."""
+    n, k = readings[0].dims["n"], readings[0].dims["k"]
     nbytes, products = stored + 2 * m * k, 8 * ceil(m / 8) * n * k
     streamed = nbytes / BYTES_A_NANOSECOND
     fused = LAUNCH + max(streamed, products / (PRODUCTS_A_NANOSECOND * DECODING))
     dense = 2 * LAUNCH + restoring(n * k, stored, laid_out) + streamed + 4 * n * k / BYTES_A_NANOSECOND
     halves = None if machine == "gpu" and dtype in ("f16", "bf16") else _no_halves(dtype, machine)
     return (
-        KernelChoice("mma", halves or _no_layout(decode, laid_out), nbytes, fused),
+        KernelChoice("mma", halves or _no_layout(readings, laid_out), nbytes, fused),
         KernelChoice("dense", halves, nbytes, dense + products / (PRODUCTS_A_NANOSECOND * MULTIPLYING)),
     )
 
@@ -69,9 +70,9 @@ def _no_halves(dtype: DType, machine: str) -> str:
     return f"x is {dtype}, and it multiplies halves: cast x to bfloat16 or float16"
 
 
-def _no_layout(decode: Expr, laid_out: str) -> str | None:
+def _no_layout(readings: Sequence[Expr], laid_out: str) -> str | None:
     try:
-        layout(decode)
+        layout(*readings)
     except UnsuitableError as err:
         return str(err)
     return None if laid_out == "mma" else "the weight is in its format's own layout: lb.prepare the model for its GPU"

@@ -75,8 +75,7 @@ class TwoBits:
     meaning = tuple(range(4))
 
     def codes(self) -> Expr:
-        code = split(Unpack(split(_words(2), "word", h=2), 2, "f", 16), "f", j0=2, e=2, jj=2, j1=2)
-        return _tile(merge(code, "j1", "j0", into="j"))
+        return _tile(_pairs(_words(2)))
 
     def table(self, builder: Builder, entries: Sequence[Scalar]) -> Table:
         return builder.four(entries)
@@ -85,39 +84,52 @@ class TwoBits:
         out: list[Register] = [None] * 16
         for h in range(2):
             for t in range(4):
-                low, high = tables[h][t // 2]
+                low, high = tables[h][t % 2]
                 # For each code c the nibbles c and c + 4: from bits 0 and 1 of a byte, or from 6 and 7.
                 if t == 0:
                     selector = alu.mad(alu.lop3(words[h], 0x03030303, 0, AND), 0x11, 0x40404040)
                 else:
                     codes = alu.lop3(alu.shl(words[h], 6 - 2 * t), 0xC0C0C0C0, 0, AND)
                     selector = alu.mad_high(codes, 0x11 << 26, 0x40404040)
-                out[4 * t + h] = alu.prmt(low, high, selector)
-                out[4 * t + 2 + h] = alu.prmt(low, high, alu.high_half(selector))
+                at = 8 * (t % 2) + 4 * (t // 2) + h
+                out[at] = alu.prmt(low, high, selector)
+                out[at + 2] = alu.prmt(low, high, alu.high_half(selector))
         return out
 
 
-class ThreeBits:
-    """Eight values: a permute looks up one byte of four weights."""
+class Eights:
+    """Any values of up to 4 bits: a permute looks up one byte of four weights in a table of eight. A fourth bit picks
+    one of two tables, spread over the bytes of the look-ups.
 
-    bits = 3
-    meaning = tuple(range(8))
+    The first `base` words of a lane are those of a decoder of as many bits; every further word has one bit of each of
+    its weights, so that a code is read at several widths.
+    """
+
+    def __init__(self, bits: int, base: int = 3) -> None:
+        self.bits, self.base = bits, base
+        self.meaning = tuple(range(1 << bits))
 
     def codes(self) -> Expr:
-        return _tile(_selectors(_words(3)))
+        return _tile(nested_codes(self.bits, self.base))
 
     def table(self, builder: Builder, entries: Sequence[Scalar]) -> Table:
-        return builder.eight(entries)
+        eights = (entries[i : i + 8] for i in range(0, len(entries), 8))
+        return tuple(reg for eight in eights for reg in builder.eight([*eight, *eight[:1] * (8 - len(eight))]))
 
     def halves(self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables) -> list[Register]:
         out: list[Register] = [None] * 16
         for s in range(4):
             h, jj = divmod(s, 2)
-            low, low2, high, high2 = tables[h][jj]
-            codes = _selector(alu, words, s)
+            codes = selector(alu, words, s, self.base, min(self.bits, 3))
             for half, four in enumerate((codes, alu.high_half(codes))):
-                pairs = _joined(alu, alu.prmt(low, low2, four), alu.prmt(high, high2, four))
-                _put(out, s, half, pairs)
+                low, low2, high, high2, *other = tables[h][jj]
+                lows, highs = alu.prmt(low, low2, four), alu.prmt(high, high2, four)
+                if other:
+                    low3, low4, high3, high4 = other
+                    upper = alu.prmt(alu.shl(words[3], 7 - 2 * s - half), 0, 0xBA98)
+                    lows = alu.lop3(upper, alu.prmt(low3, low4, four), lows, SELECT)
+                    highs = alu.lop3(upper, alu.prmt(high3, high4, four), highs, SELECT)
+                _put(out, s, half, _joined(alu, lows, highs))
         return out
 
 
@@ -129,41 +141,14 @@ class SignedTable:
     """With the sign: the code whose weight is the negative."""
 
     def codes(self) -> Expr:
-        return _tile(_selectors(Slice(_words(4), "word", 0, 3)) + _of_registers(_bits(4, 3)) * 8)
+        return _tile(_threes(Slice(_words(4), "word", 0, 3)) + _of_registers(_bits(4, 3)) * 8)
 
     def table(self, builder: Builder, entries: Sequence[Scalar]) -> Table:
         return builder.eight(entries[8:])
 
     def halves(self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables) -> list[Register]:
-        sizes = ThreeBits().halves(alu, kind, words[:3], tables)
+        sizes = Eights(3).halves(alu, kind, words[:3], tables)
         return [alu.lop3(alu.shl(words[3], 15 - at), 0x80008000, size, AND_XOR) for at, size in enumerate(sizes)]
-
-
-class TwoTables:
-    """Any sixteen values: two tables of eight, and the fourth bit picks one, spread over the bytes of the look-ups."""
-
-    bits = 4
-    meaning = tuple(range(16))
-
-    def codes(self) -> Expr:
-        fourth = split(_bits(4, 3), "f", j0=2, e=2, h=2, jj=2, j1=2)
-        return _tile(_selectors(Slice(_words(4), "word", 0, 3)) + merge(fourth, "j1", "j0", into="j") * 8)
-
-    def table(self, builder: Builder, entries: Sequence[Scalar]) -> Table:
-        return *builder.eight(entries[:8]), *builder.eight(entries[8:])
-
-    def halves(self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables) -> list[Register]:
-        out: list[Register] = [None] * 16
-        for s in range(4):
-            h, jj = divmod(s, 2)
-            low, low2, high, high2, low3, low4, high3, high4 = tables[h][jj]
-            codes = _selector(alu, words, s)
-            for half, four in enumerate((codes, alu.high_half(codes))):
-                upper = alu.prmt(alu.shl(words[3], 7 - 2 * s - half), 0, 0xBA98)
-                lows = alu.lop3(upper, alu.prmt(low3, low4, four), alu.prmt(low, low2, four), SELECT)
-                highs = alu.lop3(upper, alu.prmt(high3, high4, four), alu.prmt(high, high2, four), SELECT)
-                _put(out, s, half, _joined(alu, lows, highs))
-        return out
 
 
 class ScaledIntegers:
@@ -228,17 +213,59 @@ def _of_registers(bits: Expr) -> Expr:
     return split(bits, "f", e=2, jj=2, j=4, h=2)
 
 
-def _selectors(words: Expr) -> Expr:
+def nested_codes(bits: int, base: int) -> Expr:
+    """Codes of which the first `base` words have the first bits, and every further word one more."""
+    words = _words(bits)
+    code = (_plane, _pairs, _threes)[base - 1](Slice(words, "word", 0, base))
+    for at in range(base, bits):
+        one = Slice(words, "word", at, at + 1)
+        code = code + (_plane(one) if at < 3 else _mask_plane(one)) * (1 << at)
+    return code
+
+
+def _pairs(words: Expr) -> Expr:
+    """2 bits: a byte of a word has the codes of weight (j0, e) of two runs, for two j1."""
+    return _nibbles(split(Unpack(split(words, "word", h=2), 2, "f", 16), "f", j0=2, e=2, j1=2, jj=2))
+
+
+def _threes(words: Expr) -> Expr:
     """3 bits: nibbles of three words are the codes of runs 0, 1 and 2, and the nibbles' bits 3 are those of run 3."""
-    fields = split(Unpack(words, 1, "f", 32), "f", i=8, bit=4)
+    fields = split(Unpack(words, 1, "f", 32), "f", j0=2, e=2, j1=2, bit=4)
     own = split(Slice(fields, "bit", 0, 3), "word", s=3)
     fourth = split(split(Slice(fields, "bit", 3, 4), "bit", s=1), "word", bit=3)
     code = contract((Concat((own, fourth), "s"), const([1, 2, 4], "i32", "bit")), ("bit",))
-    return split(split(code, "s", h=2, jj=2), "i", j=4, e=2)
+    return _nibbles(split(code, "s", h=2, jj=2))
 
 
-def _selector(alu: Alu, words: Sequence[Register], s: int) -> Register:
-    """The eight codes of a run as nibbles; bit 3 of each is clear."""
+def _plane(word: Expr) -> Expr:
+    """1 bit: bit s of a nibble is that of run s, where selectors have their nibble."""
+    return _nibbles(split(Unpack(word, 1, "f", 32), "f", j0=2, e=2, j1=2, h=2, jj=2).sum("word"))
+
+
+def _mask_plane(word: Expr) -> Expr:
+    """1 bit: bit 2 s + j0 of a byte, where the looked-up bytes of four weights have theirs."""
+    return _nibbles(split(Unpack(word, 1, "f", 32), "f", e=2, j1=2, h=2, jj=2, j0=2).sum("word"))
+
+
+def _nibbles(code: Expr) -> Expr:
+    """Nibble (j0, e, j1) of a run's selector is that of input 2 j + e of its lane, j = 2 j1 + j0."""
+    return merge(code, "j1", "j0", into="j")
+
+
+def selector(alu: Alu, words: Sequence[Register], s: int, base: int, bits: int) -> Register:
+    """The first bits of a run's eight codes as nibbles; their bit 3 is clear."""
+    if base == 3:
+        return _of_threes(alu, words, s)
+    codes, first = None, 0
+    if base == 2:
+        codes, first = alu.lop3(alu.shr(words[s // 2], 2 * (s % 2)), 0x33333333, 0, AND), 2
+    for at in range(first, bits):
+        bit = alu.shl(words[at], at - s) if at > s else alu.shr(words[at], s - at)
+        codes = alu.lop3(bit, 0x11111111 << at, 0 if codes is None else codes, AND if codes is None else AND_OR)
+    return codes
+
+
+def _of_threes(alu: Alu, words: Sequence[Register], s: int) -> Register:
     if s < 3:
         return alu.lop3(words[s], 0x77777777, 0, AND)
     low = alu.lop3(alu.shr(words[0], 3), 0x11111111, 0, AND)
@@ -247,11 +274,11 @@ def _selector(alu: Alu, words: Sequence[Register], s: int) -> Register:
 
 
 def _joined(alu: Alu, low: Register, high: Register) -> tuple[Register, Register]:
-    """Two pairs of halves from four low and four high bytes."""
-    return alu.prmt(low, high, 0x5140), alu.prmt(low, high, 0x7362)
+    """Two pairs of halves, those of j1 = 0 and 1, from low and high bytes of weights (e, j1)."""
+    return alu.prmt(low, high, 0x6240), alu.prmt(low, high, 0x7351)
 
 
-def _put(out: list[Register], s: int, half: int, pairs: tuple[Register, Register]) -> None:
+def _put(out: list[Register], s: int, j0: int, pairs: tuple[Register, Register]) -> None:
     h, jj = divmod(s, 2)
-    j = 4 * jj + 2 * half
-    out[2 * j + h], out[2 * j + 2 + h] = pairs
+    at = 8 * jj + 2 * j0 + h
+    out[at], out[at + 4] = pairs

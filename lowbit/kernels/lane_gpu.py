@@ -5,6 +5,7 @@ Instructions are written out where the compiler would otherwise use two for one,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from lowbit.kernels.alu import HALVES, Half, HalfOp, Register
 from lowbit.kernels.decoders import ROWS
 from lowbit.kernels.lanes import LANES, STAGE, Program
 
-WORDS = {count: plgpu.Layout.WG_STRIDED((count, LANES), vec_size=4) for count in (4, 8, 12, 16)}
+WORDS = {count: plgpu.Layout.WG_STRIDED((count, LANES), vec_size=4) for count in range(4, 36, 4)}
 ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -98,17 +99,30 @@ class GpuAlu:
         return ptx(f"cvt.rn.{kind}x2.f32 $0, $1, $2;", high, low)
 
 
-def in_registers(program: Program, words: jax.Array, *stored: jax.Array) -> jax.Array:
+def in_registers(program: Program, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
     """The stage [ROWS, STAGE] of weights in WGMMA's layout; operands as for `lanes.in_numpy`, in WORDS and ROW."""
     out = plgpu.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind], layout=plgpu.Layout.WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(WORDS[program.words], *(ROW for _ in stored)), return_type=out)
-    def decoded(ctx: Any, words: Any, *stored: Any) -> Any:
+    @plgpu.inline_mgpu(arg_types=(*(WORDS[n] for n in program.words), *(ROW for _ in stored)), return_type=out)
+    def decoded(ctx: Any, *operands: Any) -> Any:
         del ctx
-        registers = program(GpuAlu(), _raw(words), *map(_raw, stored))
+        arrays, rows = operands[: len(words)], operands[len(words) :]
+        registers = program(GpuAlu(), [_raw(a) for a in arrays], *map(_raw, rows))
         return _fragments(registers, program.kind)
 
-    return decoded(words, *stored)
+    return decoded(*words, *stored)
+
+
+def tables_in_registers(program: Program, count: int, *stored: jax.Array) -> list[jax.Array]:
+    """The `count` registers of the rows' tables, each u32 [ROWS] in ROW."""
+    out = [plgpu.ShapeDtypeStruct((ROWS,), np.uint32, layout=ROW)] * count
+
+    @plgpu.inline_mgpu(arg_types=tuple(ROW for _ in stored), return_type=out)
+    def made(ctx: Any, *rows: Any) -> Any:
+        del ctx
+        return [_of_rows(register) for register in program.tables(GpuAlu(), *map(_raw, rows))]
+
+    return made(*stored)
 
 
 def _raw(array: Any) -> list[Register]:
@@ -123,6 +137,15 @@ def _raw(array: Any) -> list[Register]:
         else:
             out.append(arith.extui(i32(), utils.bitcast(register, ir.IntegerType.get_signless(bits))))
     return out
+
+
+def _of_rows(register: list[Register]) -> Any:
+    """A word for each of the lane's two rows as an array in ROW."""
+    layout = ROW.to_mgpu()
+    made = np.empty(layout.registers_shape((ROWS,)), dtype=object)
+    for word, at in zip(register, np.ndindex(*made.shape), strict=True):
+        made[at] = vector.broadcast(ir.VectorType.get((1,), i32()), word)
+    return fa.FragmentedArray(_registers=made, _layout=layout, _is_signed=False)
 
 
 def _fragments(registers: list[Register], kind: Half) -> Any:

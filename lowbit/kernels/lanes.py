@@ -32,47 +32,64 @@ class Program:
     Attributes:
       weights: what each weight is.
       kind: of the halves.
+      arrays: bits of a code in each array of words.
+      nested: whether the first arrays are decoded alone too, at another width.
     """
 
     weights: Pointwise
     kind: Half
+    arrays: tuple[int, ...]
+    nested: bool = False
 
     @cached_property
     def decoder(self) -> Decoder:
-        return pick(self.weights)
+        return pick(self.weights, self.arrays[0] if self.nested else None)
 
     @property
-    def words(self) -> int:
-        """Words a lane."""
-        return self.decoder.bits * STAGE // COLUMNS
+    def words(self) -> tuple[int, ...]:
+        """Words a lane, in each array."""
+        return tuple(bits * STAGE // COLUMNS for bits in self.arrays)
 
     @cached_property
     def inputs(self) -> tuple[tuple[Element, int], ...]:
         """Parameters, each once for every group of the stage that it has: (element, group)."""
         return tuple((e, g) for e in self.weights.parameters for g in range(groups_of(e)))
 
-    def __call__(self, alu: Alu, words: Sequence[Register], *stored: Sequence[Register]) -> list[Register]:
+    @property
+    def of_rows(self) -> bool:
+        """Whether one table serves a row from end to end."""
+        return bool(self.inputs) and all(e.span == 0 for e, _ in self.inputs)
+
+    def __call__(self, alu: Alu, words: Sequence[Sequence[Register]], *stored: Sequence[Register]) -> list[Register]:
         """The registers of the stage, in the order of WGMMA's fragments.
 
         Args:
-          words: of the lane.
-          stored: for each of `inputs`, its value for the lane's two rows.
+          words: of the lane, array by array.
+          stored: for each of `inputs`, its value for the lane's two rows; or what `tables` made of them.
         """
-        tables: dict[tuple[int, ...], list[Table]] = {}
+        made: dict[tuple[int, ...], list[Table]] = {}
 
         def tables_at(column: int) -> list[Table]:
+            if self.of_rows:
+                return [[register[h] for register in stored] for h in range(2)]
             groups = tuple(column * groups_of(e) // STAGE for e in self.weights.parameters)
-            if groups not in tables:
-                tables[groups] = [self._table(alu, h, groups, stored) for h in range(2)]
-            return tables[groups]
+            if groups not in made:
+                made[groups] = [self._table(alu, h, groups, stored) for h in range(2)]
+            return made[groups]
 
         out = []
         for tile in range(STAGE // COLUMNS):
             by_run = [tables_at(COLUMNS * tile + RUN * jj) for jj in range(COLUMNS // RUN)]
             by_half = [[run[h] for run in by_run] for h in range(2)]
-            bits = self.decoder.bits
-            out += self.decoder.halves(alu, self.kind, words[tile * bits : (tile + 1) * bits], by_half)
+            of_tile = [w for bits, array in zip(self.arrays, words, strict=True) for w in array[tile * bits :][:bits]]
+            out += self.decoder.halves(alu, self.kind, of_tile, by_half)
         return out
+
+    def tables(self, alu: Alu, *stored: Sequence[Register]) -> list[list[Register]]:
+        """Where `of_rows`: the registers of a row's table, each for the lane's two rows."""
+        groups = (0,) * len(self.inputs)
+        both = [self._table(alu, h, groups, stored) for h in range(2)]
+        return [list(pair) for pair in zip(*both, strict=True)]
 
     def _table(self, alu: Alu, h: int, groups: Sequence[int], stored: Sequence[Sequence[Register]]) -> Table:
         chosen = dict(zip(self.weights.parameters, groups, strict=True))
@@ -80,21 +97,38 @@ class Program:
         return self.decoder.table(Builder(alu, self.kind, held), self.weights.entries)
 
 
+def by_leaf(weights: Pointwise) -> dict[str, list[Element]]:
+    """Parameters by the array that stores them."""
+    out: dict[str, list[Element]] = {}
+    for e in weights.parameters:
+        out.setdefault(e.leaf.name, []).append(e)
+    return out
+
+
 def groups_of(e: Element) -> int:
     """Groups of a stage that a parameter has a value for."""
     return STAGE // e.span if 0 < e.span < STAGE else 1
 
 
-def in_numpy(program: Program, words: Array, *stored: Array) -> Array:
+def in_numpy(program: Program, words: Sequence[Array], *stored: Array) -> Array:
     """The stage [ROWS, STAGE] of weights, in halves.
 
     Args:
-      words: u32 [program.words, LANES], in memory order: vectors of 4 a lane.
-      stored: for each of `program.inputs`, [ROWS].
+      words: array by array u32 [word, LANES], in memory order: vectors of 4 a lane.
+      stored: for each of `program.inputs`, [ROWS]; or what `tables_in_numpy` made of them.
     """
-    lane_words = words.reshape(-1, LANES, 4).transpose(0, 2, 1).reshape(-1, LANES)
-    registers = program(NumpyAlu(), list(lane_words), *(row_registers(s) for s in stored))
+    registers = program(NumpyAlu(), [list(_lane_words(w)) for w in words], *map(row_registers, stored))
     return from_registers(np.stack([np.broadcast_to(r, LANES) for r in registers]), program.kind)
+
+
+def tables_in_numpy(program: Program, *stored: Array) -> list[Array]:
+    """The registers of the rows' tables, each u32 [ROWS]."""
+    made = program.tables(NumpyAlu(), *map(row_registers, stored))
+    return [_by_row([np.broadcast_to(r, LANES) for r in register]) for register in made]
+
+
+def _lane_words(words: Array) -> Array:
+    return words.reshape(-1, LANES, 4).transpose(0, 2, 1).reshape(-1, LANES)
 
 
 def row_registers(stored: Array) -> list[Array]:
@@ -102,6 +136,12 @@ def row_registers(stored: Array) -> list[Array]:
     raw = np.ascontiguousarray(stored).view(f"u{stored.dtype.itemsize}").astype(np.uint32)
     rows = raw.reshape(4, 2, 8)  # warp, h, r
     return [np.repeat(rows[:, h].reshape(-1), 4) for h in range(2)]
+
+
+def _by_row(register: Sequence[Array]) -> Array:
+    """The inverse of `row_registers`, for words."""
+    lanes = np.stack(register).reshape(2, 4, 8, 4)[..., 0]  # h, warp, r
+    return np.ascontiguousarray(lanes.transpose(1, 0, 2)).reshape(ROWS)
 
 
 def from_registers(registers: Array, kind: Half) -> Array:

@@ -2,7 +2,9 @@
 
     words   u32 [row tile, stage, word, lane]           codes of STAGE inputs by ROWS outputs, vectors of 4 words a lane
     leaf    [row tile, group, element, ROWS]            for each leaf that parameters come from, in its own dtype
+    leaf    [row tile, 1, ROWS, element]                for one that is a table too large for registers
 
+What is read at several widths has the codes of the least one in `words`, and in `words5` the fifth bit of each code.
 Rows are padded to whole tiles for every warpgroup, inputs to whole stages, with zeros. Moving there and back is
 derived from the reading of single weights and from the decoder's own term; `lowbit.kernels.arrange` does it.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from math import ceil, prod
 from typing import Any
 
@@ -20,10 +23,10 @@ from lowbit.ir.build import param
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.ir.expr import Expr, Param
 from lowbit.ir.walk import params
+from lowbit.kernels.alu import Half
 from lowbit.kernels.decoders import COLUMNS, ROWS, Decoder
-from lowbit.kernels.lanes import LANES, STAGE
-from lowbit.kernels.pick import pick
-from lowbit.passes.pointwise import Pointwise, UnsuitableError, code_width, pointwise
+from lowbit.kernels.lanes import LANES, STAGE, Program, by_leaf
+from lowbit.passes.pointwise import COMPUTED_BITS, Pointwise, UnsuitableError, code_width, pointwise
 from lowbit.passes.scalar import Element
 
 WORDS = "words"
@@ -33,19 +36,26 @@ Array = np.ndarray[Any, Any]
 
 
 @lru_cache(maxsize=1024)
-def layout(decode: Expr) -> Layout:
-    """The layout of a format at a size. Raises UnsuitableError with the reason why there is none."""
-    weights = pointwise(decode)
-    if WORDS in params(decode):
-        raise UnsuitableError(f"it stores {WORDS!r} of its own")
-    made = Layout(decode.dims["n"], decode.dims["k"], weights)
+def layout(*readings: Expr) -> Layout:
+    """The layout of a format at a size, given its decode terms: one, or one for each width from the least.
+
+    Raises UnsuitableError with the reason why there is none.
+    """
+    weights = tuple(map(pointwise, readings))
+    for fewer, more in pairwise(weights):
+        if more.codes[:-1] != fewer.codes or more.bits != fewer.bits + 1:
+            raise UnsuitableError(f"its codes of {more.bits} bits are not those of {fewer.bits} with one bit more each")
+    first = readings[0]
+    made = Layout(first.dims["n"], first.dims["k"], weights)
+    if taken := params(*readings).keys() & set(made.words):
+        raise UnsuitableError(f"it stores {min(taken)!r} of its own")
     for name, elements in made.leaves.items():
         span = elements[0].span
         if any(e.span != span for e in elements):
             raise UnsuitableError(f"{name!r} is shared by {sorted({e.span for e in elements})} inputs in turn")
         if span and STAGE % span and span % STAGE:
             raise UnsuitableError(f"groups of {span} inputs do not line up with {STAGE} inputs at a time")
-    if lost := params(decode).keys() - {*made.code_bits, *made.homes}:  # and no entry of those is lost
+    if lost := params(*readings).keys() - {*made.code_bits, *made.homes}:  # and no entry of those is lost
         raise UnsuitableError(f"{min(lost)!r} is part of no weight, and would be lost")
     return made
 
@@ -56,12 +66,46 @@ class Layout:
 
     Attributes:
       n, k: outputs and inputs.
-      weights: what each weight is.
+      weights: what each weight is, at each width.
     """
 
     n: int
     k: int
-    weights: Pointwise
+    weights: tuple[Pointwise, ...]
+
+    @property
+    def codes(self) -> tuple[Element, ...]:
+        return self.weights[-1].codes
+
+    @property
+    def bits(self) -> int:
+        """Of a code, at the largest width."""
+        return self.weights[-1].bits
+
+    @property
+    def first(self) -> int:
+        """Bits of the code at the least width."""
+        return self.weights[0].bits
+
+    @property
+    def words(self) -> dict[str, int]:
+        """The arrays of codes, and the bits of each code in them."""
+        return {WORDS: self.first, **{f"{WORDS}{b}": 1 for b in range(self.first + 1, self.bits + 1)}}
+
+    def program(self, kind: Half, at: int = 0) -> Program:
+        """How weights are decoded at one of the widths."""
+        weights = self.weights[at]
+        arrays = tuple(self.words.values())[: 1 + weights.bits - self.first]
+        return Program(weights, kind, arrays, self.nested)
+
+    def read(self, at: int = 0) -> list[str]:
+        """The fields that a product at one of the widths reads, words first."""
+        weights = self.weights[at]
+        return [*list(self.words)[: 1 + weights.bits - self.first], *by_leaf(weights)]
+
+    @property
+    def nested(self) -> bool:
+        return len(self.weights) > 1
 
     @property
     def tiles(self) -> int:
@@ -74,24 +118,35 @@ class Layout:
 
     @cached_property
     def decoder(self) -> Decoder:
-        return pick(self.weights)
+        """That at the largest width, whose words include those of all others."""
+        return self.program("f16", -1).decoder
 
     @cached_property
     def leaves(self) -> dict[str, tuple[Element, ...]]:
         """Parameters by the leaf that stores them."""
-        out: dict[str, tuple[Element, ...]] = {}
-        for e in self.weights.parameters:
-            out[e.leaf.name] = (*out.get(e.leaf.name, ()), e)
-        return out
+        out: dict[str, dict[Element, None]] = {}
+        for weights in self.weights:
+            for name, elements in by_leaf(weights).items():
+                out[name] = out.get(name, {}) | dict.fromkeys(elements)
+        return {name: tuple(elements) for name, elements in out.items()}
+
+    def looked_up(self, name: str) -> bool:
+        """Whether a parameter leaf is a table that no register holds."""
+        return any(w.bits > COMPUTED_BITS and name in by_leaf(w) for w in self.weights)
 
     @cached_property
     def fields(self) -> dict[str, Param]:
         """What is stored."""
-        words = self.decoder.bits * STAGE // COLUMNS
-        out = {WORDS: param(WORDS, "u32", t=self.tiles, s=self.stages, w=words, l=LANES)}
+        a_bit = STAGE // COLUMNS
+        out = {
+            name: param(name, "u32", t=self.tiles, s=self.stages, w=bits * a_bit, l=LANES)
+            for name, bits in self.words.items()
+        }
         for name, elements in self.leaves.items():
-            leaf = elements[0].leaf
-            sizes = {"t": self.tiles, "g": self.groups(elements[0]), "e": len(elements), "r": ROWS}
+            leaf, last = elements[0].leaf, {"e": len(elements), "r": ROWS}
+            if self.looked_up(name):
+                last = dict(reversed(last.items()))
+            sizes = {"t": self.tiles, "g": self.groups(elements[0]), **last}
             out[name] = Param(name, tuple(sizes.items()), leaf.dtype, leaf.within)
         return out
 
@@ -136,16 +191,16 @@ class Layout:
     def code_bits(self) -> dict[str, Array]:
         """For each code leaf, [entry of a row, bit]: which bit of the row's codes it is, k first; -1 for padding."""
         out: dict[str, Array] = {}
-        below = used = 0
-        for e in self.weights.codes:
+        below = 0
+        for e in self.codes:
             place = self.place(e)
             word = numpy_dtype(e.leaf.dtype).itemsize * 8
             bits = out.setdefault(e.leaf.name, np.full((place.entries, word), -1))
             for b in range(code_width(e)):
-                bits[place.column, place.shift + b] = np.arange(self.k) * self.weights.bits + below + b
+                bits[place.column, place.shift + b] = np.arange(self.k) * self.bits + below + b
             below += code_width(e)
         used = sum(int((bits >= 0).sum()) for bits in out.values())
-        if used != self.k * self.weights.bits:
+        if used != self.k * self.bits:
             raise UnsuitableError("weights share code bits")
         return out
 

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit.ir.dtypes import bits as dtype_bits
 from lowbit.kernels.decoders import ROWS
-from lowbit.kernels.lanes import LANES, STAGE, Program, groups_of
+from lowbit.kernels.lanes import LANES, STAGE, Program, by_leaf, groups_of
 from lowbit.kernels.layout import WARPGROUPS
 from lowbit.kernels.verbs import Gpu, Verbs
 from lowbit.passes.scalar import Element
@@ -79,16 +79,20 @@ def tuning(shape: Shape, program: Program) -> Tuning:
     staging = 4 * WARPGROUPS * ROWS * columns
     parameters = sum(WARPGROUPS * ROWS * dtype_bits(e.leaf.dtype) // 8 for e, _ in program.inputs)
     leaves = {e.leaf for e in program.weights.parameters}
-    stage = 2 * columns * STAGE + 4 * WARPGROUPS * program.words * LANES + parameters + ALIGNED * len(leaves)
+    words = 4 * WARPGROUPS * sum(program.words) * LANES
+    if program.of_rows:  # and so not fetched stage by stage
+        parameters, leaves = 0, set()
+    stage = 2 * columns * STAGE + words + parameters + ALIGNED * (len(leaves) + len(program.words) - 1)
     fit = max(2, min(MOST_DEEP, (SHARED - staging) // stage, shape.stages // parts))
     return Tuning(columns, parts, 1 << fit.bit_length() - 1)  # a power of two: the loop divides by it
 
 
 def mma(program: Program, shape: Shape, tuned: Tuning, verbs: Verbs | None = None) -> Callable[..., jax.Array]:
-    """The product as a function (words, *parameters, x) -> f32 [parts, n, m].
+    """The product as a function (*words, *parameters, x) -> f32 [parts, n, m].
 
-    words: u32 [rows, stages, words, LANES]; parameters: one array per stored leaf, [rows, groups, elements, ROWS]; x:
-    [m, k], of the program's halves; all as `lowbit.kernels.layout` has them, and m and k of `shape`.
+    words: u32 [rows, stages, words, LANES], as many as the program has; parameters: one array per stored leaf, [rows,
+    groups, elements, ROWS]; x: [m, k], of the program's halves; all as `lowbit.kernels.layout` has them, and m and k of
+    `shape`.
     """
     return _launch(_Schedule(program, shape, tuned, verbs or Gpu()))
 
@@ -103,21 +107,20 @@ class _Schedule:
     @property
     def leaves(self) -> dict[str, list[Element]]:
         """Parameters by the array that holds them."""
-        out: dict[str, list[Element]] = {}
-        for e in self.program.weights.parameters:
-            out.setdefault(e.leaf.name, []).append(e)
-        return out
+        return by_leaf(self.program.weights)
 
     def body(self, *refs: Any) -> None:
         """The kernel."""
         inputs, (out, staging) = refs[:-2], refs[-2:]
+        words, parameters, x = self.sorted(inputs)
         row, part, column = (lax.axis_index(name) for name in ("row", "part", "column"))
         group = lax.axis_index("group")
         tuned, verbs = self.tuned, self.verbs
         steps = self.shape.stages // tuned.parts
 
         def compute(pipeline: Callable[..., Any]) -> None:
-            verbs.accumulate(staging.at[group], pipeline)
+            tables = self.tables(parameters, row * WARPGROUPS + group)
+            verbs.accumulate(staging.at[group], lambda acc: pipeline((acc, *tables)))
             plgpu.commit_smem()
             n, m = (row * WARPGROUPS + group) * ROWS, column * tuned.columns
             target = out.at[part, pl.ds(n, ROWS), pl.ds(m, tuned.columns)]
@@ -125,33 +128,52 @@ class _Schedule:
             plgpu.wait_smem_to_gmem(0)
 
         def step(_: Any, *args: Any) -> Any:
-            *stage, acc = args
-            self.step(group, acc, *stage)
-            return acc
+            *stage, (acc, *tables) = args
+            self.step(group, acc, tables, *stage)
+            return acc, *tables
 
         plgpu.emit_pipeline_warp_specialized(
             step, grid=(steps,), in_specs=self.specs(row, part * steps, column), wg_axis="group",
             num_compute_wgs=WARPGROUPS, memory_registers=40, max_concurrent_steps=tuned.depth, compute_context=compute,
-        )(*inputs)  # fmt: skip
+        )(*words, *([] if self.program.of_rows else parameters), x)  # fmt: skip
 
-    def step(self, group: jax.Array, acc: Any, words: Any, *rest: Any) -> None:
+    def sorted(self, refs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Any]:
+        """Words, parameters and x."""
+        count = len(self.program.words)
+        return refs[:count], refs[count:-1], refs[-1]
+
+    def stored(self, parameters: Sequence[Any], at: jax.Array) -> list[jax.Array]:
+        """The program's inputs from its leaves, for one tile of rows."""
+        leaves = self.leaves
+        refs = dict(zip(leaves, parameters, strict=True))
+        places = [(refs[e.leaf.name], (at, g, leaves[e.leaf.name].index(e))) for e, g in self.program.inputs]
+        return [self.verbs.rows(ref.at[place], not self.program.of_rows) for ref, place in places]
+
+    def tables(self, parameters: Sequence[Any], tile: jax.Array) -> Sequence[jax.Array]:
+        """The tables of whole rows: made once, and kept."""
+        if not self.program.of_rows:
+            return []
+        return self.verbs.tables(self.program, *self.stored(parameters, tile))
+
+    def step(self, group: jax.Array, acc: Any, tables: Sequence[jax.Array], *stage: Any) -> None:
         """One stage: decode, multiply."""
-        *parameters, x = rest
-        verbs, program = self.verbs, self.program
-        refs = dict(zip(self.leaves, parameters, strict=True))
-        stored = [
-            verbs.rows(refs[e.leaf.name].at[group, g, self.leaves[e.leaf.name].index(e)]) for e, g in program.inputs
-        ]
-        weights = verbs.decode(program, verbs.words(words.at[group, 0], program), *stored)
-        verbs.multiply(acc, weights, x)
-        verbs.release()
+        words, parameters, x = self.sorted(stage)
+        loaded = [self.verbs.words(ref.at[group, 0]) for ref in words]
+        stored = tables if self.program.of_rows else self.stored(parameters, group)
+        weights = self.verbs.decode(self.program, loaded, *stored)
+        self.verbs.multiply(acc, weights, x)
+        self.verbs.release()
 
     def specs(self, row: jax.Array, first: jax.Array, column: jax.Array) -> list[plgpu.BlockSpec]:
         """What a step fetches."""
         swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         x = plgpu.BlockSpec((self.tuned.columns, STAGE), lambda k: (column, first + k), transforms=swizzled)
-        words = plgpu.BlockSpec((WARPGROUPS, 1, self.program.words, LANES), lambda k: (row, first + k, 0, 0))
-        return [words, *(self.parameter_spec(e, row, first) for e in self.leaves.values()), x]
+        words = [
+            plgpu.BlockSpec((WARPGROUPS, 1, count, LANES), lambda k: (row, first + k, 0, 0))
+            for count in self.program.words
+        ]
+        staged = [] if self.program.of_rows else self.leaves.values()
+        return [*words, *(self.parameter_spec(e, row, first) for e in staged), x]
 
     def parameter_spec(self, elements: Sequence[Element], row: jax.Array, first: jax.Array) -> plgpu.BlockSpec:
         e = elements[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lowbit.ir.dtypes import is_float
-from lowbit.kernels.decoders import Decoder, OneBit, ScaledIntegers, SignedTable, ThreeBits, TwoBits, TwoTables
+from lowbit.kernels.decoders import Decoder, Eights, OneBit, ScaledIntegers, SignedTable, TwoBits
 from lowbit.kernels.tables import is_odd
 from lowbit.passes.pointwise import Pointwise
 from lowbit.passes.scalar import Number, Product, Scalar, Sum, elements, number, plus, times
@@ -12,13 +12,16 @@ LARGEST_ZERO = 240
 """So that a code of 4 bits plus a zero point is exact in either half."""
 
 
-def pick(weights: Pointwise) -> Decoder:
-    """The decoder with the fewest instructions."""
+def pick(weights: Pointwise, first: int | None = None) -> Decoder:
+    """The decoder with the fewest instructions, for codes of which the `first` bits, if any, are decoded alone too."""
+    if first is not None:
+        base = min(first, 3)
+        return TwoBits() if weights.bits == base == 2 else Eights(weights.bits, base)
     if weights.bits < 4:
-        return (OneBit, TwoBits, ThreeBits)[weights.bits - 1]()
+        return OneBit() if weights.bits == 1 else TwoBits() if weights.bits == 2 else Eights(3)
     if (affine := scaled_integers(weights)) is not None:
         return ScaledIntegers(*affine)
-    return SignedTable() if is_odd(weights.entries) else TwoTables()
+    return SignedTable() if is_odd(weights.entries) else Eights(4)
 
 
 def scaled_integers(weights: Pointwise) -> tuple[Scalar, Scalar] | None:

@@ -5,7 +5,7 @@ The pipeline, index maps, barriers and everything else of a schedule is shared, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -15,12 +15,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit.compat import load, transposed
+from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES
 from lowbit.kernels.decoders import ROWS
-from lowbit.kernels.lane_gpu import ROW, WORDS, in_registers
-from lowbit.kernels.lanes import STAGE, Program, in_numpy
+from lowbit.kernels.lane_gpu import ROW, WORDS, in_registers, tables_in_registers
+from lowbit.kernels.lanes import STAGE, Program, in_numpy, tables_in_numpy
 
 Ref = Any
+
+
+def table_size(program: Program) -> int:
+    """Registers of a row's table."""
+    zeros = (np.zeros(ROWS, numpy_dtype(e.leaf.dtype)) for e, _ in program.inputs)
+    return len(tables_in_numpy(program, *zeros))
 
 
 class Verbs(Protocol):
@@ -29,11 +36,14 @@ class Verbs(Protocol):
     def accumulate(self, out: Ref, run: Callable[[Ref], Any]) -> None:
         """out = what `run` adds to an accumulator of its shape, which is zero at first."""
 
-    def words(self, ref: Ref, program: Program) -> jax.Array: ...
-    def rows(self, ref: Ref) -> jax.Array:
-        """A value for each of the ROWS."""
+    def words(self, ref: Ref) -> jax.Array: ...
+    def rows(self, ref: Ref, staged: bool) -> jax.Array:
+        """A value for each of the ROWS, from a stage's buffers or from where it is stored."""
 
-    def decode(self, program: Program, words: jax.Array, *stored: jax.Array) -> jax.Array: ...
+    def tables(self, program: Program, *stored: jax.Array) -> Sequence[jax.Array]:
+        """What a program whose tables are those of whole rows takes in place of `stored`."""
+
+    def decode(self, program: Program, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array: ...
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         """acc += weights [ROWS, k] @ x [columns, k]^T, finished when it returns."""
 
@@ -53,13 +63,16 @@ class Gpu:
 
         out[...] = pl.run_scoped(scoped, plgpu.ACC(out.shape, jnp.float32))  # type: ignore[attr-defined]
 
-    def words(self, ref: Ref, program: Program) -> jax.Array:
-        return load(ref, layout=WORDS[program.words])
+    def words(self, ref: Ref) -> jax.Array:
+        return load(ref, layout=WORDS[ref.shape[0]])
 
-    def rows(self, ref: Ref) -> jax.Array:
-        return load(ref, layout=ROW)
+    def rows(self, ref: Ref, staged: bool) -> jax.Array:
+        return load(ref, layout=ROW, optimized=staged)
 
-    def decode(self, program: Program, words: jax.Array, *stored: jax.Array) -> jax.Array:
+    def tables(self, program: Program, *stored: jax.Array) -> Sequence[jax.Array]:
+        return tables_in_registers(program, table_size(program), *stored)
+
+    def decode(self, program: Program, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
         return in_registers(program, words, *stored)
 
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
@@ -84,15 +97,22 @@ class Twin:
         out[...] = jnp.zeros(out.shape, jnp.float32)
         run(out)
 
-    def words(self, ref: Ref, program: Program) -> jax.Array:
+    def words(self, ref: Ref) -> jax.Array:
         return ref[...]
 
-    def rows(self, ref: Ref) -> jax.Array:
+    def rows(self, ref: Ref, staged: bool) -> jax.Array:
         return ref[...]
 
-    def decode(self, program: Program, words: jax.Array, *stored: jax.Array) -> jax.Array:
+    def tables(self, program: Program, *stored: jax.Array) -> Sequence[jax.Array]:
+        out = [jax.ShapeDtypeStruct((ROWS,), np.uint32)] * table_size(program)
+        return jax.pure_callback(lambda *raw: tables_in_numpy(program, *map(np.asarray, raw)), out, *stored)
+
+    def decode(self, program: Program, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
+        def decoded(words: Sequence[Any], *stored: Any) -> Any:
+            return in_numpy(program, [np.asarray(w) for w in words], *map(np.asarray, stored))
+
         out = jax.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind])
-        return jax.pure_callback(lambda *raw: in_numpy(program, *map(np.asarray, raw)), out, words, *stored)
+        return jax.pure_callback(decoded, out, list(words), *stored)
 
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         acc[...] += jnp.dot(weights.astype(jnp.float32), x[...].astype(jnp.float32).T)

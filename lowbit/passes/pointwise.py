@@ -35,8 +35,11 @@ from lowbit.ir.expr import (
 )
 from lowbit.passes.scalar import Element, Index, Number, Scalar, Where, elements, number, plus, times
 
-CODE_BITS = 4
-"""Most bits of a weight's code: a table of 16 entries is what a byte permute looks up."""
+CODE_BITS = 8
+"""Most bits of a weight's code."""
+COMPUTED_BITS = 4
+"""Most bits of one whose values are computed: a table of 16 entries is what byte permutes look up. A table for more
+codes is looked up as it is stored, one for each row."""
 GRAIN = 32
 """Weights along k that one selector word covers: what is shared by a multiple of it is a parameter, not a code."""
 
@@ -85,7 +88,15 @@ def pointwise(decode: Expr) -> Pointwise:
         entries.append(reader.at(decode, here))
         if reader.codes.keys() - set(codes):
             raise UnsuitableError("which bits are a weight's code depends on other bits of it")
+        if sum(widths) > COMPUTED_BITS and not _is_of_a_row(entries[-1]):
+            what = f"a weight's code has {sum(widths)} bits, and with more than {COMPUTED_BITS}"
+            raise UnsuitableError(f"{what} its values must be a stored table of its row")
     return Pointwise(codes, tuple(entries))
+
+
+def _is_of_a_row(entry: Scalar) -> bool:
+    sign, node = entry
+    return sign > 0 and isinstance(node, Element) and node.span == 0 and is_float(node.leaf.dtype)
 
 
 def code_width(e: Element) -> int:

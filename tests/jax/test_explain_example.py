@@ -17,7 +17,7 @@ def test_from_a_term_to_its_plans(
     explain.main()
     said = capsys.readouterr().out
     assert f"A weight's code has {name[-1]} bits" in said
-    decoder = {"uniform4": "ScaledIntegers", "bcq2": "TwoBits", "bcq3": "ThreeBits", "bcq4": "SignedTable"}[name]
+    decoder = {"uniform4": "ScaledIntegers", "bcq2": "TwoBits", "bcq3": "Eights", "bcq4": "SignedTable"}[name]
     assert f"{decoder}: " in said and "words  u32[t=8 s=2 " in said
     for batch in explain.BATCHES:
         on_gpu, on_cpu = (said.split(f"x[{batch}, k] @ ")[i] for i in (1, 2))

@@ -16,23 +16,28 @@ import lowbit as lb
 from lowbit.ir import cast, evaluate, param
 from lowbit.kernels import alu
 from lowbit.kernels.alu import HALVES, NumpyAlu
-from lowbit.kernels.decoders import COLUMNS, ROWS, OneBit, ScaledIntegers, SignedTable, ThreeBits, TwoBits, TwoTables
+from lowbit.kernels.decoders import COLUMNS, ROWS, Eights, OneBit, ScaledIntegers, SignedTable, TwoBits
 from lowbit.kernels.lane_gpu import ROW, WORDS
-from lowbit.kernels.lanes import LANES, STAGE, Program, from_registers, groups_of, in_numpy, row_registers
+from lowbit.kernels.lanes import LANES, STAGE, Program, from_registers, groups_of, row_registers
+from lowbit.kernels.layout import layout
 from lowbit.kernels.pick import LARGEST_ZERO, pick
 from lowbit.passes.pointwise import pointwise
 from lowbit.passes.relayout import bit_positions
 from lowbit.passes.scalar import Element
 from tests.fp3 import fp3_rows
-from tests.weights import value
+from tests.weights import staged, value
 
 Array = np.ndarray[Any, Any]
 FORMATS = {
     OneBit: (lb.bcq(1, group=64), lb.uniform(1)),
     TwoBits: (lb.bcq(2, group=128), lb.uniform(2, group=32)),
-    ThreeBits: (lb.bcq(3, group=128, scale_dtype="float16"), fp3_rows()),
+    Eights: (
+        lb.bcq(3, group=128, scale_dtype="float16"),
+        fp3_rows(),
+        lb.bcq(4, group=256, offset=True, scale_dtype="bfloat16"),
+        lb.bcq(4, group=32, offset=True),
+    ),
     SignedTable: (lb.bcq(4, group=64),),
-    TwoTables: (lb.bcq(4, group=256, offset=True, scale_dtype="bfloat16"), lb.bcq(4, group=32, offset=True)),
     ScaledIntegers: (lb.uniform(4, group=128), lb.uniform(4, scale_dtype="float16")),
 }
 CASES = [pytest.param(d, f, id=f"{d.__name__}-{f}") for d, formats in FORMATS.items() for f in formats]
@@ -40,7 +45,7 @@ CASES = [pytest.param(d, f, id=f"{d.__name__}-{f}") for d, formats in FORMATS.it
 
 @cache
 def program(fmt: lb.Format, kind: Any) -> Program:
-    return Program(pointwise(fmt.decode(ROWS, 2 * STAGE)), kind)
+    return layout(fmt.decode(ROWS, 2 * STAGE)).program(kind)
 
 
 def parameters(p: Program, seed: int) -> dict[tuple[Element, int], Array]:
@@ -58,7 +63,7 @@ def parameters(p: Program, seed: int) -> dict[tuple[Element, int], Array]:
 
 def random_words(p: Program, seed: int) -> Array:
     """[word, lane]."""
-    return np.random.default_rng(seed).integers(0, 1 << 32, (p.words, LANES), dtype=np.uint32)
+    return np.random.default_rng(seed).integers(0, 1 << 32, (sum(p.words), LANES), dtype=np.uint32)
 
 
 def in_memory(words: Array) -> Array:
@@ -95,7 +100,7 @@ def test_a_stage_is_the_oracles_rounded_once(decoder: type, fmt: lb.Format, kind
     p = program(fmt, kind)
     assert type(p.decoder) is decoder
     words, stored = random_words(p, 0), parameters(p, 1)
-    got = in_numpy(p, in_memory(words), *stored.values())
+    got = staged(p, [in_memory(words)], *stored.values())
     assert got.dtype == HALVES[kind]
     np.testing.assert_array_equal(got.astype(np.float64), half(oracle(p, words, stored), kind))
 
@@ -104,7 +109,7 @@ def test_a_stage_is_the_oracles_rounded_once(decoder: type, fmt: lb.Format, kind
 def test_a_wrong_bit_is_one_wrong_weight(decoder: type, fmt: lb.Format) -> None:
     p = program(fmt, "f16")
     words, stored = random_words(p, 2), parameters(p, 3)
-    right = in_numpy(p, in_memory(words), *stored.values())
+    right = staged(p, [in_memory(words)], *stored.values())
     # Where each bit of a tile's words belongs, as the decoder states it; a bit for every word of the second tile.
     bits = p.decoder.bits
     term = p.decoder.codes()
@@ -113,7 +118,7 @@ def test_a_wrong_bit_is_one_wrong_weight(decoder: type, fmt: lb.Format) -> None:
         lane, bit = (37 * word + 11) % LANES, (13 * word + 5) % 32
         wrong = words.copy()
         wrong[bits + word, lane] ^= np.uint32(1 << bit)
-        got = in_numpy(p, in_memory(wrong), *stored.values())
+        got = staged(p, [in_memory(wrong)], *stored.values())
         n, k, _ = np.argwhere(at == (word * LANES + lane) * 32 + bit)[0]
         assert np.argwhere(got != right).tolist() == [[n, COLUMNS + k]]
 
@@ -121,12 +126,12 @@ def test_a_wrong_bit_is_one_wrong_weight(decoder: type, fmt: lb.Format) -> None:
 # ---------------------------------------------------------------- registers
 
 
-def places(layout: Any, shape: tuple[int, ...], *index: Array) -> tuple[Array, Array, Array]:
+def places(of: Any, shape: tuple[int, ...], *index: Array) -> tuple[Array, Array, Array]:
     """Register, lane (that of the first copy) and element of an array's entries, from a layout's own tiling."""
-    tiled = np.array([np.broadcast_to(i, shape) for i in layout.tiling.tile_indices(index)])
-    sizes, end = layout.tiling.tile_shape(shape), len(tiled)
-    lane, held = np.zeros(shape, np.int64), {end + layout.vector_dim}
-    for dim in (*layout.warp_dims, *layout.lane_dims):
+    tiled = np.array([np.broadcast_to(i, shape) for i in of.tiling.tile_indices(index)])
+    sizes, end = of.tiling.tile_shape(shape), len(tiled)
+    lane, held = np.zeros(shape, np.int64), {end + of.vector_dim}
+    for dim in (*of.warp_dims, *of.lane_dims):
         if isinstance(dim, int):
             lane = lane * sizes[end + dim] + tiled[end + dim]
             held.add(end + dim)
@@ -134,30 +139,30 @@ def places(layout: Any, shape: tuple[int, ...], *index: Array) -> tuple[Array, A
             lane = lane * dim.times
     rest = [d for d in range(end) if d not in held]
     register = np.ravel_multi_index([tiled[d] for d in rest], [sizes[d] for d in rest])
-    return register, lane, tiled[end + layout.vector_dim]
+    return register, lane, tiled[end + of.vector_dim]
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_weights_lie_where_wgmma_reads_its_operand(kind: Any) -> None:
-    layout = plgpu.Layout.WGMMA.to_mgpu()
+    fragments = plgpu.Layout.WGMMA.to_mgpu()
     row, column = np.arange(ROWS)[:, None], np.arange(STAGE)[None]
-    register, lane, element = places(layout, (ROWS, STAGE), row, column)
-    count = prod(layout.registers_shape((ROWS, STAGE)))
+    register, lane, element = places(fragments, (ROWS, STAGE), row, column)
+    count = prod(fragments.registers_shape((ROWS, STAGE)))
     registers = np.random.default_rng(0).integers(0, 1 << 32, (count, LANES), dtype=np.uint32)
     want = registers[register, lane] >> (16 * element).astype(np.uint32) & 0xFFFF
     np.testing.assert_array_equal(from_registers(registers, kind).view(np.uint16), want)
     p = program(lb.bcq(2, group=128), kind)
-    inputs = [list(random_words(p, 0)), *map(row_registers, parameters(p, 0).values())]
+    inputs = [[list(random_words(p, 0))], *map(row_registers, parameters(p, 0).values())]
     assert len(p(NumpyAlu(), *inputs)) == count
 
 
 @pytest.mark.parametrize("dtype", ["u1", "f2", "f4"])
 def test_a_value_for_each_row_lies_with_the_rows(dtype: str) -> None:
-    layout = ROW.to_mgpu()
+    rows = ROW.to_mgpu()
     stored = np.arange(ROWS).astype(dtype)
     registers = np.stack(row_registers(stored))
-    assert len(registers) == prod(layout.registers_shape((ROWS,)))
-    register, lane, element = places(layout, (ROWS,), np.arange(ROWS))
+    assert len(registers) == prod(rows.registers_shape((ROWS,)))
+    register, lane, element = places(rows, (ROWS,), np.arange(ROWS))
     assert not element.any()
     raw = stored.view(f"u{stored.itemsize}")
     for copy in range(4):
@@ -166,10 +171,10 @@ def test_a_value_for_each_row_lies_with_the_rows(dtype: str) -> None:
 
 @pytest.mark.parametrize("count", WORDS)
 def test_words_come_in_vectors_of_a_lane(count: int) -> None:
-    layout = WORDS[count].to_mgpu()
+    vectors = WORDS[count].to_mgpu()
     words = np.arange(count * LANES, dtype=np.uint32).reshape(count, LANES)
-    flat, size = in_memory(words).reshape(-1), layout.vec_size
-    assert layout.registers_shape((count, LANES)) == (count // size,)
+    flat, size = in_memory(words).reshape(-1), vectors.vec_size
+    assert vectors.registers_shape((count, LANES)) == (count // size,)
     for register in range(count // size):
         for i in range(size):  # a vector of a lane, vectors lane by lane
             held = flat[(register * LANES + np.arange(LANES)) * size + i]
@@ -293,19 +298,19 @@ def test_integers_are_scaled_only_where_halves_hold_them() -> None:
     assert isinstance(pick(pointwise(scale * codes)), ScaledIntegers)
     assert isinstance(pick(pointwise(scale * (codes - 8))), ScaledIntegers)
     assert isinstance(pick(pointwise(scale * (codes + LARGEST_ZERO))), ScaledIntegers)
-    assert isinstance(pick(pointwise(scale * (codes + (LARGEST_ZERO + 1)))), TwoTables)
-    assert isinstance(pick(pointwise(scale * (codes - 7) * 0.5)), TwoTables)  # the factor is part of every number
+    assert isinstance(pick(pointwise(scale * (codes + (LARGEST_ZERO + 1)))), Eights)
+    assert isinstance(pick(pointwise(scale * (codes - 7) * 0.5)), Eights)  # the factor is part of every number
     assert isinstance(pick(pointwise(scale * (codes * 2 - 15))), SignedTable)
     signed = param("zero", "i8", n=ROWS)
-    assert isinstance(pick(pointwise(scale * (codes + signed))), TwoTables)
+    assert isinstance(pick(pointwise(scale * (codes + signed))), Eights)
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 @pytest.mark.parametrize("zero", [LARGEST_ZERO, -LARGEST_ZERO])
 def test_the_largest_zero_is_still_exact(zero: int, kind: Any) -> None:
     codes = cast(param("codes", "u8", (0, 15), n=ROWS, k=STAGE), "i32")
-    p = Program(pointwise(param("scale", "f32", n=ROWS) * (codes + zero)), kind)
+    p = layout(param("scale", "f32", n=ROWS) * (codes + zero)).program(kind)
     assert isinstance(p.decoder, ScaledIntegers)
     words, stored = random_words(p, 0), parameters(p, 1)
-    got = in_numpy(p, in_memory(words), *stored.values())
+    got = staged(p, [in_memory(words)], *stored.values())
     np.testing.assert_array_equal(got.astype(np.float64), half(oracle(p, words, stored), kind))

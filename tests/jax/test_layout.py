@@ -23,15 +23,16 @@ from lowbit import io
 from lowbit.array import QuantArray, laid_out, own
 from lowbit.ir import Concat, Expr, Gather, Slice, Unpack, const, merge, param
 from lowbit.kernels.decoders import ROWS
-from lowbit.kernels.lanes import STAGE, Program, in_numpy
-from lowbit.kernels.layout import WORDS, Layout, layout
+from lowbit.kernels.lanes import STAGE
+from lowbit.kernels.layout import Layout, layout
 from lowbit.kernels.verbs import HALVES
 from lowbit.ops import take
 from lowbit.passes.pointwise import UnsuitableError
-from lowbit.quant_type import QuantType, type_from_json, type_to_json
+from lowbit.quant_type import QuantType, kernel_layout, readings, type_from_json, type_to_json
 from lowbit.testing import random_array
 from tests.fp3 import fp3_rows
 from tests.models import arrays, assert_same, fast, inputs, whole, wholes
+from tests.weights import staged
 
 Array = np.ndarray[Any, Any]
 GROUPS = [32, 64, 128, 256, 512, None]
@@ -68,14 +69,16 @@ def unpadded(w: QuantArray) -> dict[str, Array]:
 
 def by_lanes(w: QuantArray, kind: Any) -> Array:
     """The weights [n, k] of an array in the kernels' layout, stage by stage as a kernel decodes them."""
-    of = layout(w.type.decode)
-    p, fields = Program(of.weights, kind), {name: np.asarray(a) for name, a in w.fields.items()}
+    of = kernel_layout(w.type)
+    p = of.program(kind, readings(w.type).index(w.type.decode))
+    fields = {name: np.asarray(a) for name, a in w.fields.items()}
     out = np.zeros((of.tiles * ROWS, of.stages * STAGE))
     for tile in range(of.tiles):
         for stage in range(of.stages):
             stored = [fields[e.leaf.name][tile, group_at(e, stage, g), index(of, e)] for e, g in p.inputs]
+            words = [fields[name][tile, stage] for name in list(of.words)[: len(p.words)]]
             here = np.s_[tile * ROWS : (tile + 1) * ROWS, stage * STAGE : (stage + 1) * STAGE]
-            out[here] = in_numpy(p, fields[WORDS][tile, stage], *stored)
+            out[here] = staged(p, words, *stored)
     return out[: of.n, : of.k]
 
 
@@ -431,7 +434,7 @@ def test_formats_that_kernels_cannot_decode_stay_and_are_named(monkeypatch: pyte
     assert [out[n].kernel.type.layout for n in formats] == ["own", "own", "mma"]
     (line,) = said
     assert line.startswith("no kernel decodes ")
-    assert "wide/kernel (a weight's code has 8 bits, and a kernel's table takes 1 to 4)" in line
+    assert "wide/kernel (a weight's code has 8 bits, and with more than 4 its values must be a stored table" in line
     assert "short/kernel ('alpha' has a value for every 24 inputs, not for a multiple of 32)" in line
     assert "good" not in line
     adapted = lb.prepare(lb.nn.lora(linear(lb.bcq(2)), rank=2, rngs=nnx.Rngs(0)), "hopper")

@@ -96,7 +96,7 @@ def test_it_runs_with_parameters_of_its_own_choice() -> None:
 
 def test_parameters_of_its_own_choice() -> None:
     of = launch.Shape(8, 2, 64)
-    program = launch.Program(layout(lb.uniform(4).decode(128, 64 * 256)).weights, "bf16")
+    program = layout(lb.uniform(4).decode(128, 64 * 256)).program("bf16")
     chosen = tuning(of, program)
     assert of.stages % chosen.parts == 0 and chosen.parts > 1  # one block would leave most of the GPU idle
 

@@ -9,13 +9,13 @@ import jax
 
 import lowbit as lb
 from lowbit.formats.format import Format
+from lowbit.ir.dtypes import bits as dtype_bits
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES, Half
 from lowbit.kernels.decoders import ROWS
 from lowbit.kernels.lanes import LANES, STAGE
-from lowbit.kernels.layout import layout
 from lowbit.kernels.product import product
-from lowbit.quant_type import QuantType
+from lowbit.quant_type import QuantType, kernel_layout, readings
 from tests.fp3 import fp3_rows
 
 SCALES: dict[Half, str] = {"f16": "float16", "bf16": "bfloat16"}
@@ -53,16 +53,21 @@ def catalog() -> Iterator[Listed]:
     yield listed("bcq1_bf16_m8", lb.bcq(1, group=128, scale_dtype="bfloat16"), "bf16", 8, None)
     yield listed("bcq4_offset_bf16_m8", lb.bcq(4, group=128, offset=True, scale_dtype="bfloat16"), "bf16", 8, None)
     yield listed("fp3_rows_bf16_m8", fp3_rows(), "bf16", 8, 0.9)  # a format from outside the library
+    for width, lo in ((2, 2), (3, 3), (4, 3), (3, 2), (4, 2)):
+        nested = lb.any_precision(lo, 4, width=width)
+        for kind in SCALES:
+            yield listed(f"any_precision{lo}_at_{width}_{kind}_m8", nested, kind, 8, 1.0)
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
 
 
 def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> Listed:
-    """The product of x [m, SIZE] with a SIZE by SIZE weight."""
-    of = layout(fmt.decode(SIZE, SIZE))
+    """The product of x [m, SIZE] with a SIZE by SIZE weight, read at its format's width."""
+    t = QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma")
+    of, at = kernel_layout(t), readings(t).index(t.decode)
     fields = {
         field: jax.ShapeDtypeStruct(tuple(leaf.dims.values()), numpy_dtype(leaf.dtype))
         for field, leaf in of.fields.items()
     }
     x = jax.ShapeDtypeStruct((m, SIZE), HALVES[kind])
-    bits = QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma").bits_per_weight
-    return Listed(name, partial(product, of), (x, fields), ROWS * STAGE // LANES, bits, STAGE // 16, target)
+    read = sum(fields[field].size * dtype_bits(of.fields[field].dtype) for field in of.read(at)) / SIZE**2
+    return Listed(name, partial(product, of, at=at), (x, fields), ROWS * STAGE // LANES, read, STAGE // 16, target)
