@@ -32,7 +32,7 @@ from benchmarks.gpu_results import Row, here, hopper, middle, newest, opened, pe
 from benchmarks.gpu_timing import copies, profiled, timed
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.lanes import STAGE, Program
-from lowbit.kernels.layout import WORDS, layout
+from lowbit.kernels.layout import layout
 from lowbit.kernels.mma import SMS, Shape, mma, tuning
 from lowbit.kernels.verbs import Gpu
 
@@ -226,13 +226,13 @@ def program(q: Question) -> Callable[[jax.Array], jax.Array]:
 class Fetching(Gpu):
     """A back end that fetches all that a product needs, and computes nothing."""
 
-    def words(self, ref: Any, program: Program) -> Any:
+    def words(self, ref: Any) -> Any:
         return None
 
-    def rows(self, ref: Any) -> Any:
+    def rows(self, ref: Any, staged: bool) -> Any:
         return None
 
-    def decode(self, program: Program, words: Any, *stored: Any) -> Any:
+    def decode(self, program: Program, table: Any, words: Any, *stored: Any) -> Any:
         return None
 
     def multiply(self, acc: Any, weights: Any, x: Any) -> None:
@@ -243,7 +243,7 @@ def fetch(case: Case) -> tuple[Callable[..., jax.Array], list[jax.ShapeDtypeStru
     """The pipeline of a product without its arithmetic, and what it takes: the stored arrays, then x."""
     of = layout(canonical(case.what, case.n, case.k).decode)
     program, shape = of.program("bf16"), Shape(case.m, of.tiles, of.stages)
-    leaves = [of.fields[name] for name in (WORDS, *of.leaves)]
+    leaves = [of.fields[name] for name in of.read()]
     avals = [jax.ShapeDtypeStruct(tuple(leaf.dims.values()), numpy_dtype(leaf.dtype)) for leaf in leaves]
     x = jax.ShapeDtypeStruct((case.m, of.stages * STAGE), jnp.bfloat16)
     return mma(program, shape, tuning(shape, program), Fetching()), [*avals, x]

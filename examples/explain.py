@@ -39,9 +39,9 @@ def _node(node: Node) -> str:
 
 def explained(of: Layout) -> str:
     """What a kernel makes of a format."""
-    codes = ", ".join(f"{e.leaf.name} bit {i}" for i, e in enumerate(of.weights.codes))
-    lines = [f"A weight's code has {of.weights.bits} bits ({codes}), and by its value the weight is"]
-    lines += [f"  {value:2d}  {shown(entry)}" for value, entry in enumerate(of.weights.entries)]
+    codes = ", ".join(f"{e.leaf.name} bit {i}" for i, e in enumerate(of.codes))
+    lines = [f"A weight's code has {of.bits} bits ({codes}), and by its value the weight is"]
+    lines += [f"  {value:2d}  {shown(entry)}" for value, entry in enumerate(of.weights[-1].entries)]
     lines += [f"{type(of.decoder).__name__}: {type(of.decoder).__doc__}", "As kernels read it:"]
     lines += [f"  {name:6} {leaf.type}" for name, leaf in of.fields.items()]
     return "\n".join(lines)

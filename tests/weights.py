@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lowbit.kernels.alu import HALVES
 from lowbit.kernels.lanes import Program, in_numpy, tables_in_numpy
 from lowbit.passes.pointwise import Pointwise, code_width
 from lowbit.passes.scalar import Element, Node, Number, Product, Scalar, Sum
@@ -49,4 +50,5 @@ def weights(of: Pointwise, env: Mapping[str, Array], n: int, k: int) -> Array:
 
 def staged(p: Program, words: Sequence[Array], *stored: Array) -> Array:
     """A stage as the kernel decodes it, tables of whole rows made beforehand."""
-    return in_numpy(p, words, *(tables_in_numpy(p, *stored) if p.of_rows else stored))
+    table = np.stack(stored).astype(HALVES[p.kind]) if p.decoder.shared else None
+    return in_numpy(p, words, *(tables_in_numpy(p, *stored) if p.of_rows else stored), table=table)

@@ -26,15 +26,21 @@ class Alu(Protocol):
 
     def shl(self, a: Register, n: int) -> Register: ...
     def shr(self, a: Register, n: int) -> Register: ...
-    def high_half(self, a: Register) -> Register:
-        """a >> 16, as a multiplication, which the FMA pipe runs while the ALU is busy."""
+    def mul_shr(self, a: Register, n: int) -> Register:
+        """a >> n for n > 0, as a multiplication, which the FMA pipe runs while the ALU is busy."""
 
     def lop3(self, a: Register, b: Register | int, c: Register | int, table: int) -> Register: ...
     def prmt(self, a: Register | int, b: Register | int, selector: Register | int) -> Register:
         """Four bytes of a (0 to 3) and b (4 to 7), by the nibbles of the selector; bit 3 replicates the byte's sign."""
 
-    def mad(self, a: Register, b: int, c: int) -> Register:
+    def mad(self, a: Register, b: int, c: Register | int) -> Register:
         """a b + c, the low 32 bits."""
+
+    def shl_add(self, a: Register, n: int, c: Register) -> Register:
+        """(a << n) + c, as a multiplication, like `mul_shr`."""
+
+    def load(self, table: Any, index: Register) -> Register:
+        """A half of a table in shared memory, in the low bits."""
 
     def mad_high(self, a: Register, b: int, c: int) -> Register:
         """The high 32 bits of a b, plus c."""
@@ -65,8 +71,8 @@ class NumpyAlu:
     def shr(self, a: Register, n: int) -> Register:
         return a >> np.uint32(n)
 
-    def high_half(self, a: Register) -> Register:
-        return self.shr(a, 16)
+    def mul_shr(self, a: Register, n: int) -> Register:
+        return self.shr(a, n)
 
     def lop3(self, a: Register, b: Register | int, c: Register | int, table: int) -> Register:
         operands = [np.uint32(v) for v in (a, b, c)]
@@ -85,7 +91,13 @@ class NumpyAlu:
         sign = np.where(bytes_ >> 7, np.uint8(0xFF), np.uint8(0))
         return np.ascontiguousarray(np.where(nibbles & 8, sign, bytes_)).view("<u4")[..., 0]
 
-    def mad(self, a: Register, b: int, c: int) -> Register:
+    def shl_add(self, a: Register, n: int, c: Register) -> Register:
+        return self.mad(a, 1 << n, c)
+
+    def load(self, table: Any, index: Register) -> Register:
+        return table[np.arange(len(table)), index].astype(np.uint32)  # of every lane its own [lane, entry]
+
+    def mad(self, a: Register, b: int, c: Register | int) -> Register:
         return a * np.uint32(b) + np.uint32(c)
 
     def mad_high(self, a: Register, b: int, c: int) -> Register:

@@ -70,12 +70,11 @@ def _tiled(to: Layout, name: str, a: jax.Array) -> jax.Array:
     rows = _rows_first(to, name, a)[:, columns.reshape(-1)].reshape(to.n, groups, len(elements))
     rows = jnp.where((starts < to.k)[None, :, None], rows, jnp.zeros((), rows.dtype))
     padded = jnp.pad(rows, ((0, to.tiles * ROWS - to.n), (0, 0), (0, 0)))
-    tiled = padded.reshape(to.tiles, ROWS, groups, -1)
-    return tiled.transpose((0, 2, 1, 3) if to.looked_up(name) else (0, 2, 3, 1))
+    return padded.reshape(to.tiles, ROWS, groups, -1).transpose(0, 2, 3, 1)
 
 
 def _untiled(of: Layout, name: str, a: jax.Array) -> jax.Array:
-    rows = a.transpose((0, 2, 1, 3) if of.looked_up(name) else (0, 3, 1, 2)).reshape(len(a) * ROWS, -1)[: of.n]
+    rows = a.transpose(0, 3, 1, 2).reshape(len(a) * ROWS, -1)[: of.n]
     return _in_place(of, name, rows[:, of.homes[name]])
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
@@ -59,8 +60,8 @@ class GpuAlu:
     def shr(self, a: Register, n: int) -> Register:
         return arith.shrui(a, constant(n)) if n else a
 
-    def high_half(self, a: Register) -> Register:
-        return ptx("mul.hi.u32 $0, $1, $2;", a, self.register(1 << 16))
+    def mul_shr(self, a: Register, n: int) -> Register:
+        return ptx("mul.hi.u32 $0, $1, $2;", a, self.register(1 << 32 - n))
 
     def lop3(self, a: Register, b: Register | int, c: Register | int, table: int) -> Register:
         return ptx(f"lop3.b32 $0, $1, $2, $3, {table};", a, b, c)
@@ -68,7 +69,15 @@ class GpuAlu:
     def prmt(self, a: Register | int, b: Register | int, selector: Register | int) -> Register:
         return ptx("prmt.b32 $0, $1, $2, $3;", a, b, selector)
 
-    def mad(self, a: Register, b: int, c: int) -> Register:
+    def shl_add(self, a: Register, n: int, c: Register) -> Register:
+        return ptx("mad.lo.u32 $0, $1, $2, $3;", a, self.register(1 << n), c)
+
+    def load(self, table: Any, index: Register) -> Register:
+        address, stride = table
+        where = ptx("mad.lo.u32 $0, $1, $2, $3;", index, stride, address)
+        return ptx("{ .reg .b16 h; ld.shared.u16 h, [$1]; cvt.u32.u16 $0, h; }", where)
+
+    def mad(self, a: Register, b: int, c: Register | int) -> Register:
         return ptx("mad.lo.u32 $0, $1, $2, $3;", a, b, c)
 
     def mad_high(self, a: Register, b: int, c: int) -> Register:
@@ -99,23 +108,40 @@ class GpuAlu:
         return ptx(f"cvt.rn.{kind}x2.f32 $0, $1, $2;", high, low)
 
 
-def in_registers(program: Program, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
-    """The stage [ROWS, STAGE] of weights in WGMMA's layout; operands as for `lanes.in_numpy`, in WORDS and ROW."""
+def in_registers(program: Program, table: Any, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
+    """The stage [ROWS, STAGE] of weights in WGMMA's layout; operands as for `lanes.in_numpy`, in WORDS and ROW.
+
+    table: the shared one, a reference to halves [entries, ROWS and padding], or None.
+    """
+    shared = [] if table is None else [table]
     out = plgpu.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind], layout=plgpu.Layout.WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(*(WORDS[n] for n in program.words), *(ROW for _ in stored)), return_type=out)
+    types = (*(plgpu.RefType() for _ in shared), *(WORDS[n] for n in program.words), *(ROW for _ in stored))
+
+    @plgpu.inline_mgpu(arg_types=types, return_type=out)
     def decoded(ctx: Any, *operands: Any) -> Any:
         del ctx
+        refs, operands = operands[: len(shared)], operands[len(shared) :]
         arrays, rows = operands[: len(words)], operands[len(words) :]
-        registers = program(GpuAlu(), [_raw(a) for a in arrays], *map(_raw, rows))
+        tables = [place for ref in refs for place in _row_tables(ref)]
+        registers = program(GpuAlu(), [_raw(a) for a in arrays], *map(_raw, rows), rows=tables)
         return _fragments(registers, program.kind)
 
-    return decoded(*words, *stored)
+    return decoded(*shared, *words, *stored)
+
+
+def _row_tables(ref: Any) -> list[tuple[Register, int]]:
+    """Where the first entries of the lane's two rows are, and the bytes from an entry to the next."""
+    stride = 2 * ir.MemRefType(ref.type).shape[1]
+    first = llvm.ptrtoint(i32(), utils.memref_ptr(ref))
+    lane = ptx("{ .reg .b32 t; mov.u32 t, %tid.x; and.b32 $0, t, 127; }")
+    row = ptx("{ .reg .b32 w, r; shr.u32 w, $1, 5; bfe.u32 r, $1, 2, 3; mad.lo.u32 $0, w, 16, r; }", lane)
+    return [(ptx("mad.lo.u32 $0, $1, 2, $2;", row, arith.addi(first, constant(16 * h))), stride) for h in range(2)]
 
 
 def tables_in_registers(program: Program, count: int, *stored: jax.Array) -> list[jax.Array]:
     """The `count` registers of the rows' tables, each u32 [ROWS] in ROW."""
-    out = [plgpu.ShapeDtypeStruct((ROWS,), np.uint32, layout=ROW)] * count
+    out = [plgpu.ShapeDtypeStruct((ROWS,), jnp.dtype(np.uint32), layout=ROW)] * count
 
     @plgpu.inline_mgpu(arg_types=tuple(ROW for _ in stored), return_type=out)
     def made(ctx: Any, *rows: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lowbit.kernels.alu import HALVES, Alu, Half, NumpyAlu, Register
-from lowbit.kernels.decoders import COLUMNS, ROWS, RUN, Decoder, Table
+from lowbit.kernels.decoders import COLUMNS, ROWS, RUN, Decoder, RowTable, Table
 from lowbit.kernels.pick import pick
 from lowbit.kernels.tables import Builder
 from lowbit.passes.pointwise import Pointwise
@@ -22,6 +22,7 @@ from lowbit.passes.scalar import Element
 STAGE = 256
 """Inputs of a stage: 4 tiles, so that the words of a lane come in vectors of 4 for every width."""
 LANES = 128
+PADDED = ROWS + 2
 Array = np.ndarray[Any, Any]
 
 
@@ -34,16 +35,18 @@ class Program:
       kind: of the halves.
       arrays: bits of a code in each array of words.
       nested: whether the first arrays are decoded alone too, at another width.
+      shared: whether a table of 16 entries or more is a stored one of a row, and so may be in shared memory.
     """
 
     weights: Pointwise
     kind: Half
     arrays: tuple[int, ...]
     nested: bool = False
+    shared: bool = False
 
     @cached_property
     def decoder(self) -> Decoder:
-        return pick(self.weights, self.arrays[0] if self.nested else None)
+        return pick(self.weights, self.arrays[0] if self.nested else None, self.shared)
 
     @property
     def words(self) -> tuple[int, ...]:
@@ -56,16 +59,28 @@ class Program:
         return tuple((e, g) for e in self.weights.parameters for g in range(groups_of(e)))
 
     @property
+    def table_shape(self) -> tuple[int, int]:
+        """Of a table in shared memory: entry by entry, PADDED so that the entries of a row lie in other banks."""
+        return len(self.weights.entries), PADDED
+
+    @property
     def of_rows(self) -> bool:
         """Whether one table serves a row from end to end."""
         return bool(self.inputs) and all(e.span == 0 for e, _ in self.inputs)
 
-    def __call__(self, alu: Alu, words: Sequence[Sequence[Register]], *stored: Sequence[Register]) -> list[Register]:
+    def __call__(
+        self,
+        alu: Alu,
+        words: Sequence[Sequence[Register]],
+        *stored: Sequence[Register],
+        rows: Sequence[RowTable] = (),
+    ) -> list[Register]:
         """The registers of the stage, in the order of WGMMA's fragments.
 
         Args:
           words: of the lane, array by array.
           stored: for each of `inputs`, its value for the lane's two rows; or what `tables` made of them.
+          rows: of a decoder whose table is shared, those of the lane's two rows.
         """
         made: dict[tuple[int, ...], list[Table]] = {}
 
@@ -82,7 +97,7 @@ class Program:
             by_run = [tables_at(COLUMNS * tile + RUN * jj) for jj in range(COLUMNS // RUN)]
             by_half = [[run[h] for run in by_run] for h in range(2)]
             of_tile = [w for bits, array in zip(self.arrays, words, strict=True) for w in array[tile * bits :][:bits]]
-            out += self.decoder.halves(alu, self.kind, of_tile, by_half)
+            out += self.decoder.halves(alu, self.kind, of_tile, by_half, rows)
         return out
 
     def tables(self, alu: Alu, *stored: Sequence[Register]) -> list[list[Register]]:
@@ -110,14 +125,16 @@ def groups_of(e: Element) -> int:
     return STAGE // e.span if 0 < e.span < STAGE else 1
 
 
-def in_numpy(program: Program, words: Sequence[Array], *stored: Array) -> Array:
+def in_numpy(program: Program, words: Sequence[Array], *stored: Array, table: Array | None = None) -> Array:
     """The stage [ROWS, STAGE] of weights, in halves.
 
     Args:
       words: array by array u32 [word, LANES], in memory order: vectors of 4 a lane.
       stored: for each of `program.inputs`, [ROWS]; or what `tables_in_numpy` made of them.
+      table: the shared one, halves [entries, ROWS].
     """
-    registers = program(NumpyAlu(), [list(_lane_words(w)) for w in words], *map(row_registers, stored))
+    by_lane = [] if table is None else [np.stack(t, 1) for t in zip(*map(row_registers, table), strict=True)]
+    registers = program(NumpyAlu(), [list(_lane_words(w)) for w in words], *map(row_registers, stored), rows=by_lane)
     return from_registers(np.stack([np.broadcast_to(r, LANES) for r in registers]), program.kind)
 
 

@@ -2,7 +2,6 @@
 
     words   u32 [row tile, stage, word, lane]           codes of STAGE inputs by ROWS outputs, vectors of 4 words a lane
     leaf    [row tile, group, element, ROWS]            for each leaf that parameters come from, in its own dtype
-    leaf    [row tile, 1, ROWS, element]                for one that is a table too large for registers
 
 What is read at several widths has the codes of the least one in `words`, and in `words5` the fifth bit of each code.
 Rows are padded to whole tiles for every warpgroup, inputs to whole stages, with zeros. Moving there and back is
@@ -96,7 +95,7 @@ class Layout:
         """How weights are decoded at one of the widths."""
         weights = self.weights[at]
         arrays = tuple(self.words.values())[: 1 + weights.bits - self.first]
-        return Program(weights, kind, arrays, self.nested)
+        return Program(weights, kind, arrays, self.nested, self.shared)
 
     def read(self, at: int = 0) -> list[str]:
         """The fields that a product at one of the widths reads, words first."""
@@ -106,6 +105,11 @@ class Layout:
     @property
     def nested(self) -> bool:
         return len(self.weights) > 1
+
+    @property
+    def shared(self) -> bool:
+        """Whether all tables of 16 entries and more are stored, one for each row."""
+        return all(w.is_table for w in self.weights if w.bits >= COMPUTED_BITS)
 
     @property
     def tiles(self) -> int:
@@ -130,10 +134,6 @@ class Layout:
                 out[name] = out.get(name, {}) | dict.fromkeys(elements)
         return {name: tuple(elements) for name, elements in out.items()}
 
-    def looked_up(self, name: str) -> bool:
-        """Whether a parameter leaf is a table that no register holds."""
-        return any(w.bits > COMPUTED_BITS and name in by_leaf(w) for w in self.weights)
-
     @cached_property
     def fields(self) -> dict[str, Param]:
         """What is stored."""
@@ -143,10 +143,8 @@ class Layout:
             for name, bits in self.words.items()
         }
         for name, elements in self.leaves.items():
-            leaf, last = elements[0].leaf, {"e": len(elements), "r": ROWS}
-            if self.looked_up(name):
-                last = dict(reversed(last.items()))
-            sizes = {"t": self.tiles, "g": self.groups(elements[0]), **last}
+            leaf = elements[0].leaf
+            sizes = {"t": self.tiles, "g": self.groups(elements[0]), "e": len(elements), "r": ROWS}
             out[name] = Param(name, tuple(sizes.items()), leaf.dtype, leaf.within)
         return out
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import jax
@@ -19,10 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit.ir.dtypes import bits as dtype_bits
+from lowbit.kernels.alu import HALVES
 from lowbit.kernels.decoders import ROWS
 from lowbit.kernels.lanes import LANES, STAGE, Program, by_leaf, groups_of
 from lowbit.kernels.layout import WARPGROUPS
-from lowbit.kernels.verbs import Gpu, Verbs
+from lowbit.kernels.verbs import Gpu, Verbs, table_size
 from lowbit.passes.scalar import Element
 
 COLUMNS_A_BLOCK = 64
@@ -33,6 +34,8 @@ FILLING = 2
 MOST_DEEP = 8
 SHARED = 224 << 10
 """Bytes of shared memory for buffers; barriers take the rest."""
+FEW = 16
+"""Entries of a table that are fetched at a time."""
 ALIGNED = 1024
 """Bytes that a buffer begins at a multiple of."""
 
@@ -76,7 +79,7 @@ def tuning(shape: Shape, program: Program) -> Tuning:
         return ceil(blocks * parts / SMS) * (shape.stages // parts + FILLING)
 
     parts = min((p for p in range(1, shape.stages + 1) if shape.stages % p == 0), key=longest)
-    staging = 4 * WARPGROUPS * ROWS * columns
+    staging = 4 * WARPGROUPS * ROWS * columns + program.decoder.shared * 2 * WARPGROUPS * prod(program.table_shape)
     parameters = sum(WARPGROUPS * ROWS * dtype_bits(e.leaf.dtype) // 8 for e, _ in program.inputs)
     leaves = {e.leaf for e in program.weights.parameters}
     words = 4 * WARPGROUPS * sum(program.words) * LANES
@@ -105,13 +108,21 @@ class _Schedule:
     verbs: Verbs
 
     @property
+    def scratch(self) -> list[Any]:
+        """Shared memory beside the pipeline's: the result on its way out, and the rows' tables if they are there."""
+        out = plgpu.SMEM((WARPGROUPS, ROWS, self.tuned.columns), jnp.float32)
+        table = plgpu.SMEM((WARPGROUPS, *self.program.table_shape), HALVES[self.program.kind])
+        return [out, table] if self.program.decoder.shared else [out]
+
+    @property
     def leaves(self) -> dict[str, list[Element]]:
         """Parameters by the array that holds them."""
         return by_leaf(self.program.weights)
 
     def body(self, *refs: Any) -> None:
         """The kernel."""
-        inputs, (out, staging) = refs[:-2], refs[-2:]
+        count = 1 + len(self.scratch)
+        inputs, (out, staging, *shared) = refs[:-count], refs[-count:]
         words, parameters, x = self.sorted(inputs)
         row, part, column = (lax.axis_index(name) for name in ("row", "part", "column"))
         group = lax.axis_index("group")
@@ -119,7 +130,7 @@ class _Schedule:
         steps = self.shape.stages // tuned.parts
 
         def compute(pipeline: Callable[..., Any]) -> None:
-            tables = self.tables(parameters, row * WARPGROUPS + group)
+            tables = self.tables(parameters, row * WARPGROUPS + group, *(ref.at[group] for ref in shared))
             verbs.accumulate(staging.at[group], lambda acc: pipeline((acc, *tables)))
             plgpu.commit_smem()
             n, m = (row * WARPGROUPS + group) * ROWS, column * tuned.columns
@@ -129,7 +140,8 @@ class _Schedule:
 
         def step(_: Any, *args: Any) -> Any:
             *stage, (acc, *tables) = args
-            self.step(group, acc, tables, *stage)
+            table = shared[0].at[group] if shared else None
+            self.step(group, acc, table, tables, *stage)
             return acc, *tables
 
         plgpu.emit_pipeline_warp_specialized(
@@ -149,18 +161,34 @@ class _Schedule:
         places = [(refs[e.leaf.name], (at, g, leaves[e.leaf.name].index(e))) for e, g in self.program.inputs]
         return [self.verbs.rows(ref.at[place], not self.program.of_rows) for ref, place in places]
 
-    def tables(self, parameters: Sequence[Any], tile: jax.Array) -> Sequence[jax.Array]:
+    def tables(self, parameters: Sequence[Any], tile: jax.Array, shared: Any = None) -> Sequence[jax.Array]:
         """The tables of whole rows: made once, and kept."""
         if not self.program.of_rows:
             return []
+        if shared is not None:
+            self.fill(shared, parameters[0], tile)
+        if not table_size(self.program):
+            return []
         return self.verbs.tables(self.program, *self.stored(parameters, tile))
 
-    def step(self, group: jax.Array, acc: Any, tables: Sequence[jax.Array], *stage: Any) -> None:
+    def fill(self, shared: Any, stored: Any, tile: jax.Array) -> None:
+        """Copies a table to shared memory, in the program's halves."""
+
+        @pl.loop(0, len(self.program.weights.entries) // FEW)
+        def _(part: jax.Array) -> None:
+            entries = [part * FEW + i for i in range(FEW)]
+            values = [self.verbs.rows(stored.at[tile, 0, e], False) for e in entries]  # all under way at once
+            for e, value in zip(entries, values, strict=True):
+                shared[e, pl.ds(0, ROWS)] = value.astype(shared.dtype)
+
+        plgpu.commit_smem()
+
+    def step(self, group: jax.Array, acc: Any, table: Any, tables: Sequence[jax.Array], *stage: Any) -> None:
         """One stage: decode, multiply."""
         words, parameters, x = self.sorted(stage)
         loaded = [self.verbs.words(ref.at[group, 0]) for ref in words]
         stored = tables if self.program.of_rows else self.stored(parameters, group)
-        weights = self.verbs.decode(self.program, loaded, *stored)
+        weights = self.verbs.decode(self.program, table, loaded, *stored)
         self.verbs.multiply(acc, weights, x)
         self.verbs.release()
 
@@ -188,7 +216,7 @@ def _launch(schedule: _Schedule) -> Callable[..., jax.Array]:
     return plgpu.kernel(
         schedule.body,
         out_type=jax.ShapeDtypeStruct((tuned.parts, shape.rows * ROWS, shape.m), jnp.float32),
-        scratch_types=[plgpu.SMEM((WARPGROUPS, ROWS, tuned.columns), jnp.float32)],
+        scratch_types=schedule.scratch,
         grid=(shape.rows // WARPGROUPS, tuned.parts, ceil(shape.m / tuned.columns)),
         grid_names=("row", "part", "column"),
         num_threads=WARPGROUPS + 1,

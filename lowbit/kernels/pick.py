@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from lowbit.ir.dtypes import is_float
-from lowbit.kernels.decoders import Decoder, Eights, OneBit, ScaledIntegers, SignedTable, TwoBits
+from lowbit.kernels.decoders import Decoder, Eights, OneBit, ScaledIntegers, SignedTable, TwoBits, Wide
 from lowbit.kernels.tables import is_odd
-from lowbit.passes.pointwise import Pointwise
+from lowbit.passes.pointwise import COMPUTED_BITS, Pointwise
 from lowbit.passes.scalar import Number, Product, Scalar, Sum, elements, number, plus, times
 
 LARGEST_ZERO = 240
 """So that a code of 4 bits plus a zero point is exact in either half."""
 
 
-def pick(weights: Pointwise, first: int | None = None) -> Decoder:
-    """The decoder with the fewest instructions, for codes of which the `first` bits, if any, are decoded alone too."""
+def pick(weights: Pointwise, first: int | None = None, shared: bool = False) -> Decoder:
+    """The decoder with the fewest instructions.
+
+    Args:
+      first: bits of the code that are decoded alone too, at another width.
+      shared: whether the tables of 16 entries and more are those of rows, to be held in shared memory.
+    """
+    base = min(3 if first is None else first, 3)
+    if weights.bits > COMPUTED_BITS:
+        return Wide(weights.bits, base)
     if first is not None:
-        base = min(first, 3)
-        return TwoBits() if weights.bits == base == 2 else Eights(weights.bits, base)
+        return TwoBits() if weights.bits == base == 2 else Eights(weights.bits, base, shared)
     if weights.bits < 4:
         return OneBit() if weights.bits == 1 else TwoBits() if weights.bits == 2 else Eights(3)
     if (affine := scaled_integers(weights)) is not None:
         return ScaledIntegers(*affine)
-    return SignedTable() if is_odd(weights.entries) else Eights(4)
+    return SignedTable() if is_odd(weights.entries) else Eights(4, shared=shared)
 
 
 def scaled_integers(weights: Pointwise) -> tuple[Scalar, Scalar] | None:

@@ -43,7 +43,9 @@ class Verbs(Protocol):
     def tables(self, program: Program, *stored: jax.Array) -> Sequence[jax.Array]:
         """What a program whose tables are those of whole rows takes in place of `stored`."""
 
-    def decode(self, program: Program, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array: ...
+    def decode(self, program: Program, table: Ref, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
+        """`table`: the shared one, [entries, ROWS and padding], or None."""
+
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         """acc += weights [ROWS, k] @ x [columns, k]^T, finished when it returns."""
 
@@ -72,8 +74,8 @@ class Gpu:
     def tables(self, program: Program, *stored: jax.Array) -> Sequence[jax.Array]:
         return tables_in_registers(program, table_size(program), *stored)
 
-    def decode(self, program: Program, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
-        return in_registers(program, words, *stored)
+    def decode(self, program: Program, table: Ref, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
+        return in_registers(program, table, words, *stored)
 
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         plgpu.wgmma(acc, weights, transposed(x))
@@ -107,12 +109,13 @@ class Twin:
         out = [jax.ShapeDtypeStruct((ROWS,), np.uint32)] * table_size(program)
         return jax.pure_callback(lambda *raw: tables_in_numpy(program, *map(np.asarray, raw)), out, *stored)
 
-    def decode(self, program: Program, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
-        def decoded(words: Sequence[Any], *stored: Any) -> Any:
-            return in_numpy(program, [np.asarray(w) for w in words], *map(np.asarray, stored))
+    def decode(self, program: Program, table: Ref, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
+        def decoded(table: Any, words: Sequence[Any], *stored: Any) -> Any:
+            entries = None if table is None else np.asarray(table)[:, :ROWS]
+            return in_numpy(program, [np.asarray(w) for w in words], *map(np.asarray, stored), table=entries)
 
         out = jax.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind])
-        return jax.pure_callback(decoded, out, list(words), *stored)
+        return jax.pure_callback(decoded, out, None if table is None else table[...], list(words), *stored)
 
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         acc[...] += jnp.dot(weights.astype(jnp.float32), x[...].astype(jnp.float32).T)

@@ -67,6 +67,11 @@ class Pointwise:
         return sum(code_width(c) for c in self.codes)
 
     @property
+    def is_table(self) -> bool:
+        """Whether the entries are stored, those of a row next to each other: nothing is computed."""
+        return len(self.parameters) == len(self.entries) and all(map(_is_of_a_row, self.entries))
+
+    @property
     def parameters(self) -> tuple[Element, ...]:
         """The stored elements that the entries are made of."""
         return tuple(elements(*(node for _, node in self.entries)))

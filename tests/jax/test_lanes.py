@@ -232,7 +232,8 @@ def test_shifts_and_products() -> None:
     for n in (0, 1, 17, 31):
         np.testing.assert_array_equal(lanes.shl(a, n), by_lane(lambda v, n=n: v << n & 0xFFFFFFFF, a))
         np.testing.assert_array_equal(lanes.shr(a, n), by_lane(lambda v, n=n: v >> n, a))
-    np.testing.assert_array_equal(lanes.high_half(a), by_lane(lambda v: v * 65536 >> 32, a))
+    np.testing.assert_array_equal(lanes.mul_shr(a, 16), by_lane(lambda v: v * 65536 >> 32, a))
+    np.testing.assert_array_equal(lanes.mul_shr(a, 3), by_lane(lambda v: v >> 3, a))
     want = by_lane(lambda v: (v * 0x11 + 0x40404040) & 0xFFFFFFFF, a)
     np.testing.assert_array_equal(lanes.mad(a, 0x11, 0x40404040), want)
 

@@ -61,7 +61,7 @@ def unpadded(w: QuantArray) -> dict[str, Array]:
     if w.type.format.name == "fp3_rows":
         used = np.arange(8 * planes.shape[-1]) < k
     else:
-        size = min(w.type.format["group"] or k, k)
+        size = min(dict(w.type.format.options).get("group") or k, k)
         t = np.arange(8 * planes.shape[-1])
         used = (t < size) & (np.arange(planes.shape[2])[:, None] * size + t < k)
     return {**fields, "planes": planes & np.packbits(used, axis=-1, bitorder="little")}
@@ -99,10 +99,12 @@ def check(w: QuantArray, kind: Any) -> None:
     back = own(there)
     assert back.type == w.type
     assert_same({n: np.asarray(a) for n, a in back.fields.items()}, unpadded(w))
-    dense = np.asarray(lb.dequantize(w))
-    np.testing.assert_array_equal(np.asarray(lb.dequantize(there)), dense)
-    rows = dense if w.type.dims[0][0] == "n" else dense.T
-    np.testing.assert_array_equal(by_lanes(there, kind), rows.astype(HALVES[kind]).astype(np.float64))
+    for width in w.type.format.widths or (None,):
+        here, on_gpu = (a if width is None else QuantArray(a.fields, a.type.at(width)) for a in (w, there))
+        dense = np.asarray(lb.dequantize(here))
+        np.testing.assert_array_equal(np.asarray(lb.dequantize(on_gpu)), dense)
+        rows = dense if w.type.dims[0][0] == "n" else dense.T
+        np.testing.assert_array_equal(by_lanes(on_gpu, kind), rows.astype(HALVES[kind]).astype(np.float64))
 
 
 # ---------------------------------------------------------------- there and back
@@ -116,6 +118,11 @@ CASES = [
     (lb.bcq(2), 70, 33, "bf16"),
     (lb.bcq(1, group=256), 1, 513, "f16"),
     (fp3_rows(), 13, 70, "f16"),
+    # Read at every width: from one bit, with permutes, with a table in shared memory, with nothing else.
+    (lb.any_precision(1, 4), 70, 300, "bf16"),
+    (lb.any_precision(2, 6), 64, 70, "f16"),
+    (lb.any_precision(3, 8, table_dtype="bfloat16"), 3, 300, "bf16"),
+    (lb.any_precision(4, 5), 5, 64, "f16"),
 ]
 
 

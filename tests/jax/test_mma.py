@@ -24,7 +24,7 @@ from lowbit.kernels import product as launch
 from lowbit.kernels.layout import layout
 from lowbit.kernels.mma import Tuning, tuning
 from lowbit.kernels.verbs import HALVES, Twin
-from lowbit.quant_type import QuantType
+from lowbit.quant_type import QuantType, kernel_layout, readings
 from lowbit.testing import random_array
 from lowbit.testing.checks import assert_product, random_rows
 from lowbit.testing.terms import kernel_term
@@ -40,8 +40,8 @@ def array(fmt: lb.Format, n: int, k: int, dtype: Any = "bf16", seed: int = 0) ->
 
 
 def run(w: QuantArray, x: Any, tuned: Tuning | None, twin: type[Twin] = Twin) -> jax.Array:
-    verbs = twin(interpret_params(detect_races=True))
-    y = launch.product(layout(w.type.decode), jnp.asarray(x), laid_out(w).fields, tuned, verbs)
+    verbs, at = twin(interpret_params(detect_races=True)), readings(w.type).index(w.type.decode)
+    y = launch.product(kernel_layout(w.type), jnp.asarray(x), laid_out(w).fields, tuned, verbs, at)
     return jax.block_until_ready(y)
 
 
@@ -89,6 +89,11 @@ def test_the_twin_is_the_oracles_product(fmt: lb.Format, kind: Any, m: int, n: i
     check(fmt, kind, m, n, k, Tuning(columns=8 * ceil(m / 8), parts=parts, depth=2))
 
 
+@pytest.mark.parametrize(("width", "kind"), [(2, "f16"), (3, "bf16"), (4, "bf16"), (5, "f16")])
+def test_the_twin_reads_every_width(width: int, kind: Any) -> None:
+    check(lb.any_precision(2, 5, width=width), kind, 3, 65, 301, Tuning(columns=8, parts=2, depth=2))
+
+
 @pytest.mark.slow
 def test_it_runs_with_parameters_of_its_own_choice() -> None:
     check(lb.uniform(4, group=64), "bf16", 3, 13, 1500, None)  # six stages
@@ -133,6 +138,7 @@ def test_only_halves_are_multiplied() -> None:
 W = array(lb.uniform(4, group=64), 100, 300)
 THERE = laid_out(W)
 X = inputs(5, 300, dtype="bfloat16")
+NESTED = laid_out(array(lb.any_precision(2, 5), 100, 300))
 
 
 def for_cuda(f: Any, *args: Any) -> str:
@@ -146,6 +152,14 @@ def test_a_program_for_cuda_holds_the_kernel(fmt: lb.Format) -> None:
     assert KERNEL not in for_cuda(lb.matmul, X, array(fmt, 100, 300))
     assert KERNEL not in for_cuda(lb.matmul, X.astype("float32"), w)
     assert KERNEL not in str(jax.jit(lb.matmul).lower(X, w).as_text())
+
+
+def test_a_width_on_the_device_chooses_between_kernels() -> None:
+    made = for_cuda(lambda x, w, width: lb.matmul(x, w, width=width), X, NESTED, jnp.int32(3))
+    assert "stablehlo.case" in made and made.count("stablehlo.custom_call @mosaic_gpu") == 4
+    for width in (2, 5):
+        one = for_cuda(lambda x, w, width=width: lb.matmul(x, w, width=width), X, NESTED)
+        assert KERNEL in one and "stablehlo.case" not in one
 
 
 def test_one_exported_program_serves_cpu_and_cuda() -> None:
@@ -208,7 +222,7 @@ def test_explain_lists_the_kernel_taken_or_refused() -> None:
         (THERE, "cpu", "bfloat16", "it is for GPUs"),
         (W, "gpu", "bfloat16", "the weight is in its format's own layout: lb.prepare the model for its GPU"),
         (THERE, "gpu", "float32", "x is f32, and it multiplies halves: cast x to bfloat16 or float16"),
-        (array(lb.uniform(6), 100, 300), "gpu", "float16", "a weight's code has 6 bits, and a kernel's table takes"),
+        (array(lb.uniform(6), 100, 300), "gpu", "float16", "a weight's code has 6 bits, and with more than 4"),
         (array(lb.bcq(2, group=96), 100, 300), "gpu", "float16", "groups of 96 inputs do not line up with 256"),
     ):
         assert f"refused: {why}" in line(w, platform, dtype)

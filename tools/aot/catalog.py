@@ -54,9 +54,11 @@ def catalog() -> Iterator[Listed]:
     yield listed("bcq4_offset_bf16_m8", lb.bcq(4, group=128, offset=True, scale_dtype="bfloat16"), "bf16", 8, None)
     yield listed("fp3_rows_bf16_m8", fp3_rows(), "bf16", 8, 0.9)  # a format from outside the library
     for width, lo in ((2, 2), (3, 3), (4, 3), (3, 2), (4, 2)):
-        nested = lb.any_precision(lo, 4, width=width)
+        nested = lb.any_precision(lo, 8, width=width)
         for kind in SCALES:
             yield listed(f"any_precision{lo}_at_{width}_{kind}_m8", nested, kind, 8, 1.0)
+    for width in (5, 8):
+        yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
 
 
