@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lowbit.nn import Codebook as Codebook
     from lowbit.nn import Rule as Rule
     from lowbit.nn import Scale as Scale
+    from lowbit.nn import at_width as at_width
     from lowbit.nn import calibrate as calibrate
     from lowbit.nn import compare as compare
     from lowbit.nn import explain as explain
@@ -55,8 +56,8 @@ _HOME = {
     "register_format": "formats", "uniform": "formats",
     "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
     "CheckpointError": "io",
-    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "calibrate": "nn", "compare": "nn", "explain": "nn",
-    "load": "nn", "prepare": "nn", "quantize": "nn", "report": "nn", "save": "nn",
+    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "at_width": "nn", "calibrate": "nn", "compare": "nn",
+    "explain": "nn", "load": "nn", "prepare": "nn", "quantize": "nn", "report": "nn", "save": "nn",
     "alternating": "quantizers", "greedy": "quantizers", "progressive": "quantizers", "quantize_array": "quantizers",
     "residual_kmeans": "quantizers", "round_to_nearest": "quantizers", "set_default_quantizer": "quantizers",
     "to_bcq": "quantizers",
