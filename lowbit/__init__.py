@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lowbit.formats import any_precision as any_precision
     from lowbit.formats import bcq as bcq
     from lowbit.formats import codebook as codebook
+    from lowbit.formats import nested_fp as nested_fp
     from lowbit.formats import register_format as register_format
     from lowbit.formats import uniform as uniform
     from lowbit.grouped import grouped_matmul as grouped_matmul
@@ -54,7 +55,7 @@ __version__ = "0.1.0"
 _HOME = {
     "QuantArray": "array", "QuantType": "quant_type", "dequantize": "array",
     "Format": "formats", "any_bcq": "formats", "any_precision": "formats", "bcq": "formats", "codebook": "formats",
-    "register_format": "formats", "uniform": "formats",
+    "nested_fp": "formats", "register_format": "formats", "uniform": "formats",
     "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
     "CheckpointError": "io",
     "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "at_width": "nn", "calibrate": "nn", "compare": "nn",

@@ -18,7 +18,7 @@ from lowbit.kernels.arrange import arrange, restore
 from lowbit.kernels.layout import layout
 from lowbit.passes.lower_xla import align, emit
 from lowbit.passes.pointwise import UnsuitableError
-from lowbit.quant_type import QuantType, type_from_json, type_to_json
+from lowbit.quant_type import QuantType, float_words, type_from_json, type_to_json
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -30,7 +30,7 @@ class QuantArray:
 
     - `fields` has exactly the names of `type.fields`, each with the dtype of that leaf and, after the axes of the stack
       (none for one matrix), its shape;
-    - codes lie within the range their leaf states;
+    - codes lie within the range their leaf states, and those that are read as floats are not NaN or inf;
     - the logical array is `type.decode` of the fields, in `type.dtype`, dims in the order of `type.dims`, after the
       axes of the stack.
 
@@ -63,6 +63,7 @@ class QuantArray:
                 if low < leaf.within[0] or high > leaf.within[1]:
                     least, most = leaf.within
                     raise ValueError(f"{name!r} holds {low}..{high}, outside its range {least}..{most}")
+        _check_finite(arrays, type)
         return QuantArray(arrays, type)
 
     @property
@@ -97,6 +98,14 @@ class QuantArray:
     def tree_unflatten(cls, aux: tuple[tuple[str, ...], QuantType], leaves: Any) -> QuantArray:
         names, type_ = aux
         return cls(dict(zip(names, leaves, strict=True)), type_)
+
+
+def _check_finite(arrays: Mapping[str, jax.Array], t: QuantType) -> None:
+    for name, read_as in float_words(t).items():
+        if not isinstance(a := arrays[name], jax.core.Tracer):
+            bad = int((~jnp.isfinite(jax.lax.bitcast_convert_type(a, numpy_dtype(read_as)))).sum())
+            if bad:
+                raise ValueError(f"{name!r} holds {bad} codes among {a.size} that are NaN or inf, read as {read_as}")
 
 
 def _stack(shape: tuple[int, ...], leaf: Param) -> tuple[int, ...]:

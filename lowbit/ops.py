@@ -16,6 +16,7 @@ import numpy as np
 from lowbit.array import QuantArray, expect_array, over_stack, own
 from lowbit.devices import is_hopper
 from lowbit.dispatch import by_platform
+from lowbit.ir.build import param
 from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.ir.expr import Const, Expr
 from lowbit.ir.walk import params, topo
@@ -71,7 +72,8 @@ def matmul(
 ) -> jax.Array:
     """`x @ w` for x [..., k] and a quantized w with dims k and n: [..., n], accumulated in float32.
 
-    The result has x's dtype. Gradients reach x and every float field of `w`; codes have none. A batch of symbolic size,
+    The result has x's dtype. Gradients reach x and every float field of `w`; codes have none. A format may round
+    activations too, such as `lb.nested_fp(8)`: their gradients go straight through. A batch of symbolic size,
     as in `jax.export`, is computed as rows, each in the form chosen for one row.
 
     With a stack of weights, x [*stack, ..., k] gives [*stack, ..., n]: each slice multiplies its own rows. x begins
@@ -119,7 +121,7 @@ def matmul(
     if rows == 0:
         return jnp.zeros((*batch, sizes["n"]), x.dtype)
     flat = x.reshape(rows, sizes["k"])
-    product = _matmul if _checked(differentiable or _MODE.value) == "vjp" else _forward
+    product = _matmul if _checked(differentiable or _MODE.value) == "vjp" else _differentiable
     with explained(), FORCED(checked_lowering(lowering) or FORCED.value):
         if isinstance(rows, int):
             out = product(w.type, flat, w.fields)
@@ -203,15 +205,24 @@ def _matmul(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Arr
     return _laid_out(t, x, fields)
 
 
-@partial(jax.jit, static_argnums=0)
-def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+@partial(jax.jit, static_argnums=(0, 3))
+def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], plain: bool = False) -> jax.Array:
     """As XLA compiles it, in whatever layout the fields are."""
-    planned_here = planned(x.shape[0], t, short(x.dtype), jax.default_backend())
+    planned_here = planned(x.shape[0], t, short(x.dtype), jax.default_backend(), plain)
     choice = planned_here.choice(FORCED.value)
     if choice.name == "dense":
         return _dense(t, x, fields)
     term = choice.term if isinstance(choice, Form) else planned_here.term
     return _emit_in_order(term, {**own(QuantArray(fields, t)).fields, "x": x}, ("m", "n"), x.dtype)
+
+
+def _differentiable(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """The product as a program to be differentiated: straight through the rounding of activations."""
+    leaf = param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1])
+    if (encoded := t.format.activations(leaf)) is leaf:
+        return _forward(t, x, fields)
+    rounded = jax.lax.stop_gradient(_emit_in_order(encoded, {"x": x}, ("m", "k"), numpy_dtype(encoded.dtype)))
+    return _forward(t, rounded + (x - jax.lax.stop_gradient(x)), fields, True).astype(x.dtype)
 
 
 def _dense(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:

@@ -15,10 +15,10 @@ import jax
 from lowbit.array import QuantArray
 from lowbit.devices import no_kernels_here
 from lowbit.ir.build import contract, param
-from lowbit.ir.dtypes import short
+from lowbit.ir.dtypes import bits, short
 from lowbit.ir.expr import Expr, Param
 from lowbit.ir.transpose import transpose
-from lowbit.ir.walk import params
+from lowbit.ir.walk import params, topo
 from lowbit.kernels.choice import KERNELS, KernelChoice, kernel_choices, restoring
 from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.pipeline import PIPELINES
@@ -182,20 +182,28 @@ def machine_of(platform: str) -> Machine:
 
 
 @lru_cache(maxsize=4096)
-def planned(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
+def planned(m: int, t: QuantType, dtype: Any, platform: str, plain: bool = False) -> Plan:
+    """The plan of x [m, k] @ w; if `plain`, of x as it is, also where the format encodes activations."""
     machine = machine_of(platform)
-    made = forms(_product(m, t, dtype), machine)
+    x, product = _product(m, t, dtype, plain)
+    made = forms(product, machine)
     stored = t.bits // 8
     before = restoring(prod(t.shape), stored, t.layout)  # the forms take the format's own layout
     made = tuple(replace(f, nanoseconds=f.nanoseconds + before) for f in made)
     mma, dense = kernel_choices(m, t.decode, stored, t.layout, dtype, machine.name)
     kernels = (replace(mma, refused=mma.refused or no_kernels_here()), dense)
-    return Plan(f"x[{m}, k] @ {t}", machine.name, made, kernels)
+    encoded = x if plain else t.format.activations(x)
+    if encoded is x:
+        return Plan(f"x[{m}, k] @ {t}", machine.name, made, kernels)
+    code = min((e.dtype for e in topo(encoded) if "k" in e.dims), key=bits)
+    refused = f"it multiplies x as it is, and {t.format} turns it into {code}"
+    none = tuple(replace(k, refused=k.refused or refused) for k in kernels)
+    return Plan(f"x[{m}, k] as {code} @ {t}", machine.name, made, none)
 
 
-def _product(m: int, t: QuantType, dtype: Any) -> Expr:
+def _product(m: int, t: QuantType, dtype: Any, plain: bool) -> tuple[Param, Expr]:
     x = param("x", dtype, None, m=m, k=dict(t.dims)["k"])
-    return contract((x, t.decode), ("k",))
+    return x, contract((x, t.decode), ("k",)) if plain else t.product(x)
 
 
 def check_last_dim(shape: Sequence[int], t: QuantType) -> None:
@@ -206,7 +214,8 @@ def check_last_dim(shape: Sequence[int], t: QuantType) -> None:
 
 @lru_cache(maxsize=4096)
 def cotangent_term(m: int, t: QuantType, dtype: Any, dy_dtype: Any, name: str, platform: str) -> tuple[Expr, Param]:
-    product = _product(m, t, dtype)
+    # Rounding activations has no slope: the gradient of x is that of the product with x as it is.
+    _, product = _product(m, t, dtype, plain=name == "x")
     leaf = params(product)[name]
     dy = param("dy", dy_dtype, None, m=m, n=dict(t.dims)["n"])
     term = transpose(product, leaf, dy)

@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 
 from lowbit.formats.format import Format, definition
 from lowbit.formats.low_rank import LORA_A, LORA_B, LowRank
-from lowbit.ir.build import cast, param
+from lowbit.ir.build import cast, contract, param
 from lowbit.ir.dims import Shape
 from lowbit.ir.dtypes import DType, bits, is_float, short
-from lowbit.ir.expr import Concat, Contract, Expr, Gather, Param
+from lowbit.ir.expr import Bitcast, Concat, Contract, Expr, Gather, Param
 from lowbit.ir.walk import params, substitute, topo
 from lowbit.kernels.layout import layout
 
@@ -90,6 +90,10 @@ class QuantType:
         """The type that reads the same stored arrays at another width. Raises ValueError for one that there is not."""
         return replace(self, format=self.format.at(width))
 
+    def product(self, x: Expr) -> Expr:
+        """x @ w as a term, for activations x [m, k]."""
+        return contract((self.format.activations(x), self.decode), ("k",))
+
     def resized(self, **sizes: int) -> QuantType:
         """The same format at another size: `type.resized(n=4)` is the type of four rows."""
         # A field split off whole stays whole.
@@ -132,6 +136,13 @@ def _decode(t: QuantType) -> Expr:
 def readings(t: QuantType) -> tuple[Expr, ...]:
     """The decode terms at every width, or the only one."""
     return tuple(_decode(t.at(width)) for width in t.format.widths) or (_decode(t),)
+
+
+@lru_cache(maxsize=4096)
+def float_words(t: QuantType) -> dict[str, DType]:
+    """The fields whose words a reading takes for the bits of a float, and for which."""
+    nodes = (e for term in readings(t) for e in topo(term) if isinstance(e, Bitcast) and is_float(e.to))
+    return {e.x.name: e.to for e in nodes if isinstance(e.x, Param) and e.x.name in t.fields}
 
 
 def _split_field(e: Expr, leaf: Param, dim: str, at: int) -> Expr:

@@ -14,12 +14,14 @@ from lowbit.array import QuantArray
 def at_width(
     product: Callable[[jax.Array, QuantArray], jax.Array], x: jax.Array, w: QuantArray, width: int | jax.Array
 ) -> jax.Array:
-    """`product(x, w)` with w read at a width: one of its format's, or an integer in an array, the nearest of them."""
+    """`product(x, w)` with w read at a width: one of its format's, or an integer in an array, the nearest of them, of
+    two the lesser."""
     if isinstance(width, int):
         return product(x, QuantArray(w.fields, w.type.at(width)))
     if not (widths := w.type.format.widths):
         raise ValueError(f"{w.type.format} is read at one width only: leave width out")
-    index = _one_for_all(jnp.clip(one_integer(width), widths[0], widths[-1]) - widths[0])
+    near = jnp.clip(one_integer(width), widths[0], widths[-1])
+    index = _one_for_all(jnp.abs(jnp.asarray(widths) - near).argmin())
 
     def branch(b: int) -> Callable[..., jax.Array]:
         return lambda x, fields: product(x, QuantArray(fields, w.type.at(b)))

@@ -7,4 +7,5 @@ from lowbit.formats.codebook import codebook as codebook
 from lowbit.formats.format import Format as Format
 from lowbit.formats.format import UnknownFormatError as UnknownFormatError
 from lowbit.formats.format import register_format as register_format
+from lowbit.formats.nested_fp import nested_fp as nested_fp
 from lowbit.formats.uniform import uniform as uniform

@@ -18,6 +18,8 @@ from lowbit.ir.walk import params
 Decode = Callable[..., Expr]
 Views = tuple[str, Callable[..., Iterable[int]]]
 """An option that chooses how the same stored arrays are read, and its values, from the other options."""
+Activations = Callable[..., Expr]
+"""From activations, a float term, and a format's options to what its products multiply with."""
 TRIAL = (4096, 4096)
 """The size at which new options are tried: a multiple of every usual word, vector and group."""
 
@@ -45,6 +47,14 @@ class Format:
         """The decode term of an [n, k] weight, k being the summed (input) dim. Its dims are n and k."""
         return definition(self.name).decode(n, k, **dict(self.options))
 
+    def activations(self, x: Expr) -> Expr:
+        """What products multiply with in place of activations x [m, k]: a term of the same dims, usually x itself."""
+        encode = definition(self.name).activations
+        encoded = x if encode is None else encode(x, **dict(self.options))
+        if encoded.dims != x.dims:
+            raise ValueError(f"format {self} makes activations {encoded.type} of {x.type}: their dims must be the same")
+        return encoded
+
     @property
     def widths(self) -> tuple[int, ...]:
         """The widths at which the same stored arrays can be read; none for a format with one reading."""
@@ -61,7 +71,8 @@ class Format:
         if (views := definition(self.name).views) is None:
             raise ValueError(f"{self} is read at one width only")
         if type(width) is not int or width not in self.widths:
-            known = f"{min(self.widths)} to {max(self.widths)}"
+            first, last = self.widths[0], self.widths[-1]
+            known = f"{first} to {last}" if self.widths == (*range(first, last + 1),) else f"{self.widths}"
             raise ValueError(f"{self} is read at widths {known}, not {width!r}")
         return Format(self.name, tuple(sorted({**dict(self.options), views[0]: width}.items())))
 
@@ -78,23 +89,29 @@ class Definition:
       decode: `decode(n, k, **options)` gives the term; it raises ValueError for options or sizes it cannot store.
       version: goes up whenever stored arrays of an older version would decode differently.
       views: how else the same arrays can be read.
+      activations: what products multiply with in place of x.
     """
 
     decode: Decode
     version: int
     views: Views | None = None
+    activations: Activations | None = None
 
 
 _DEFINITIONS: dict[str, Definition] = {}
 
 
 def register_format(
-    name: str, *, version: int = 1, views: Views | None = None
+    name: str, *, version: int = 1, views: Views | None = None, activations: Activations | None = None
 ) -> Callable[[Decode], Callable[..., Format]]:
     """Define a format by its decode function; the decorated name becomes the constructor of `Format`s.
 
     `views=(option, values)` is for stored arrays that can be read in several ways: the option that says how, and a
-    function from the other options to its values. The arrays are those that any of the readings has.
+    function from the other options to its values, in order. The arrays are those that any of the readings has.
+
+    `activations(x, **options)` is for products that also encode what the weight is multiplied with: a term of the
+    activations x [m, k], with the same dims, or x itself for options that leave them as they are. The gradient of x
+    goes straight through it, as if it were x.
 
     The function takes the sizes `n` (outputs) and `k` (inputs), then keyword options, and returns a term with the
     dims n and k. Integer leaves are codes and never trained; float leaves are scales, or codebooks where a code
@@ -127,7 +144,7 @@ def register_format(
 
         make.__name__, make.__doc__ = name, decode.__doc__
         make.__signature__ = options  # type: ignore[attr-defined]
-        _DEFINITIONS[name] = Definition(decode, version, views)
+        _DEFINITIONS[name] = Definition(decode, version, views, activations)
         return make
 
     return wrap

@@ -29,6 +29,8 @@ class CallSpec:
       bound: operand values and then the bounds on their errors (numpy, float64 or int64) to a bound on the error of
         what `xla` makes of such operands. Without one, `xla` rounds at most once and its operands are exact: what
         tests of lowerings hold it to.
+      elementwise: each element of the result is made of those at its place in the operands, which have all its dims: so
+        a slice of the step is the step of slices.
     """
 
     type: Callable[..., Type]
@@ -36,6 +38,7 @@ class CallSpec:
     operations: Callable[..., int]
     xla: Callable[..., Any] | None = None
     bound: Callable[..., Array] | None = None
+    elementwise: bool = False
 
 
 _SPECS: dict[str, CallSpec] = {}

@@ -66,6 +66,7 @@ Tree = int | tuple["Tree", "Tree"]
 class _Plan:
     def __init__(self, e: Contract) -> None:
         self.factors = [f.dims for f in e.factors]
+        self.narrow = [f.dtype in ("e4m3", "e5m2") for f in e.factors]
         self.result = e.dims
         self.memo: dict[int, tuple[int, Tree]] = {}
 
@@ -81,7 +82,8 @@ class _Plan:
         return Step((i,), full, out) if out.keys() != full.keys() else None
 
     def best(self, members: int) -> tuple[int, Tree]:
-        """The cheapest tree over a subset of the factors, and its multiply-adds."""
+        """The cheapest tree over a subset of the factors, and its multiply-adds: two floats of 8 bits are multiplied in
+        half the time as long as no scale has made them wider."""
         if members not in self.memo:
             if members & (members - 1) == 0:
                 i = members.bit_length() - 1
@@ -93,7 +95,10 @@ class _Plan:
 
     def pair(self, a: int, b: int) -> tuple[int, Tree]:
         (cost_a, tree_a), (cost_b, tree_b) = self.best(a), self.best(b)
-        return cost_a + cost_b + prod(union("sum", self.out(a), self.out(b)).values()), (tree_a, tree_b)
+        work = prod(union("sum", self.out(a), self.out(b)).values())
+        if all(isinstance(tree, int) and self.narrow[tree] for tree in (tree_a, tree_b)):
+            work //= 2
+        return cost_a + cost_b + work, (tree_a, tree_b)
 
     def left_to_right(self) -> Tree:
         tree: Tree = 0

@@ -22,7 +22,7 @@ from lowbit.nn.kinds import KINDS, NAMES, QUANTIZED, dense_matrices, layers, ref
 from lowbit.nn.linen import Linen, opened
 from lowbit.nn.resume import Finished
 from lowbit.nn.rules import Rule, Rules, as_rules, assign, needed
-from lowbit.quantizers.checks import check_weight
+from lowbit.quantizers.checks import IneligibleError, check_weight
 from lowbit.quantizers.quantizer import quantize_array
 
 M = TypeVar("M", bound=nnx.Module)
@@ -62,7 +62,8 @@ def quantize(
         quantizer is known by its name and attributes: after changing its code, give another folder. The folder is
         yours to delete.
 
-    Layers that no rule matches stay dense, and so do other modules with a matrix, such as nnx.ConvTranspose or a
+    A layer with a weight that its format cannot hold stays dense: a logged warning names it and says why.
+    Layers that no rule matches stay dense too, and so do other modules with a matrix, such as nnx.ConvTranspose or a
     subclass of nnx.Linear, which may compute something else: a logged warning names them, and `lb.report` lists them.
 
     Raises ValueError for a rule that is never used, a weight with NaN or inf (named by its path; under `jax.jit` it
@@ -95,9 +96,12 @@ def quantize(
             rule = chosen.get(joined(path)) if type(node) in KINDS else None
             if rule is None:
                 return node
-            new = job.quantized(node, rule, joined(path))
+            try:
+                node = job.quantized(node, rule, joined(path))
+            except IneligibleError as err:
+                logging.warning("lowbit: %s", err)
             advance()
-            return new
+            return node
 
         # The clone has new Variables over the same arrays: training one model leaves the other alone.
         out: M = nnx.recursive_map(replace, nnx.clone(model))

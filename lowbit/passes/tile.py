@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from lowbit.ir.call import call_spec
 from lowbit.ir.cost import nbytes
 from lowbit.ir.dims import Dims, RangeError, fresh
 from lowbit.ir.dtypes import bits
@@ -145,8 +146,8 @@ def keeps(e: Expr, dim: str) -> bool:
             return d != dim
         case Merge(_, parts, into):
             return dim not in (*parts, into)
-        case Call():
-            return not comes
+        case Call(name):
+            return not comes or call_spec(name).elementwise
         case _:
             return True
 

@@ -1,5 +1,6 @@
 """From dense weights to stored arrays."""
 
+from lowbit.quantizers.checks import IneligibleError as IneligibleError
 from lowbit.quantizers.codebook import ResidualKMeans as ResidualKMeans
 from lowbit.quantizers.codebook import residual_kmeans as residual_kmeans
 from lowbit.quantizers.expansion import ProgressiveSolver as ProgressiveSolver
@@ -7,6 +8,7 @@ from lowbit.quantizers.expansion import progressive as progressive
 from lowbit.quantizers.nested import NestedKMeans as NestedKMeans
 from lowbit.quantizers.nested import nested_kmeans as nested_kmeans
 from lowbit.quantizers.nested import refit_tables as refit_tables
+from lowbit.quantizers.nested_fp import SplitBytes as SplitBytes
 from lowbit.quantizers.quantizer import BinarySolver as BinarySolver
 from lowbit.quantizers.quantizer import Quantizer as Quantizer
 from lowbit.quantizers.quantizer import RoundToNearest as RoundToNearest

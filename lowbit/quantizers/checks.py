@@ -8,6 +8,10 @@ import jax.numpy as jnp
 from lowbit.array import QuantArray
 
 
+class IneligibleError(ValueError):
+    """A weight that a format cannot hold: `lb.quantize` leaves its layer dense, and says why."""
+
+
 def positive(importance: jax.Array, dims: tuple[str, str], shape: tuple[int, ...], name: str) -> jax.Array:
     """[*stack, k] or [*stack, n, k]. No weight counts for nothing: it would be anything."""
     check_importance(importance, f"the importance of {name}")

@@ -28,6 +28,8 @@ Quantizer = Callable[[jax.Array, Format], Fields]
 
 One with `takes_importance = True` is given a third argument where there are statistics: positive weights of squared
 errors, [k] or [n, k], the product of the fields of `LayerStats` that its `weighs_by` names, or else "second_moment".
+One with a method `examine(w, name)` is shown the whole weight first, [*stack, k, n] or [*stack, n, k], unless it is
+traced: to raise IneligibleError for one that its format cannot hold, and to log what is lost.
 """
 
 
@@ -148,8 +150,8 @@ def quantize_array(
         [*stack, k]; or of w's shape, that of each weight. Only binary-coding solvers, and quantizers with
         `takes_importance = True`, are given it.
 
-    Raises TypeError for a weight that is not floating, ValueError for NaN or inf, one that is not a matrix, or an
-    importance that is NaN, inf, negative or of another shape.
+    Raises TypeError for a weight that is not floating, ValueError for NaN or inf, one that is not a matrix, one that
+    the format cannot hold (an IneligibleError), or an importance that is NaN, inf, negative or of another shape.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> lb.quantize_array(jnp.ones((256, 4)), lb.bcq(3, group=128)).type
@@ -162,6 +164,8 @@ def quantize_array(
     stack, shape = w.shape[:-2], w.shape[-2:]
     type_ = QuantType(tuple(zip(dims, shape, strict=True)), short(w.dtype), fmt)
     solver = quantizer or default_quantizer(fmt)
+    if hasattr(solver, "examine") and not isinstance(w, jax.core.Tracer):
+        solver.examine(w, name)
     if importance is None or not getattr(solver, "takes_importance", False):
         weights = None
     else:

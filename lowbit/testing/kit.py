@@ -21,6 +21,7 @@ from lowbit.planning import LoweringError, plan, watching
 from lowbit.quant_type import QuantType
 from lowbit.quantizers.quantizer import Quantizer, has_default
 from lowbit.testing import checks
+from lowbit.testing.quantizing import check_quantizer
 
 SHAPES = ((3, 256), (2, 141), (1, 1))
 """Sizes (n, k) to check a format at: one that suits every word and group, one that suits none, and the least."""
@@ -115,7 +116,7 @@ def format_checks(
         run = _properties(t, [name for name in forms[where] if lowerings is None or name in lowerings], seed)
         if quantizer is not None or has_default(fmt):
             k, n = t.shape
-            run["quantizer"] = partial(checks.check_quantizer, fmt, n, k, quantizer)
+            run["quantizer"] = partial(check_quantizer, fmt, n, k, quantizer)
         wanted = run if _is_a_term(t) else {"decode": run["decode"]}  # which says why it is none
         out += [Check(where, name, function) for name, function in wanted.items()]
     return out, refused

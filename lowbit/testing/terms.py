@@ -5,15 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from lowbit.ir.build import cast, contract, param
-from lowbit.ir.dtypes import is_float
+from lowbit.ir.dtypes import is_float, short
 from lowbit.ir.expr import Expr
+from lowbit.ir.oracle import Array, evaluate
 from lowbit.ir.walk import params, substitute
 from lowbit.quant_type import QuantType
 
 
-def product_term(m: int, t: QuantType, dtype: Any) -> Expr:
-    """x [m, k] times w, as the formula has it."""
-    return contract((param("x", dtype, None, m=m, k=dict(t.dims)["k"]), t.decode), ("k",))
+def product_term(m: int, t: QuantType, dtype: Any, plain: bool = False) -> Expr:
+    """x [m, k] times w, as the formula has it; if `plain`, of x as it is, also where the format encodes activations."""
+    x = param("x", dtype, None, m=m, k=dict(t.dims)["k"])
+    return contract((x, t.decode), ("k",)) if plain else t.product(x)
+
+
+def encoded(x: Array, t: QuantType) -> Array:
+    """What the product multiplies with in place of x [m, k], by the oracle."""
+    e = t.format.activations(param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1]))
+    return evaluate(e, {"x": x}).transpose([list(e.dims).index(d) for d in ("m", "k")])
 
 
 def kernel_term(m: int, t: QuantType, dtype: Any) -> Expr:
