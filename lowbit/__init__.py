@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lowbit.array import QuantArray as QuantArray
     from lowbit.array import dequantize as dequantize
     from lowbit.formats import Format as Format
+    from lowbit.formats import any_bcq as any_bcq
     from lowbit.formats import any_precision as any_precision
     from lowbit.formats import bcq as bcq
     from lowbit.formats import codebook as codebook
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lowbit.nn import Codebook as Codebook
     from lowbit.nn import Rule as Rule
     from lowbit.nn import Scale as Scale
+    from lowbit.nn import at_width as at_width
     from lowbit.nn import calibrate as calibrate
     from lowbit.nn import compare as compare
     from lowbit.nn import explain as explain
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from lowbit.quant_type import QuantType as QuantType
     from lowbit.quantizers import alternating as alternating
     from lowbit.quantizers import greedy as greedy
+    from lowbit.quantizers import nested_kmeans as nested_kmeans
+    from lowbit.quantizers import progressive as progressive
     from lowbit.quantizers import quantize_array as quantize_array
     from lowbit.quantizers import residual_kmeans as residual_kmeans
     from lowbit.quantizers import round_to_nearest as round_to_nearest
@@ -50,15 +54,15 @@ __version__ = "0.1.0"
 
 _HOME = {
     "QuantArray": "array", "QuantType": "quant_type", "dequantize": "array",
-    "Format": "formats", "any_precision": "formats", "bcq": "formats", "codebook": "formats",
+    "Format": "formats", "any_bcq": "formats", "any_precision": "formats", "bcq": "formats", "codebook": "formats",
     "nested_fp": "formats", "register_format": "formats", "uniform": "formats",
     "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
     "CheckpointError": "io",
-    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "calibrate": "nn", "compare": "nn", "explain": "nn",
-    "load": "nn", "prepare": "nn", "quantize": "nn", "report": "nn", "save": "nn",
-    "alternating": "quantizers", "greedy": "quantizers", "quantize_array": "quantizers",
-    "residual_kmeans": "quantizers", "round_to_nearest": "quantizers", "set_default_quantizer": "quantizers",
-    "to_bcq": "quantizers",
+    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "at_width": "nn", "calibrate": "nn", "compare": "nn",
+    "explain": "nn", "load": "nn", "prepare": "nn", "quantize": "nn", "report": "nn", "save": "nn",
+    "alternating": "quantizers", "greedy": "quantizers", "nested_kmeans": "quantizers", "progressive": "quantizers",
+    "quantize_array": "quantizers", "residual_kmeans": "quantizers", "round_to_nearest": "quantizers",
+    "set_default_quantizer": "quantizers", "to_bcq": "quantizers",
 }  # fmt: skip
 __all__ = [*_HOME, "nn", "testing", "tune"]
 

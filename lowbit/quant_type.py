@@ -128,7 +128,8 @@ def _decode(t: QuantType) -> Expr:
     if dict(e.dims) != sizes:
         raise ValueError(f"format {t.format} decodes to {e.type}, which is not [n={sizes['n']} k={sizes['k']}]")
     for field, dim, at in t.splits:
-        e = _split_field(e, params(e)[field], dim, at)
+        if field in params(e) or not t.format.widths:  # or it is of another width
+            e = _split_field(e, params(e)[field], dim, at)
     return e if t.adapter is None else e + t.adapter.decode(sizes["n"], sizes["k"])
 
 

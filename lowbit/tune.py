@@ -6,8 +6,10 @@ the first plane, with gradients divided by the group size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from string import digits
 from typing import Any, Generic, Literal, TypeVar
 
 import jax
@@ -19,6 +21,7 @@ from lowbit.array import QuantArray, own
 from lowbit.formats.planes import group_size
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.ir.expr import Param
+from lowbit.ir.walk import params
 from lowbit.nn.kernel import Kernel, Scale, expect_arrays, joined, kernels
 from lowbit.quant_type import QuantType
 
@@ -53,10 +56,12 @@ def alpha_tuning(model: M, which: Literal["first", "all"] = "first", offsets: bo
       which: train the scales of the first plane, the largest, as in the paper; or those of all planes.
       offsets: train the offsets (beta) too, where the format has them.
 
-    Scales that do not train, and every other parameter, are frozen: take gradients with `wrt=lb.Scale`.
+    Scales that do not train, and every other parameter, are frozen: take gradients with `wrt=lb.Scale`. Of `lb.any_bcq`
+    those of the width that the model is read at train, `lb.at_width(model, 3)`, and those of other widths stay. To
+    train all widths at once, give an optimizer `wrt=lb.Scale` a loss that sums over `lb.at_width(model, b)`.
 
-    Raises ValueError for a model without binary-coding planes or with adapters on them, an abstract one, or another
-    `which`.
+    Raises ValueError for a model without binary-coding planes, with adapters on them, or read at a width that may
+    change, an abstract one, or another `which`.
 
     >>> from flax import nnx
     >>> import lowbit as lb, optax
@@ -74,8 +79,12 @@ def alpha_tuning(model: M, which: Literal["first", "all"] = "first", offsets: bo
     def prepare(path: tuple[Any, ...], node: Any) -> Any:
         if not isinstance(node, Kernel):
             return node
+        where = joined(path[:-1])
+        if node.width is not None:
+            raise ValueError(
+                f"layer {where!r} is read at a width that may change: choose the one to tune, lb.at_width(model, 3)"
+            )
         if node.type.adapter is not None:
-            where = joined(path[:-1])
             raise ValueError(
                 f"layer {where!r} has the adapter {node.type.adapter}, which trains instead of its scales: tune the "
                 "model that lb.nn.lora was given, and put the adapter on the tuned one"
@@ -127,16 +136,24 @@ def _axis(leaf: Param, dim: str) -> int:
     return list(leaf.dims).index(dim) - len(leaf.dims)
 
 
+def _read(t: QuantType, stem: str) -> tuple[str, Mapping[str, int]]:
+    """Name and dims of the field `stem`, or of that of the width that the type is read at; no dims if there is none."""
+    for name, leaf in params(t.decode).items():
+        if name == stem or (t.format.widths and name.rstrip(digits) == stem):
+            return name, leaf.dims
+    return stem, {}
+
+
 def _prepare(kernel: Kernel, which: str, offsets: bool) -> tuple[Kernel, list[str]]:
     """The kernel with what trains split off in float32, and the names of the fields that train."""
     array = own(kernel.array)
     canonical = replace(array.type, splits=())
     splits = []
-    if "p" in (canonical.fields[ALPHA].dims if ALPHA in canonical.fields else ()):
-        dims = canonical.fields[ALPHA].dims
-        splits.append((ALPHA, "p", 1 if which == "first" else dims["p"]))
-    if offsets and BETA in canonical.fields:
-        splits.append((BETA, "n", canonical.fields[BETA].dims["n"]))
+    (alpha, alpha_dims), (beta, beta_dims) = (_read(canonical, stem) for stem in (ALPHA, BETA))
+    if "p" in alpha_dims:
+        splits.append((alpha, "p", 1 if which == "first" else alpha_dims["p"]))
+    if offsets and beta_dims:
+        splits.append((beta, "n", beta_dims["n"]))
     new = replace(canonical, splits=tuple(splits))
     if new != array.type and array.type.splits:
         array = _fold(kernel).array

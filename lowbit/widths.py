@@ -20,10 +20,7 @@ def at_width(
         return product(x, QuantArray(w.fields, w.type.at(width)))
     if not (widths := w.type.format.widths):
         raise ValueError(f"{w.type.format} is read at one width only: leave width out")
-    width = jnp.asarray(width)
-    if width.shape or not jnp.issubdtype(width.dtype, jnp.integer):
-        raise TypeError(f"width is {width.dtype}{list(width.shape)}: give one integer")
-    near = jnp.clip(width, widths[0], widths[-1])
+    near = jnp.clip(one_integer(width), widths[0], widths[-1])
     index = _one_for_all(jnp.abs(jnp.asarray(widths) - near).argmin())
 
     def branch(b: int) -> Callable[..., jax.Array]:
@@ -31,6 +28,14 @@ def at_width(
 
     out: jax.Array = jax.lax.switch(index, [branch(b) for b in widths], x, w.fields)
     return out
+
+
+def one_integer(width: Any) -> jax.Array:
+    """The width as an array without dims. Raises TypeError for what is no integer, or several."""
+    width = jnp.asarray(width)
+    if width.shape or not jnp.issubdtype(width.dtype, jnp.integer):
+        raise TypeError(f"width is {width.dtype}{list(width.shape)}: give one integer")
+    return width
 
 
 @jax.custom_batching.custom_vmap

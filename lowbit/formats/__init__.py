@@ -1,5 +1,6 @@
 """Formats: one file each, defined by its decode expression."""
 
+from lowbit.formats.any_bcq import any_bcq as any_bcq
 from lowbit.formats.any_precision import any_precision as any_precision
 from lowbit.formats.bcq import bcq as bcq
 from lowbit.formats.codebook import codebook as codebook

@@ -6,16 +6,12 @@ w = table_b[code >> (hi - b)], b one of lo to hi. Any-Precision LLM (Park et al.
 from __future__ import annotations
 
 from lowbit.formats.format import register_format
-from lowbit.formats.planes import scale_type, ungroup
-from lowbit.ir.build import const, contract, param, slice_
-from lowbit.ir.expr import Expr, Gather, Unpack
+from lowbit.formats.planes import chosen_width, plane_bits, scale_type, ungroup, widths
+from lowbit.ir.build import const, contract, param
+from lowbit.ir.expr import Expr, Gather
 
 
-def _widths(lo: int, hi: int, **_: object) -> range:
-    return range(lo, hi + 1)
-
-
-@register_format("any_precision", views=("width", _widths))
+@register_format("any_precision", views=("width", widths))
 def any_precision(
     n: int, k: int, lo: int = 3, hi: int = 8, width: int | None = None, table_dtype: str = "float16"
 ) -> Expr:
@@ -36,11 +32,7 @@ def any_precision(
     >>> lb.any_precision(3, 6).widths
     (3, 4, 5, 6)
     """
-    if type(lo) is not int or type(hi) is not int or not 1 <= lo <= hi <= 8:
-        raise ValueError(f"widths go from lo to hi with 1 <= lo <= hi <= 8, not from {lo!r} to {hi!r}")
-    b = hi if width is None else width
-    if type(b) is not int or not lo <= b <= hi:
-        raise ValueError(f"width must be None or an int from lo = {lo} to hi = {hi}, not {width!r}")
-    planes = slice_(param("planes", "u8", p=hi, n=n, g=1, j=-(-k // 8)), "p", 0, b)
-    code = contract((Unpack(planes, 1, "v", 8), const([1 << (b - 1 - p) for p in range(b)], "i32", "p")), ("p",))
+    b = chosen_width(lo, hi, width)
+    powers = const([1 << (b - 1 - p) for p in range(b)], "i32", "p")
+    code = contract((plane_bits(b, n, k, None, hi), powers), ("p",))
     return ungroup(Gather(param(f"table{b}", scale_type(table_dtype), n=n, c=1 << b), code, "c"), k, None)

@@ -6,7 +6,7 @@ LUT-GEMM (Park et al., ICLR 2024), AlphaTuning (Kwon et al., EMNLP Findings 2022
 from __future__ import annotations
 
 from lowbit.formats.format import register_format
-from lowbit.formats.planes import check_bits, groups, plane_bits, scale_type, ungroup
+from lowbit.formats.planes import check_bits, check_offset, groups, plane_bits, scale_type, ungroup
 from lowbit.ir.build import contract, param
 from lowbit.ir.expr import Expr
 
@@ -32,8 +32,7 @@ def bcq(
     bcq(bits=3, group=128)
     """
     check_bits(bits)
-    if type(offset) is not bool:
-        raise ValueError(f"offset must be True or False, not {offset!r}")
+    check_offset(offset)
     dtype, g = scale_type(scale_dtype), groups(k, group)
     sign = plane_bits(bits, n, k, group) * 2 - 1
     w = contract((param("alpha", dtype, p=bits, n=n, g=g), sign), ("p",))

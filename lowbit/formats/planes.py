@@ -20,6 +20,26 @@ def check_bits(bits: int) -> None:
         raise ValueError(f"bits must be an int from 1 to 8, not {bits!r}")
 
 
+def check_offset(offset: bool) -> None:
+    if type(offset) is not bool:
+        raise ValueError(f"offset must be True or False, not {offset!r}")
+
+
+def widths(lo: int, hi: int, **_: object) -> range:
+    """The widths at which nested planes are read."""
+    return range(lo, hi + 1)
+
+
+def chosen_width(lo: int, hi: int, width: int | None) -> int:
+    """The width of a reading, hi if None. Raises ValueError for one that there is not."""
+    if type(lo) is not int or type(hi) is not int or not 1 <= lo <= hi <= 8:
+        raise ValueError(f"widths go from lo to hi with 1 <= lo <= hi <= 8, not from {lo!r} to {hi!r}")
+    b = hi if width is None else width
+    if type(b) is not int or not lo <= b <= hi:
+        raise ValueError(f"width must be None or an int from lo = {lo} to hi = {hi}, not {width!r}")
+    return b
+
+
 def scale_type(scale_dtype: str) -> DType:
     if scale_dtype not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"scale_dtype must be 'float32', 'float16' or 'bfloat16', not {scale_dtype!r}")
@@ -40,10 +60,11 @@ def groups(k: int, group: int | None) -> int:
     return -(-k // group_size(k, group))
 
 
-def plane_bits(bits: int, n: int, k: int, group: int | None) -> Expr:
-    """The bits as a term with dims p n g j v, over the leaf `planes`."""
+def plane_bits(bits: int, n: int, k: int, group: int | None, stored: int | None = None) -> Expr:
+    """The bits as a term with dims p n g j v, over the first `bits` of the `stored` planes of the leaf `planes`."""
     size = group_size(k, group)
-    return Unpack(param("planes", "u8", p=bits, n=n, g=groups(k, group), j=-(-size // 8)), 1, "v", 8)
+    planes = param("planes", "u8", p=stored or bits, n=n, g=groups(k, group), j=-(-size // 8))
+    return Unpack(slice_(planes, "p", 0, bits), 1, "v", 8)
 
 
 def ungroup(e: Expr, k: int, group: int | None) -> Expr:

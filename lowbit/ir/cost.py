@@ -39,7 +39,7 @@ class Cost:
     """Counts of one evaluation.
 
     Attributes:
-      read: bytes of the leaves, by element type.
+      read: bytes of the leaves, by element type; of a leaf of which the term has slices only, those of the slices.
       fma: multiply-adds, additions included.
       dot: those of them inside matrix products, which hardware runs far faster than the rest.
       moved: elements of the operands of batched matrix products, whose batch has to be brought outermost.
@@ -73,14 +73,11 @@ def cost(root: Expr) -> Cost:
     >>> c.read, c.fma, c.dot
     ({'f32': 64, 'f16': 48}, 48, 48)
     """
-    read: dict[DType, int] = {}
     fma = dot = moved = lookups = scattered = fields = table = largest = 0
     for e in topo(root):
         n = prod(e.dims.values())
         match e:
-            case Param():
-                read[e.dtype] = read.get(e.dtype, 0) + nbytes(e)
-            case Const() | Split() | Merge() | Slice() | Pad() | Concat():
+            case Param() | Const() | Split() | Merge() | Slice() | Pad() | Concat():
                 pass
             case Unpack() | Bitcast() | Cast():
                 fields += n
@@ -101,7 +98,19 @@ def cost(root: Expr) -> Cost:
                 assert_never(e)
         if not isinstance(e, Param | Const):
             largest = max(largest, nbytes(e))
-    return Cost(read, fma, dot, moved, lookups, scattered, fields, table, largest)
+    return Cost(_read(root), fma, dot, moved, lookups, scattered, fields, table, largest)
+
+
+def _read(root: Expr) -> dict[DType, int]:
+    used: dict[Param, int] = {root: nbytes(root)} if isinstance(root, Param) else {}
+    for e in topo(root):
+        for leaf in e.args:
+            if isinstance(leaf, Param):
+                used[leaf] = min(nbytes(leaf), used.get(leaf, 0) + nbytes(e if isinstance(e, Slice) else leaf))
+    read: dict[DType, int] = {}
+    for leaf, size in used.items():
+        read[leaf.dtype] = read.get(leaf.dtype, 0) + size
+    return read
 
 
 def nbytes(e: Expr) -> int:

@@ -17,6 +17,7 @@ from lowbit.nn.kernel import Frozen as Frozen
 from lowbit.nn.kernel import Kernel as Kernel
 from lowbit.nn.kernel import Scale as Scale
 from lowbit.nn.kernel import Stats as Stats
+from lowbit.nn.kernel import Width as Width
 from lowbit.nn.kernel import kernels as kernels
 from lowbit.nn.layers import Embed as Embed
 from lowbit.nn.layers import Linear as Linear
@@ -24,6 +25,7 @@ from lowbit.nn.linen import Linen as Linen
 from lowbit.nn.lora import lora as lora
 from lowbit.nn.prepare import prepare as prepare
 from lowbit.nn.quantize import quantize as quantize
+from lowbit.nn.reading import at_width as at_width
 from lowbit.nn.report import Report as Report
 from lowbit.nn.report import explain as explain
 from lowbit.nn.report import report as report

@@ -10,7 +10,7 @@ from flax import nnx
 
 from lowbit.grouped import grouped_matmul
 from lowbit.nn.kernel import Kernel
-from lowbit.nn.layers import expect_stack, result_dtype
+from lowbit.nn.layers import product, result_dtype
 from lowbit.nn.view import View
 
 
@@ -63,10 +63,8 @@ class QuantizedExperts(nnx.Module):
 
     def __call__(self, inputs: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """[rows, in_features], sorted by expert, and the rows of each -> [rows, out_features]."""
-        array = expect_stack(self.kernel, (self.num_experts,))
-        return grouped_matmul(
-            jnp.asarray(inputs, result_dtype(self.dtype, inputs, self.kernel, None)), array, group_sizes
-        )
+        x = jnp.asarray(inputs, result_dtype(self.dtype, inputs, self.kernel, None))
+        return product(x, self.kernel, (self.num_experts,), lambda x, w: grouped_matmul(x, w, group_sizes))
 
 
 def experts_view(layer: Experts) -> View:

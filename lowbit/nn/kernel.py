@@ -34,6 +34,10 @@ class Stats(nnx.Variable[jax.Array]):
     largest magnitude, summed over each slice when it was made. Not counted in reports."""
 
 
+class Width(nnx.Variable[jax.Array]):
+    """int [*stack]: the width that a weight of several is read at, where `lb.at_width` was given an array."""
+
+
 VARIABLES: Mapping[str, type[nnx.Variable[Any]]] = {
     "code": Code,
     "scale": Scale,
@@ -49,8 +53,11 @@ class Kernel(nnx.Module):
 
     Each field of the array is an attribute of its own, in a Variable of its role's class, so that `nnx.grad` and
     filters tell scales from codes. `type` is static. `.array` is the QuantArray, `.shape` and `.dtype` are those of
-    the dense matrices it stands for, [*stack, k, n].
+    the dense matrices it stands for, [*stack, k, n]. `.width` is None unless products read it at a width that may
+    change, whatever that of its type.
     """
+
+    width: Width | None = None
 
     def __init__(self, array: QuantArray, stats: jax.Array, frozen: frozenset[str] = frozenset()) -> None:
         self.type = array.type

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from lowbit.array import QuantArray
 from lowbit.nn.kernel import Kernel
 from lowbit.nn.view import View
 from lowbit.ops import matmul, take
+from lowbit.widths import at_width
 
 
 class Linear(nnx.Module):
@@ -49,7 +51,7 @@ class Embed(nnx.Module):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Integer ids [...] -> rows [..., features]; an id out of range gives NaN."""
-        rows = take(self.embedding.array, inputs)
+        rows = product(jnp.asarray(inputs), self.embedding, by=lambda ids, table: take(table, ids))
         return rows if self.dtype is None else jnp.asarray(rows, self.dtype)
 
     def attend(self, query: jax.Array) -> jax.Array:
@@ -70,9 +72,12 @@ def _shape(weight: nnx.Variable[Any], *said: int) -> tuple[int, ...]:
     return tuple(weight.shape) if weight.ndim == 2 else said
 
 
-def product(x: jax.Array, kernel: Kernel, stack: tuple[int, ...] = ()) -> jax.Array:
-    """The product of one layer, whose own matrices are a stack of this shape."""
-    return matmul(x, expect_stack(kernel, stack))
+def product(
+    x: jax.Array, kernel: Kernel, stack: tuple[int, ...] = (), by: Callable[[jax.Array, QuantArray], jax.Array] = matmul
+) -> jax.Array:
+    """The product of one layer, whose own matrices are a stack of this shape, at the kernel's width."""
+    array = expect_stack(kernel, stack)
+    return by(x, array) if kernel.width is None else at_width(by, x, array, kernel.width.get_value().reshape(-1)[0])
 
 
 def expect_stack(kernel: Kernel, stack: tuple[int, ...]) -> QuantArray:

@@ -18,13 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowbit.quantizers.groups import check_rows
+from lowbit.quantizers.groups import check_rows, in_blocks
 
 # Relative to the diagonal of the normal equations. Large against float32 rounding, so that equal planes stay solvable.
 _RIDGE = 1e-6
-# Weights (or levels, if more) solved at a time, which bounds the scratch memory, and the fewest groups.
-_BLOCK = 1 << 18
-_FEWEST = 64
 
 
 class BinaryCode(NamedTuple):
@@ -41,7 +38,7 @@ class BinaryCode(NamedTuple):
     bits: jax.Array
 
 
-class _Group(NamedTuple):
+class Group(NamedTuple):
     """One sorted group: `values`, `f [g]` (or a scalar), and the prefix sums `mass`, `first [g + 1]` of f and f w."""
 
     values: jax.Array
@@ -50,7 +47,7 @@ class _Group(NamedTuple):
     first: jax.Array
 
 
-class _Fit(NamedTuple):
+class Fit(NamedTuple):
     """`theta` (the alphas, then the offset if learned), and mass, weighted sum and sign pattern of its intervals."""
 
     theta: jax.Array
@@ -85,22 +82,7 @@ def solve(
     check_rows(values, bits, importance)
     if rounds < 0:
         raise ValueError(f"rounds must be 0 (greedy) or more, got {rounds}")
-    rows, size = values.shape
-
-    # Groups are solved in blocks of a few fixed sizes: one compilation serves weights of every shape.
-    block = min(max(_FEWEST, 1 << (rows - 1).bit_length()), max(1, _BLOCK // max(size, 2**bits)))
-    count = -(-rows // block)
-    blocks = jnp.pad(values, ((0, count * block - rows), (0, 0))).reshape(count, block, size)
-
-    def solve_block(i: int | jax.Array) -> BinaryCode:
-        f = None if importance is None else importance[(i * block + jnp.arange(block)) % importance.shape[0]]
-        return _solve_block(lax.dynamic_index_in_dim(blocks, i, keepdims=False), f, bits, rounds, offset)
-
-    if isinstance(blocks, jax.core.Tracer):
-        codes = lax.map(solve_block, jnp.arange(count))
-    else:
-        codes = jax.tree.map(lambda *parts: jnp.stack(parts), *[solve_block(i) for i in range(count)])
-    return jax.tree.map(lambda x: x.reshape(count * block, *x.shape[2:])[:rows], codes)
+    return in_blocks(lambda w, f: _solve_block(w, f, bits, rounds, offset), values, importance, 2**bits)
 
 
 def decode(code: BinaryCode) -> jax.Array:
@@ -119,21 +101,21 @@ def _solve_block(w: jax.Array, f: jax.Array | None, bits: int, rounds: int, offs
 
 
 def _solve_row(w: jax.Array, f: jax.Array | None, bits: int, rounds: int, offset: bool) -> BinaryCode:
-    w, weights, center, scale = _normalize(w, f, offset)
+    w, weights, center, scale = normalize(w, f, offset)
     if rounds == 0 or (bits == 1 and not offset):  # one plane alone: greedy is the exact minimum
-        alphas, pattern = _greedy(w, weights, bits)
+        alphas, pattern = greedy(w, weights, bits)
         theta = jnp.concatenate([alphas, jnp.zeros(int(offset), jnp.float32)])
     else:
-        theta = _alternate(_sort(w, weights), bits, rounds, offset)
-        levels, patterns = _levels(theta, bits)
+        theta = alternate(sort(w, weights), bits, rounds, offset)
+        levels, patterns = levels_of(theta, bits)
         # A weight half way between two levels goes right, as in `_assign`.
         pattern = patterns[jnp.searchsorted((levels[1:] + levels[:-1]) / 2, w, side="right")]
     order = jnp.argsort(-theta[:bits])
     beta = center + theta[bits] * scale if offset else None
-    return BinaryCode(theta[order] * scale, beta, _planes(pattern, bits)[order].astype(jnp.uint8))
+    return BinaryCode(theta[order] * scale, beta, planes_of(pattern, bits)[order].astype(jnp.uint8))
 
 
-def _normalize(w: jax.Array, f: jax.Array | None, offset: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def normalize(w: jax.Array, f: jax.Array | None, offset: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Moves the mean to 0 if there is an offset, the largest magnitude into [1, 2) and the total importance to 1.
 
     Squares and products of tiny or huge weights then stay in range, and the ridge means the same to every group.
@@ -161,38 +143,38 @@ def _normalize(w: jax.Array, f: jax.Array | None, offset: bool) -> tuple[jax.Arr
     return w / scale, weights, center, scale
 
 
-def _sort(w: jax.Array, f: jax.Array) -> _Group:
+def sort(w: jax.Array, f: jax.Array) -> Group:
     def prefix(x: jax.Array) -> jax.Array:
         return jnp.concatenate([jnp.zeros(1, jnp.float32), jnp.cumsum(x)])
 
     if f.ndim:
         w, f = lax.sort((w, f), num_keys=1)
-        return _Group(w, f, prefix(f), prefix(f * w))
+        return Group(w, f, prefix(f), prefix(f * w))
     # XLA sorts integers several times faster than floats on a CPU. Flipping the low bits of negative floats makes the
     # integer order theirs, and flipping again undoes it.
     key = lax.bitcast_convert_type(w, jnp.int32)
     key = jnp.sort(key ^ ((key >> 31) & jnp.int32(0x7FFFFFFF)))
     w = lax.bitcast_convert_type(key ^ ((key >> 31) & jnp.int32(0x7FFFFFFF)), jnp.float32)
-    return _Group(w, f, jnp.arange(w.size + 1, dtype=jnp.float32) * f, prefix(w) * f)
+    return Group(w, f, jnp.arange(w.size + 1, dtype=jnp.float32) * f, prefix(w) * f)
 
 
-def _between(group: _Group, cuts: jax.Array) -> tuple[jax.Array, jax.Array]:
+def between(group: Group, cuts: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mass and weighted sum of the sorted weights before, between and after the cuts."""
     ends = jnp.array([0, group.values.size], cuts.dtype)
     edges = jnp.concatenate([ends[:1], cuts, ends[1:]])
     return jnp.diff(group.mass[edges]), jnp.diff(group.first[edges])
 
 
-def _planes(pattern: jax.Array, bits: int) -> jax.Array:
+def planes_of(pattern: jax.Array, bits: int) -> jax.Array:
     """`[bits, ...]` of 0 and 1. The first plane is the top bit, so greedy patterns ascend with the weight."""
     return jnp.stack([(pattern >> (bits - 1 - p)) & 1 for p in range(bits)])
 
 
-def _signs(pattern: jax.Array, bits: int) -> jax.Array:
-    return (2 * _planes(pattern, bits) - 1).astype(jnp.float32)
+def signs_of(pattern: jax.Array, bits: int) -> jax.Array:
+    return (2 * planes_of(pattern, bits) - 1).astype(jnp.float32)
 
 
-def _greedy(w: jax.Array, f: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+def greedy(w: jax.Array, f: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     """Each plane takes the sign of what is left and the mean of its magnitude: alphas, and every weight's pattern."""
     alphas, pattern = [], jnp.zeros(w.shape, jnp.int32)
     for _ in range(bits):
@@ -203,12 +185,12 @@ def _greedy(w: jax.Array, f: jax.Array, bits: int) -> tuple[jax.Array, jax.Array
     return jnp.stack(alphas), pattern
 
 
-def _least_squares(fit: _Fit, bits: int) -> jax.Array:
+def least_squares(fit: Fit, bits: int) -> jax.Array:
     """The best `theta` for the signs of `fit`, from the normal equations with a ridge.
 
     The ridge penalises the *change* of theta, so it biases nothing and the error cannot rise even if planes are equal.
     """
-    signs = _signs(fit.pattern, bits)
+    signs = signs_of(fit.pattern, bits)
     if fit.theta.size > bits:
         signs = jnp.concatenate([signs, jnp.ones((1, fit.mass.size), jnp.float32)])
     normal = jnp.matmul(signs * fit.mass[None], signs.T, precision=lax.Precision.HIGHEST)
@@ -223,33 +205,33 @@ def _least_squares(fit: _Fit, bits: int) -> jax.Array:
     return fit.theta + lax.fori_loop(0, fit.theta.size, eliminate, system)[:, -1]
 
 
-def _levels(theta: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+def levels_of(theta: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     """The `2^bits` levels of `theta` in ascending order, and the sign pattern of each."""
     pattern = jnp.arange(2**bits, dtype=jnp.int32)
-    levels = (_signs(pattern, bits) * theta[:bits, None]).sum(axis=0)
+    levels = (signs_of(pattern, bits) * theta[:bits, None]).sum(axis=0)
     levels, pattern = lax.sort((levels, pattern), num_keys=1)
     return (levels + theta[bits] if theta.size > bits else levels), pattern
 
 
-def _assign(group: _Group, theta: jax.Array, bits: int) -> tuple[_Fit, jax.Array]:
+def _assign(group: Group, theta: jax.Array, bits: int) -> tuple[Fit, jax.Array]:
     """Sends every weight to its nearest level; also the squared error, less the constant `sum f w^2`."""
     theta = jnp.concatenate([-jnp.sort(-jnp.abs(theta[:bits])), theta[bits:]])
-    levels, pattern = _levels(theta, bits)
-    mass, first = _between(group, jnp.searchsorted(group.values, (levels[1:] + levels[:-1]) / 2))
-    return _Fit(theta, mass, first, pattern), (levels * (levels * mass - 2 * first)).sum()
+    levels, pattern = levels_of(theta, bits)
+    mass, first = between(group, jnp.searchsorted(group.values, (levels[1:] + levels[:-1]) / 2))
+    return Fit(theta, mass, first, pattern), (levels * (levels * mass - 2 * first)).sum()
 
 
-def _alternate(group: _Group, bits: int, rounds: int, offset: bool) -> jax.Array:
-    alphas, ascending = _greedy(group.values, group.f, bits)
+def alternate(group: Group, bits: int, rounds: int, offset: bool) -> jax.Array:
+    alphas, ascending = greedy(group.values, group.f, bits)
     theta = jnp.concatenate([alphas, jnp.zeros(int(offset), jnp.float32)])
     every = jnp.arange(2**bits, dtype=jnp.int32)
     # The first least squares takes the signs of the greedy start, which need not be those of the nearest levels.
-    start = _Fit(theta, *_between(group, jnp.searchsorted(ascending, every[1:])), every)
+    start = Fit(theta, *between(group, jnp.searchsorted(ascending, every[1:])), every)
     fit, error = _assign(group, theta, bits)
 
-    def step(_: jax.Array, state: tuple[_Fit, jax.Array, jax.Array]) -> tuple[_Fit, jax.Array, jax.Array]:
+    def step(_: jax.Array, state: tuple[Fit, jax.Array, jax.Array]) -> tuple[Fit, jax.Array, jax.Array]:
         fit, best, lowest = state
-        fit, error = _assign(group, _least_squares(fit, bits), bits)
+        fit, error = _assign(group, least_squares(fit, bits), bits)
         return fit, jnp.where(error < lowest, fit.theta, best), jnp.minimum(error, lowest)
 
     best: jax.Array = lax.fori_loop(0, rounds, step, (start, fit.theta, error))[1]

@@ -59,12 +59,13 @@ def check_range(array: QuantArray, w: jax.Array, name: str) -> None:
     scales = {f: v for f, v in array.fields.items() if jnp.issubdtype(v.dtype, jnp.floating)}
     if any(isinstance(v, jax.core.Tracer) for v in (*scales.values(), w)):
         return
+    option = next((o for o, _ in array.type.format.options if o.endswith("_dtype")), "scale_dtype")
     for stored, v in scales.items():
         if bool(jnp.isnan(v).any()):
             raise ValueError(f"{name}: {stored!r} holds NaN, as a division by zero gives: repair the quantizer")
         if not bool(jnp.isfinite(v).all()):
-            raise ValueError(f"{name}: {stored!r} overflows {v.dtype}; use scale_dtype='float32' or 'bfloat16'")
+            raise ValueError(f"{name}: {stored!r} overflows {v.dtype}; use {option}='float32' or 'bfloat16'")
     normal = {f: bool(jnp.abs(v).max() >= jnp.finfo(v.dtype).smallest_normal) for f, v in scales.items()}
     if scales and not any(normal.values()) and bool(w.any()):
         stored, v = next(iter(scales.items()))
-        raise ValueError(f"{name}: {stored!r} underflows {v.dtype}; use scale_dtype='float32' or scale the weights up")
+        raise ValueError(f"{name}: {stored!r} underflows {v.dtype}; use {option}='float32' or scale the weights up")

@@ -1,9 +1,18 @@
 """Cut a weight matrix into the groups that share scale factors, and check what the solvers are given."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lowbit.formats.planes import check_bits
+
+T = TypeVar("T")
+# Weights (or levels, if more) solved at a time, which bounds the scratch memory, and the fewest groups.
+_BLOCK = 1 << 18
+_FEWEST = 64
 
 
 def to_groups(w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
@@ -52,3 +61,24 @@ def check_rows(values: jax.Array, bits: int, weights: jax.Array | None) -> None:
             f"a mask or importance must be [P, {size}] with P dividing {rows}, the shape of values being "
             f"{values.shape}; got {weights.shape}"
         )
+
+
+def in_blocks(
+    solve: Callable[[jax.Array, jax.Array | None], T], values: jax.Array, weights: jax.Array | None, levels: int
+) -> T:
+    """`solve(values, weights)` of groups as in `check_rows`, in blocks of a few fixed sizes: it is compiled once for
+    weights of every shape. Its results begin with the axis of the groups."""
+    rows, size = values.shape
+    block = min(max(_FEWEST, 1 << (rows - 1).bit_length()), max(1, _BLOCK // max(size, levels)))
+    count = -(-rows // block)
+    blocks = jnp.pad(values, ((0, count * block - rows), (0, 0))).reshape(count, block, size)
+
+    def one(i: int | jax.Array) -> T:
+        f = None if weights is None else weights[(i * block + jnp.arange(block)) % weights.shape[0]]
+        return solve(lax.dynamic_index_in_dim(blocks, i, keepdims=False), f)
+
+    if isinstance(blocks, jax.core.Tracer):
+        solved = lax.map(one, jnp.arange(count))
+    else:
+        solved = jax.tree.map(lambda *parts: jnp.stack(parts), *[one(i) for i in range(count)])
+    return jax.tree.map(lambda x: x.reshape(count * block, *x.shape[2:])[:rows], solved)

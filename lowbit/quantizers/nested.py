@@ -1,42 +1,143 @@
-"""Nested floats: no search, the bytes of each weight as float16."""
+"""Nested codes by splitting clusters: the quantizer of `any_precision`, and its tables for codes that are given.
+
+Any-Precision LLM (Park et al., ICML 2024): the clusters of the least width are those of SqueezeLLM (Kim et al., ICML
+2024), weighted k-means of each row, and every cluster is split in two for the next width.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from absl import logging
+import numpy as np
 
+from lowbit.array import QuantArray, expect_array
 from lowbit.formats.format import Format
-from lowbit.formats.nested_fp import LARGEST, split_bytes
-from lowbit.quantizers.checks import IneligibleError
+from lowbit.ir.dtypes import numpy_dtype, short
+from lowbit.quantizers.checks import check_range, check_weight, positive
+from lowbit.quantizers.kmeans import nested_kmeans_rows
 from lowbit.quantizers.quantizer import Fields, set_default_quantizer
 
 
 @dataclass(frozen=True)
-class SplitBytes:
-    """Each weight as float16, in two bytes. The default of `nested_fp`.
+class NestedKMeans:
+    """k-means of each row at the least width, then splits of its clusters. Make one with `lb.nested_kmeans`."""
 
-    Weights beyond 1.75 in magnitude are refused; under `jax.jit`, where they cannot be seen, they become +-1.75.
+    weighs_by: tuple[str, ...] = field(default=("second_moment",), repr=False)
+    takes_importance: ClassVar[bool] = True
+
+    def __call__(self, w: jax.Array, fmt: Format, importance: jax.Array | None = None) -> Fields:
+        """The stored arrays; with `importance` [k] or [n, k], nonnegative, squared errors count that much."""
+        if fmt.name != "any_precision":
+            raise TypeError(f"{self} makes any_precision, not {fmt}")
+        given = [a.astype(jnp.float32) for a in (w, importance) if a is not None]
+        if not any(isinstance(a, jax.core.Tracer) for a in given):
+            return {name: jnp.asarray(a) for name, a in _solve(fmt, *given).items()}
+        n, k = w.shape
+        shapes = {"planes": jax.ShapeDtypeStruct((fmt["hi"], n, 1, -(-k // 8)), jnp.uint8)}
+        for b in fmt.widths:
+            shapes[f"table{b}"] = jax.ShapeDtypeStruct((n, 1 << b), _dtype(fmt))
+        return jax.pure_callback(partial(_solve, fmt), shapes, *given, vmap_method="sequential")
+
+
+def nested_kmeans(weighs_by: tuple[str, ...] = ("second_moment",)) -> NestedKMeans:
+    """k-means and splits, the default for `any_precision`: the tables of every width are made for its own error.
+
+    At the least width b a row's weights are clustered into 2**b by greedy k-means++ and at most 50 rounds of Lloyd's
+    algorithm. For each further width every cluster is split in two, where the midpoint of the means of both sides lies
+    between them. Tables hold the means, in ascending order. Deterministic. Runs on the host, on up to 8 cores, where
+    the model may be; in a function that is compiled, as a callback.
+
+    Where `lb.quantize` is given `stats`, errors are weighed as by `lb.alternating`. The published models weigh by the
+    diagonal of the Fisher information, `weighs_by=("gradient_square",)`, and leave out weights that are zero; here
+    these count like any other.
+
+    >>> import jax.numpy as jnp, lowbit as lb
+    >>> w = jnp.array([[4.0], [-4.0], [6.0], [-6.0]])
+    >>> q = lb.quantize_array(w, lb.any_precision(1, 2), lb.nested_kmeans())
+    >>> q.fields["table1"].tolist(), lb.dequantize(q)[:, 0].tolist()
+    ([[-5.0, 5.0]], [4.0, -4.0, 6.0, -6.0])
     """
-
-    def __call__(self, w: jax.Array, fmt: Format) -> Fields:
-        upper, lower = split_bytes(jnp.clip(w, -LARGEST, LARGEST).astype(jnp.float16))
-        return {"upper": upper, "lower": lower}
-
-    def examine(self, w: jax.Array, name: str) -> None:
-        half = w.astype(jnp.float16)
-        if float(jnp.abs(half).max()) > LARGEST:
-            largest = f"{float(jnp.abs(w).max()):.4g}"
-            raise IneligibleError(f"{name} has |w| up to {largest}, and {LARGEST} is the limit: it has to stay dense")
-        wide = jnp.promote_types(w.dtype, jnp.float32)
-        off = jnp.abs(half.astype(wide) - w.astype(wide)) / jnp.where(w == 0, 1, jnp.abs(w.astype(wide)))
-        if changed := int((off > 0).sum()):
-            logging.warning(
-                "lowbit: the cast from %s to float16 changes %d of the %d weights of %s, by at most %.2g of their size",
-                w.dtype, changed, w.size, name, float(off.max()),
-            )  # fmt: skip
+    return NestedKMeans(weighs_by)
 
 
-set_default_quantizer("nested_fp", SplitBytes())
+def refit_tables(
+    array: QuantArray, w: Any, importance: jax.Array | None = None, *, name: str = "the weight"
+) -> QuantArray:
+    """The same codes with the tables that are best for a weight: at every width, the mean of what each code stands for.
+
+    This minimizes sum_k f_k (w_k - table_b[code_k >> (hi - b)])^2 over each table_b. Use it for codes that were not
+    made from w: after w was tuned, or by a method that chooses codes alone.
+
+    Args:
+      array: of the format `any_precision`; its own tables are kept where no weight has the code.
+      w: the weight, of the array's shape and order of dims; a stack for a stack.
+      importance: f, as `lb.quantize_array` takes it; None counts every weight alike.
+      name: what errors call the weight.
+
+    Raises TypeError for an array of another format or a weight that is not floating, ValueError for a weight of another
+    shape, NaN or inf, means that the tables' dtype cannot hold, and an importance that does not fit.
+
+    >>> import jax.numpy as jnp, lowbit as lb
+    >>> w = jnp.array([[4.0], [-4.0], [6.0], [-6.0]])
+    >>> q = refit_tables(lb.quantize_array(w, lb.any_precision(1, 2)), w + 1)
+    >>> q.fields["table1"].tolist(), lb.dequantize(q)[:, 0].tolist()
+    ([[-4.0, 6.0]], [5.0, -3.0, 7.0, -5.0])
+    """
+    t, w = expect_array(array, "refit_tables").type, jnp.asarray(w)
+    if t.format.name != "any_precision":
+        raise TypeError(f"refit_tables takes any_precision arrays; this one is {t.format}")
+    if w.shape != array.shape:
+        raise ValueError(f"{name} has shape {w.shape}, but the array has {array.shape}: give the weight it stands for")
+    check_weight(w, name)
+    dims = (t.dims[0][0], t.dims[1][0])
+    f = jnp.ones(w.shape[-2:][dims.index("k")]) if importance is None else positive(importance, dims, w.shape, name)
+    rows = np.asarray(w if dims[0] == "n" else w.mT, np.float32)
+    weights = np.broadcast_to(f if f.ndim == w.ndim else f[..., None, :], rows.shape)
+    made = QuantArray.of({**array.fields, **_means(array, rows, weights)}, t)
+    check_range(made, w, name)
+    return made
+
+
+def _means(array: QuantArray, rows: np.ndarray, f: np.ndarray) -> Fields:
+    """The table of every width, for weights rows [*stack, n, k] and their importance."""
+    fmt, (*lead, k) = array.type.format, rows.shape
+    planes = np.asarray(array.fields["planes"])[..., 0, :]
+    bits = np.unpackbits(np.moveaxis(planes, -3, 0), axis=-1, bitorder="little", count=k)
+    size = 1 << fmt["hi"]
+    at = np.arange(math.prod(lead)).reshape(*lead, 1) * size
+    for bit in bits:  # the most significant first
+        size >>= 1
+        at = at + bit * size
+    each = (f, f * rows.astype(np.float64))
+    sums = [np.bincount(at.ravel(), a.ravel(), math.prod(lead) << fmt["hi"]) for a in each]
+    tables = {}
+    for b in fmt.widths:
+        mass, moment = (a.reshape(*lead, 1 << b, -1).sum(-1) for a in sums)
+        mean = moment / np.where(mass > 0, mass, 1.0)
+        tables[f"table{b}"] = jnp.where(mass > 0, _stored(mean, fmt), array.fields[f"table{b}"])
+    return tables
+
+
+def _solve(fmt: Format, w: jax.Array, importance: jax.Array | None = None) -> dict[str, np.ndarray]:
+    """The stored arrays, on the host."""
+    lo, hi = fmt["lo"], fmt["hi"]
+    codes, tables = nested_kmeans_rows(np.asarray(w), None if importance is None else np.asarray(importance), lo, hi)
+    planes = [np.packbits((codes & (1 << p)) != 0, axis=1, bitorder="little")[:, None] for p in reversed(range(hi))]
+    return {"planes": np.stack(planes), **{f"table{b}": _stored(table, fmt) for b, table in tables.items()}}
+
+
+def _stored(table: np.ndarray, fmt: Format) -> np.ndarray:
+    with np.errstate(over="ignore"):  # inf is refused later, by the name of the weight
+        return table.astype(_dtype(fmt))
+
+
+def _dtype(fmt: Format) -> np.dtype:
+    return np.dtype(numpy_dtype(short(fmt["table_dtype"])))
+
+
+set_default_quantizer("any_precision", NestedKMeans())

@@ -47,20 +47,10 @@ class BinarySolver:
 
     def __call__(self, w: jax.Array, fmt: Format, importance: jax.Array | None = None) -> Fields:
         """The stored arrays; with `importance` [k] or [n, k], squared errors count that much, all positive."""
-        _expect(fmt, "bcq", self)
-        values, mask = _groups(w, fmt)
-        ragged = w.shape[1] % values.shape[2] != 0
-        if importance is not None:
-            weights = _groups(jnp.atleast_2d(importance), fmt)[0] * mask[None]
-            mask, ragged = weights.reshape(-1, values.shape[2]), True
-        code = solve(
-            values.reshape(-1, values.shape[2]),
-            fmt["bits"],
-            rounds=self.rounds,
-            offset=fmt["offset"],
-            importance=mask if ragged else None,
-        )
-        return _binary_fields(code, fmt, values.shape)
+        expect_format(fmt, "bcq", self)
+        values, weights, shape = grouped(w, fmt, importance)
+        code = solve(values, fmt["bits"], rounds=self.rounds, offset=fmt["offset"], importance=weights)
+        return _binary_fields(code, fmt, shape)
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ class RoundToNearest:
     """
 
     def __call__(self, w: jax.Array, fmt: Format) -> Fields:
-        _expect(fmt, ("uniform", "bcq"), self)
+        expect_format(fmt, ("uniform", "bcq"), self)
         values, mask = _groups(w, fmt)
         code = rtn(values.reshape(-1, values.shape[2]), fmt["bits"], mask)
         binary = to_binary(code, fmt["bits"])
@@ -81,7 +71,7 @@ class RoundToNearest:
             return _binary_fields(binary, fmt, values.shape)
         n, g, _ = values.shape
         scale = _to_scale_dtype(code.scale, fmt)
-        planes = _pack(binary.bits, values.shape)
+        planes = pack(binary.bits, values.shape)
         return {"planes": planes, "scale": scale.reshape(n, g), "zero": code.zero.reshape(n, g)}
 
 
@@ -231,7 +221,7 @@ def default_quantizer(fmt: Format) -> Quantizer:
     return _DEFAULTS[fmt.name]
 
 
-def _expect(fmt: Format, names: str | tuple[str, ...], who: Any) -> None:
+def expect_format(fmt: Format, names: str | tuple[str, ...], who: Any) -> None:
     if fmt.name not in (names if isinstance(names, tuple) else (names,)):
         raise TypeError(f"{who} makes {names if isinstance(names, str) else ' or '.join(names)}, not {fmt}")
 
@@ -248,8 +238,20 @@ def _groups(w: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
     return to_groups(w, group_size(w.shape[1], fmt["group"]))
 
 
+def grouped(
+    w: jax.Array, fmt: Format, importance: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None, tuple[int, int, int]]:
+    """The groups [n g, t] of w, how much their squared errors count, None for all the same, and (n, g, t)."""
+    values, mask = _groups(w, fmt)
+    n, g, t = values.shape
+    weights = mask if w.shape[1] % t else None
+    if importance is not None:
+        weights = (_groups(jnp.atleast_2d(importance), fmt)[0] * mask[None]).reshape(-1, t)
+    return values.reshape(-1, t), weights, (n, g, t)
+
+
 @partial(jax.jit, static_argnums=1)
-def _pack(bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def pack(bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Solver bits [n g, p, t] to stored planes [p, n, g, j]."""
     n, g, t = shape
     return pack_planes(bits.reshape(n, g, -1, t).transpose(2, 0, 1, 3))
@@ -260,9 +262,15 @@ def _to_scale_dtype(a: jax.Array, fmt: Format) -> jax.Array:
 
 
 def _binary_fields(code: BinaryCode, fmt: Format, shape: tuple[int, ...]) -> Fields:
+    return {"planes": pack(code.bits, shape), **scale_fields(code.alpha, code.beta, fmt, shape)}
+
+
+def scale_fields(
+    alpha: jax.Array, beta: jax.Array | None, fmt: Format, shape: tuple[int, ...], width: int | str = ""
+) -> Fields:
+    """Solver scales [n g, p], and offsets [n g], as they are stored; of a width, under its names."""
     n, g, _ = shape
-    alpha = _to_scale_dtype(code.alpha, fmt).reshape(n, g, -1).transpose(2, 0, 1)
-    out = {"planes": _pack(code.bits, shape), "alpha": alpha}
-    if code.beta is not None:
-        out["beta"] = _to_scale_dtype(code.beta, fmt).reshape(n, g)
+    out = {f"alpha{width}": _to_scale_dtype(alpha, fmt).reshape(n, g, -1).transpose(2, 0, 1)}
+    if beta is not None:
+        out[f"beta{width}"] = _to_scale_dtype(beta, fmt).reshape(n, g)
     return out

@@ -31,6 +31,7 @@ from lowbit.ir.cost import contraction_work
 from lowbit.ir.dtypes import bits
 from lowbit.ir.expr import Contract
 from lowbit.ir.order import EXHAUSTIVE, contraction_order
+from lowbit.ir.walk import topo
 from tests.terms import terms
 
 X = param("x", "f32", m=2, k=8)
@@ -80,7 +81,14 @@ def test_a_bucket_counts_what_it_scatters() -> None:
 
 def test_moving_elements_is_free() -> None:
     moved = Merge(Split(Pad(Slice(X, "k", 1, 5), "k", 1, 3), "k", (("g", 2), ("t", 4))), ("t", "g"), "k")
-    assert cost(Concat((moved, moved), "k")) == Cost({"f32": 64}, largest=128)
+    assert cost(Concat((moved, moved), "k")) == Cost({"f32": 32}, largest=128)
+
+
+def test_of_a_leaf_that_is_sliced_the_slices_are_read() -> None:
+    first, last = Slice(X, "k", 0, 5), Slice(X, "k", 3, 8)
+    assert cost(first.sum("m")).read == {"f32": 2 * 5 * 4}
+    assert cost(first + last).read == {"f32": 64}  # at most the whole
+    assert cost(first.sum("k") + X.sum("k")).read == {"f32": 64}
 
 
 def test_an_opaque_step_says_what_it_costs() -> None:
@@ -92,7 +100,9 @@ def test_every_term_has_a_cost(e: Expr) -> None:
     found = cost(e)
     assert 0 <= found.dot <= found.fma
     leaves = params(e).values()
-    assert found.bytes == sum(prod(p.dims.values()) * bits(p.dtype) // 8 for p in leaves)
+    sliced = {leaf for s in topo(e) if isinstance(s, Slice) for leaf in s.args}
+    sizes = {p: prod(p.dims.values()) * bits(p.dtype) // 8 for p in leaves}
+    assert sum(size for p, size in sizes.items() if p not in sliced) <= found.bytes <= sum(sizes.values())
 
 
 def cheapest(factors: list[dict[str, int]], result: set[str]) -> int:
