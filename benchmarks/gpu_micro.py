@@ -31,7 +31,8 @@ from benchmarks.gpu_cases import DTYPES, SHAPES, Case, canonical
 from benchmarks.gpu_results import Row, here, hopper, middle, newest, opened, peaks
 from benchmarks.gpu_timing import copies, profiled, timed
 from lowbit.ir.dtypes import numpy_dtype
-from lowbit.kernels.lanes import STAGE, Program
+from lowbit.kernels.decoders import STAGE
+from lowbit.kernels.lanes import Program
 from lowbit.kernels.layout import layout
 from lowbit.kernels.mma import SMS, Shape, mma, tuning
 from lowbit.kernels.verbs import Gpu

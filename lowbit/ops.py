@@ -192,7 +192,10 @@ def _rows(w: QuantArray, ids: jax.Array) -> jax.Array:
 
 def _row_of_tile(w: QuantArray, row: jax.Array) -> jax.Array:
     """A row [k] of an array in the kernels' layout: its tile alone is brought back."""
-    tile = {name: jax.lax.dynamic_index_in_dim(a, row // ROWS, keepdims=True) for name, a in w.fields.items()}
+    tile = {
+        name: jax.lax.dynamic_index_in_dim(a, row // ROWS, keepdims=True) if "t" in w.type.fields[name].dims else a
+        for name, a in w.fields.items()
+    }
     size = min(ROWS, dict(w.type.dims)["n"])
     return _rows(own(QuantArray(tile, w.type.resized(n=size))), (row % ROWS)[None])[0]
 

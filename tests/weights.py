@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lowbit.kernels.alu import HALVES
-from lowbit.kernels.lanes import Program, in_numpy, tables_in_numpy
+from lowbit.kernels.lanes import Program, in_numpy, order, tables_in_numpy
 from lowbit.passes.pointwise import Pointwise, code_width
 from lowbit.passes.scalar import Element, Node, Number, Product, Scalar, Sum
 
@@ -48,7 +48,11 @@ def weights(of: Pointwise, env: Mapping[str, Array], n: int, k: int) -> Array:
     return out
 
 
-def staged(p: Program, words: Sequence[Array], *stored: Array) -> Array:
-    """A stage as the kernel decodes it, tables of whole rows made beforehand."""
-    table = np.stack(stored).astype(HALVES[p.kind]) if p.decoder.shared else None
-    return in_numpy(p, words, *(tables_in_numpy(p, *stored) if p.of_rows else stored), table=table)
+def staged(p: Program, words: Sequence[Array], *stored: Array, books: Array | None = None) -> Array:
+    """A stage as the kernel decodes it, tables of whole rows made beforehand, its inputs in their order."""
+    if p.decoder.shared and books is None:
+        books = np.stack(stored).astype(HALVES[p.kind])
+    made = in_numpy(p, words, *(tables_in_numpy(p, *stored) if p.of_rows else stored), table=books)
+    turned = order(p.decoder.consecutive)
+    blocks = made.reshape(len(made), -1, len(turned))
+    return blocks[..., np.argsort(turned)].reshape(made.shape)

@@ -24,6 +24,7 @@ from lowbit.ir.call import CallSpec, register_call
 from lowbit.ir.dims import DimError
 from lowbit.ir.expr import Bitcast, Call, Expr
 from lowbit.ir.typing import Type
+from lowbit.kernels.alu import AND, AND_OR, OR, Alu, Register
 
 WIDTHS = (8, 16)
 LARGEST = 1.75
@@ -86,6 +87,14 @@ def _rebuilt(upper: Any, lower: Any) -> Any:
     return high.astype(np.uint16) << 8 | lower
 
 
+def _rebuilt_in_lanes(alu: Alu, upper: Register, lower: Register) -> list[Register]:
+    """Four at a time. With the signs' bits set no byte borrows from the next."""
+    ones = alu.lop3(alu.mul_shr(lower, 7), 0x01010101, 0, AND)
+    magnitudes = alu.mul_shr(alu.sub(alu.lop3(upper, 0x80808080, 0, OR), ones), 1)
+    high = alu.lop3(magnitudes, 0x3F3F3F3F, alu.lop3(upper, 0x80808080, 0, AND), AND_OR)
+    return [alu.prmt(lower, high, 0x5140), alu.prmt(lower, high, 0x7362)]
+
+
 register_call(
     REBUILD,
     CallSpec(
@@ -95,5 +104,6 @@ register_call(
         xla=lambda upper, lower: jax.lax.bitcast_convert_type(_rebuilt(upper, lower), jnp.float16),
         bound=lambda upper, *_: np.zeros(upper.shape),
         elementwise=True,
+        lanes=_rebuilt_in_lanes,
     ),
 )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lowbit.ir.typing import Type
 
 Array = np.ndarray[Any, Any]
+LaneProgram = Callable[..., list[Any]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class CallSpec:
         tests of lowerings hold it to.
       elementwise: each element of the result is made of those at its place in the operands, which have all its dims: so
         a slice of the step is the step of slices.
+      lanes: the same for four elements of one byte each, as a GPU kernel computes it: `lanes(alu, *words)` gives two
+        registers of two float16 each (see `lowbit.kernels.alu`).
     """
 
     type: Callable[..., Type]
@@ -39,6 +42,7 @@ class CallSpec:
     xla: Callable[..., Any] | None = None
     bound: Callable[..., Array] | None = None
     elementwise: bool = False
+    lanes: LaneProgram | None = None
 
 
 _SPECS: dict[str, CallSpec] = {}

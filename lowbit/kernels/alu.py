@@ -42,6 +42,13 @@ class Alu(Protocol):
     def load(self, table: Any, index: Register) -> Register:
         """A half of a table in shared memory, in the low bits."""
 
+    def load_vector(self, table: Any, index: Register, size: int) -> list[Register]:
+        """A vector of `size` halves of one, two in a register."""
+
+    def to_bf16(self, a: Register) -> Register:
+        """Two float16 as two bfloat16, rounded to nearest even."""
+
+    def sub(self, a: Register, b: Register) -> Register: ...
     def mad_high(self, a: Register, b: int, c: int) -> Register:
         """The high 32 bits of a b, plus c."""
 
@@ -97,8 +104,17 @@ class NumpyAlu:
     def load(self, table: Any, index: Register) -> Register:
         return table[np.arange(len(table)), index].astype(np.uint32)  # of every lane its own [lane, entry]
 
+    def load_vector(self, table: Any, index: Register, size: int) -> list[Register]:
+        return list(np.ascontiguousarray(table[index]).view(np.uint32).reshape(-1, size // 2).T)
+
+    def to_bf16(self, a: Register) -> Register:
+        return self.pack2("bf16", *map(_bits, _halves(a, "f16")))
+
     def mad(self, a: Register, b: int, c: Register | int) -> Register:
         return a * np.uint32(b) + np.uint32(c)
+
+    def sub(self, a: Register, b: Register) -> Register:
+        return a - b
 
     def mad_high(self, a: Register, b: int, c: int) -> Register:
         return (a.astype(np.uint64) * np.uint64(b) >> np.uint64(32)).astype(np.uint32) + np.uint32(c)

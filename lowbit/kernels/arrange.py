@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit.ir.dtypes import numpy_dtype
-from lowbit.kernels.decoders import COLUMNS, ROWS, Decoder
-from lowbit.kernels.lanes import LANES, STAGE
+from lowbit.kernels.decoders import ROWS, STAGE, Decoder
+from lowbit.kernels.lanes import LANES, at_once
 from lowbit.kernels.layout import Layout
 from lowbit.passes.pointwise import code_width
 from lowbit.passes.relayout import bit_positions
 
 Fields = Mapping[str, jax.Array]
-TILES = STAGE // COLUMNS
 AT_ONCE = 4
 """Tiles of rows that are taken apart at a time: what bounds the memory beside the arrays."""
 
@@ -30,7 +29,7 @@ def arrange(to: Layout, fields: Fields) -> dict[str, jax.Array]:
     padded = [jnp.pad(a, ((0, to.tiles * ROWS - to.n), (0, 0))) for a in stored.values()]
     tiles = [a.reshape(to.tiles, ROWS, -1) for a in padded]
     words = jax.lax.map(lambda rows: _words(to, dict(zip(stored, rows, strict=True))), tiles, batch_size=AT_ONCE)
-    return out | words
+    return out | words | {name: fields[name] for name in to.books}
 
 
 def restore(of: Layout, fields: Fields) -> dict[str, jax.Array]:
@@ -42,7 +41,7 @@ def restore(of: Layout, fields: Fields) -> dict[str, jax.Array]:
     codes = jax.lax.map(partial(_entries, of), {name: fields[name] for name in of.words}, batch_size=AT_ONCE)
     for name, rows in codes.items():
         out[name] = _in_place(of, name, rows.reshape(len(rows) * ROWS, -1)[: of.n])
-    return out
+    return out | {name: fields[name] for name in of.books}
 
 
 def _element(of: Layout, name: str) -> Any:
@@ -80,39 +79,51 @@ def _untiled(of: Layout, name: str, a: jax.Array) -> jax.Array:
 
 def _words(to: Layout, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """A tile of rows' arrays of words [stage, word, lane] from the code leaves' rows [ROWS, entries]."""
-    codes, below = jnp.zeros((ROWS, to.k), jnp.uint8), 0
+    holds = jnp.uint8 if to.bits <= 8 else jnp.uint32
+    codes, below = jnp.zeros((ROWS, len(to.starts)), holds), 0
     for e in to.codes:
         place, width = to.place(e), code_width(e)
-        field = rows[e.leaf.name][:, place.column] >> place.shift[None].astype(rows[e.leaf.name].dtype)
-        codes |= (field & ((1 << width) - 1)).astype(jnp.uint8) << below
+        shift = place.shift[None, to.starts].astype(rows[e.leaf.name].dtype)
+        field = rows[e.leaf.name][:, place.column[to.starts]] >> shift
+        codes |= (field & ((1 << width) - 1)).astype(holds) << below
         below += width
-    stored = jnp.asarray(_stored_as(to.decoder))[codes]
-    tiles = jnp.pad(stored, ((0, 0), (0, to.stages * STAGE - to.k))).reshape(ROWS, -1, COLUMNS).swapaxes(0, 1)
+    stored = codes if to.decoder.meaning is None else jnp.asarray(_stored_as(to.decoder.meaning))[codes]
+    in_tile = to.decoder.columns // to.decoder.grain
+    ragged = -len(to.starts) % (to.stages * STAGE // to.decoder.grain)
+    tiles = jnp.pad(stored, ((0, 0), (0, ragged))).reshape(ROWS, -1, in_tile).swapaxes(0, 1)
     code, bit = _sources(to.decoder)
-    bits = tiles.reshape(-1, ROWS * COLUMNS)[:, code] >> bit[None] & 1
-    words = _joined(bits.reshape(to.stages, TILES, to.bits, LANES, 32), jnp.uint32)
+    bits = tiles.reshape(-1, ROWS * in_tile)[:, code] >> bit[None].astype(holds) & 1
+    words = _joined(bits.reshape(to.stages, -1, len(code) // (32 * LANES), LANES, 32), jnp.uint32)
     out, below = {}, 0
-    for name, count in to.words.items():
-        by_fours = words[:, :, below : below + count].reshape(to.stages, count * TILES // 4, 4, LANES)
-        out[name] = by_fours.swapaxes(2, 3).reshape(to.stages, count * TILES, LANES)
+    for name, count in _counts(to).items():
+        own = words[:, :, below : below + count].reshape(to.stages, -1, LANES)
+        by_vector = own.reshape(to.stages, -1, at_once(own.shape[1]), LANES)
+        out[name] = by_vector.swapaxes(2, 3).reshape(own.shape)
         below += count
     return out
 
 
+def _counts(of: Layout) -> dict[str, int]:
+    """Words that a lane has of each array for one of the decoder's tiles."""
+    tiles = STAGE // of.decoder.columns
+    return {name: of.fields[name].dims["w"] // tiles for name in of.words}
+
+
 def _entries(of: Layout, words: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The inverse of `_words`."""
-    by_lane = [
-        words[name].reshape(of.stages, -1, LANES, 4).swapaxes(2, 3).reshape(of.stages * TILES, count * LANES)
-        for name, count in of.words.items()
-    ]
+    by_lane = []
+    for name, count in _counts(of).items():
+        own = words[name].reshape(of.stages, -1, LANES, at_once(words[name].shape[1])).swapaxes(2, 3)
+        by_lane.append(own.reshape(-1, count * LANES))
     by_tile = jnp.concatenate(by_lane, 1)
-    at = bit_positions(of.decoder.codes(), of.decoder.bits)
+    at, holds = bit_positions(of.decoder.codes(), of.decoder.bits), np.uint8 if of.bits <= 8 else np.uint32
     bits = by_tile[:, at // 32] >> (at % 32)[None].astype(np.uint32) & 1
-    stored = _joined(bits, jnp.uint8).swapaxes(0, 1).reshape(ROWS, -1)[:, : of.k]
-    codes = jnp.asarray(np.array(of.decoder.meaning, np.uint8))[stored]
+    codes = _joined(bits, holds).swapaxes(0, 1).reshape(ROWS, -1)[:, : len(of.starts)]
+    if of.decoder.meaning is not None:
+        codes = jnp.asarray(np.array(of.decoder.meaning, np.uint8))[codes]
     out = {}
     for name, source in of.code_bits.items():
-        bits = codes[:, source // of.bits] >> (source % of.bits)[None].astype(np.uint8) & 1
+        bits = codes[:, source // of.bits] >> (source % of.bits)[None].astype(holds) & 1
         dtype = numpy_dtype(_element(of, name).leaf.dtype)
         out[name] = _joined(jnp.where((source >= 0)[None], bits, 0), dtype)
     return out
@@ -136,6 +147,6 @@ def _sources(decoder: Decoder) -> tuple[Any, Any]:
     return _by_term(decoder.codes(), decoder.bits)
 
 
-def _stored_as(decoder: Decoder) -> Any:
+def _stored_as(meaning: Sequence[int]) -> Any:
     """What a code is stored as: the inverse of the decoder's meaning."""
-    return np.argsort(decoder.meaning).astype(np.uint8)
+    return np.argsort(meaning).astype(np.uint8)

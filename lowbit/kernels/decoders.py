@@ -32,23 +32,36 @@ from lowbit.kernels.tables import Builder, is_odd
 from lowbit.passes.scalar import Scalar, number, plus
 
 ROWS = COLUMNS = 64
+STAGE = 256
+"""Inputs of a stage: 4 tiles, so that the words of a lane come in vectors of 4 for every width."""
 RUN = 32
 """Inputs that share a table at the least."""
 Table = Sequence[Register]
 Tables = Sequence[Sequence[Table]]
 """By row half, then by run of 32 inputs."""
-RowTable = Any
-"""A table in shared memory, as `Alu.load` takes it."""
+SharedTable = Any
+"""A table in shared memory, as `Alu.load` takes it: that of each of the lane's two rows, or one for all rows."""
 
 
 class Decoder(Protocol):
-    """One way to decode: `bits` words a lane and tile."""
+    """One way to decode.
+
+    Attributes:
+      bits: of a code.
+      meaning: what a stored code stands for; itself if None.
+      columns: inputs of a tile, whose words are decoded together: 64 rows of `columns / grain` codes.
+      grain: inputs that have one code.
+      consecutive: inputs of a lane that follow each other, a multiple of 2. WGMMA gives a lane two and two: with more,
+        the inputs of both operands are in another order (`lowbit.kernels.lanes.order`).
+      shared: whether it reads tables in shared memory.
+    """
 
     bits: int
-    meaning: tuple[int, ...]
-    """What a stored code stands for."""
-    shared: bool
-    """Whether the table of a row is in shared memory."""
+    meaning: tuple[int, ...] | None = None
+    columns: int = COLUMNS
+    grain: int = 1
+    consecutive: int = 2
+    shared: bool = False
 
     def codes(self) -> Expr:
         """The stored codes [n, k] of a tile, as a term over its words u32 [word, warp, r, q]."""
@@ -57,17 +70,15 @@ class Decoder(Protocol):
         """The registers in which a row's weights of one group are looked up."""
 
     def halves(
-        self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables, rows: Sequence[RowTable] = ()
+        self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables, shared: Sequence[SharedTable] = ()
     ) -> list[Register]:
-        """The 16 registers of a tile. `rows`: where the `shared` tables of the lane's two rows are."""
+        """The registers of a tile, 16 for 64 inputs. `shared`: the tables there."""
 
 
-class OneBit:
+class OneBit(Decoder):
     """Two values: the bit, spread over a half, picks one. Of +a and -a it is the sign."""
 
     bits = 1
-    shared = False
-    meaning = tuple(range(2))
 
     def codes(self) -> Expr:
         return in_tile(of_registers(word_bits(1, 0)))
@@ -77,7 +88,7 @@ class OneBit:
         return (zero,) if is_odd(entries) else (zero, builder.alu.lop3(zero, builder.both(entries[1]), 0, XOR))
 
     def halves(
-        self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables, rows: Sequence[RowTable] = ()
+        self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables, shared: Sequence[SharedTable] = ()
     ) -> list[Register]:
         out = []
         for at in range(16):
@@ -90,12 +101,10 @@ class OneBit:
         return out
 
 
-class TwoBits:
+class TwoBits(Decoder):
     """Four values: one permute finishes a pair of weights, its selector made by one multiplication for four."""
 
     bits = 2
-    shared = False
-    meaning = tuple(range(4))
 
     def codes(self) -> Expr:
         return in_tile(pairs(lane_words(2)))
@@ -104,7 +113,7 @@ class TwoBits:
         return builder.four(entries)
 
     def halves(
-        self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables, rows: Sequence[RowTable] = ()
+        self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables, shared: Sequence[SharedTable] = ()
     ) -> list[Register]:
         out: list[Register] = [None] * 16
         for h in range(2):
@@ -122,7 +131,7 @@ class TwoBits:
         return out
 
 
-class Eights:
+class Eights(Decoder):
     """Any values of up to 4 bits: a permute looks up one byte of four weights in a table of eight. A fourth bit picks
     one of two tables, spread over the bytes of the look-ups.
 
@@ -133,7 +142,6 @@ class Eights:
 
     def __init__(self, bits: int, base: int = 3, shared: bool = False) -> None:
         self.bits, self.base, self.shared = bits, base, shared and bits == 4
-        self.meaning = tuple(range(1 << bits))
 
     def codes(self) -> Expr:
         return in_tile(nested(self.bits, self.base, self.shared))
@@ -143,15 +151,15 @@ class Eights:
         return tuple(reg for eight in eights for reg in builder.eight([*eight, *eight[:1] * (8 - len(eight))]))
 
     def halves(
-        self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables, rows: Sequence[RowTable] = ()
+        self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables, shared: Sequence[SharedTable] = ()
     ) -> list[Register]:
         out: list[Register] = [None] * 16
         for s in range(4):
             codes = selector(alu, words, s, self.base, min(self.bits, 3))
-            if rows and s == 3:
+            if shared and s == 3:
                 codes = alu.lop3(words[3], 0x88888888, codes, AND_OR)
                 apart = [alu.mul_shr(alu.shl(codes, 28 - 4 * i), 28) for i in range(8)]
-                _put_loaded(alu, out, s, rows[s // 2], apart)
+                _put_loaded(alu, out, s, shared[s // 2], apart)
                 continue
             for j0, four in enumerate((codes, alu.mul_shr(codes, 16))):
                 pairs = _two_of_eight(alu, four, words[3:], s, j0, tables[s // 2][s % 2], self.shared)
@@ -159,14 +167,13 @@ class Eights:
         return out
 
 
-class Wide:
+class Wide(Decoder):
     """Any values of 5 bits and more: each is looked up by itself, in a table of its row in shared memory."""
 
     shared = True
 
     def __init__(self, bits: int, base: int) -> None:
         self.bits, self.base = bits, base
-        self.meaning = tuple(range(1 << bits))
 
     def codes(self) -> Expr:
         return in_tile(nested(self.bits, self.base, True))
@@ -175,7 +182,7 @@ class Wide:
         return ()
 
     def halves(
-        self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables, rows: Sequence[RowTable] = ()
+        self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables, shared: Sequence[SharedTable] = ()
     ) -> list[Register]:
         out: list[Register] = [None] * 16
         for s in range(4):
@@ -185,15 +192,14 @@ class Wide:
                 code = alu.lop3(moved(alu, low, 4 * i, 0), 7, 0, AND)
                 code = alu.lop3(moved(alu, words[3], fourth_bit(s, i, True), 3), 8, code, AND_OR)
                 codes.append(alu.lop3(moved(alu, high, 4 * i, 4), 0xF0, code, AND_OR))
-            _put_loaded(alu, out, s, rows[s // 2], codes)
+            _put_loaded(alu, out, s, shared[s // 2], codes)
         return out
 
 
-class SignedTable:
+class SignedTable(Decoder):
     """Sixteen values, half of them the negatives of the others: a table of eight, and a sign."""
 
     bits = 4
-    shared = False
     meaning = (*range(8, 16), *range(7, -1, -1))
     """With the sign: the code whose weight is the negative."""
 
@@ -204,18 +210,16 @@ class SignedTable:
         return builder.eight(entries[8:])
 
     def halves(
-        self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables, rows: Sequence[RowTable] = ()
+        self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables, shared: Sequence[SharedTable] = ()
     ) -> list[Register]:
         sizes = Eights(3).halves(alu, kind, words[:3], tables)
         return [alu.lop3(alu.shl(words[3], 15 - at), 0x80008000, size, AND_XOR) for at, size in enumerate(sizes)]
 
 
-class ScaledIntegers:
+class ScaledIntegers(Decoder):
     """scale (code + zero): a code set into the low bits of a half is an integer there, and only the scaling rounds."""
 
     bits = 4
-    shared = False
-    meaning = tuple(range(16))
 
     def __init__(self, scale: Scalar, zero: Scalar) -> None:
         self.scale, self.zero = scale, zero
@@ -229,7 +233,7 @@ class ScaledIntegers:
         return (builder.both(self.scale), *shifted)
 
     def halves(
-        self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables, rows: Sequence[RowTable] = ()
+        self, alu: Alu, kind: Half, words: Sequence[Register], tables: Tables, shared: Sequence[SharedTable] = ()
     ) -> list[Register]:
         integers = _integers_f16 if kind == "f16" else _integers_bf16
         out = []
@@ -282,7 +286,7 @@ def _put(out: list[Register], s: int, j0: int, pairs: Sequence[Register]) -> Non
     out[at], out[at + 4] = pairs
 
 
-def _put_loaded(alu: Alu, out: list[Register], s: int, table: RowTable, codes: Sequence[Register]) -> None:
+def _put_loaded(alu: Alu, out: list[Register], s: int, table: SharedTable, codes: Sequence[Register]) -> None:
     """The weights of a run, one by one."""
     loaded = [alu.load(table, code) for code in codes]
     for j0 in range(2):

@@ -18,10 +18,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from lowbit.kernels.alu import HALVES, Half, HalfOp, Register
-from lowbit.kernels.decoders import ROWS
-from lowbit.kernels.lanes import LANES, STAGE, Program
+from lowbit.kernels.decoders import ROWS, STAGE
+from lowbit.kernels.lanes import LANES, Program, at_once
 
-WORDS = {count: plgpu.Layout.WG_STRIDED((count, LANES), vec_size=4) for count in range(4, 36, 4)}
+WORDS = {count: plgpu.Layout.WG_STRIDED((count, LANES), vec_size=at_once(count)) for count in range(1, 65)}
 ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -77,8 +77,24 @@ class GpuAlu:
         where = ptx("mad.lo.u32 $0, $1, $2, $3;", index, stride, address)
         return ptx("{ .reg .b16 h; ld.shared.u16 h, [$1]; cvt.u32.u16 $0, h; }", where)
 
+    def load_vector(self, table: Any, index: Register, size: int) -> list[Register]:
+        address, stride = table
+        where = ptx("mad.lo.u32 $0, $1, $2, $3;", index, stride, address)
+        made = []
+        for at in range(0, 2 * size, 16):
+            words = min(size // 2, 4)
+            made += _load_shared(arith.addi(where, constant(at)) if at else where, words)
+        return made
+
+    def to_bf16(self, a: Register) -> Register:
+        halves = (ptx(f"{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.f32.f16 $0, {half}; }}", a) for half in "lh")
+        return self.pack2("bf16", *halves)
+
     def mad(self, a: Register, b: int, c: Register | int) -> Register:
         return ptx("mad.lo.u32 $0, $1, $2, $3;", a, b, c)
+
+    def sub(self, a: Register, b: Register) -> Register:
+        return arith.subi(a, b)
 
     def mad_high(self, a: Register, b: int, c: int) -> Register:
         return ptx("mad.hi.u32 $0, $1, $2, $3;", a, b, self.register(c))
@@ -108,6 +124,12 @@ class GpuAlu:
         return ptx(f"cvt.rn.{kind}x2.f32 $0, $1, $2;", high, low)
 
 
+def _load_shared(address: Register, words: int) -> list[Register]:
+    pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<3>"), address)
+    loaded = llvm.load(ir.VectorType.get((words,), i32()), pointer, alignment=4 * words)
+    return [vector.extract(loaded, [], [i]) for i in range(words)]
+
+
 def in_registers(program: Program, table: Any, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
     """The stage [ROWS, STAGE] of weights in WGMMA's layout; operands as for `lanes.in_numpy`, in WORDS and ROW.
 
@@ -123,20 +145,33 @@ def in_registers(program: Program, table: Any, words: Sequence[jax.Array], *stor
         del ctx
         refs, operands = operands[: len(shared)], operands[len(shared) :]
         arrays, rows = operands[: len(words)], operands[len(words) :]
-        tables = [place for ref in refs for place in _row_tables(ref)]
-        registers = program(GpuAlu(), [_raw(a) for a in arrays], *map(_raw, rows), rows=tables)
+        places = _tables_of_all if program.weights.books else _tables_of_rows
+        tables = [place for ref in refs for place in places(ref)]
+        registers = program(GpuAlu(), [_raw(a) for a in arrays], *map(_raw, rows), shared=tables)
         return _fragments(registers, program.kind)
 
     return decoded(*shared, *words, *stored)
 
 
-def _row_tables(ref: Any) -> list[tuple[Register, int]]:
+def _tables_of_rows(ref: Any) -> list[tuple[Register, int]]:
     """Where the first entries of the lane's two rows are, and the bytes from an entry to the next."""
     stride = 2 * ir.MemRefType(ref.type).shape[1]
-    first = llvm.ptrtoint(i32(), utils.memref_ptr(ref))
-    lane = ptx("{ .reg .b32 t; mov.u32 t, %tid.x; and.b32 $0, t, 127; }")
+    first, lane = llvm.ptrtoint(i32(), utils.memref_ptr(ref)), _lane()
     row = ptx("{ .reg .b32 w, r; shr.u32 w, $1, 5; bfe.u32 r, $1, 2, 3; mad.lo.u32 $0, w, 16, r; }", lane)
     return [(ptx("mad.lo.u32 $0, $1, 2, $2;", row, arith.addi(first, constant(16 * h))), stride) for h in range(2)]
+
+
+def _tables_of_all(ref: Any) -> list[tuple[Register, int]]:
+    """For each of some tables, where the first entry is in the copy that the lane reads; and the bytes of an entry."""
+    count, entries, copies, size = ir.MemRefType(ref.type).shape
+    first, lane = llvm.ptrtoint(i32(), utils.memref_ptr(ref)), _lane()
+    own = ptx("{ .reg .b32 c; and.b32 c, $1, $2; mad.lo.u32 $0, c, $3, $4; }", lane, copies - 1, 2 * size, first)
+    stride = 2 * size * copies
+    return [(arith.addi(own, constant(i * entries * stride)) if i else own, stride) for i in range(count)]
+
+
+def _lane() -> Register:
+    return ptx("{ .reg .b32 t; mov.u32 t, %tid.x; and.b32 $0, t, 127; }")
 
 
 def tables_in_registers(program: Program, count: int, *stored: jax.Array) -> list[jax.Array]:

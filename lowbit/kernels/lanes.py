@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 from typing import Any
 
 import numpy as np
 
 from lowbit.kernels.alu import HALVES, Alu, Half, NumpyAlu, Register
-from lowbit.kernels.decoders import COLUMNS, ROWS, RUN, Decoder, RowTable, Table
+from lowbit.kernels.computed import Books
+from lowbit.kernels.decoders import COLUMNS, ROWS, RUN, STAGE, Decoder, SharedTable, Table
 from lowbit.kernels.pick import pick
 from lowbit.kernels.tables import Builder
 from lowbit.passes.pointwise import Pointwise
 from lowbit.passes.scalar import Element
 
-STAGE = 256
-"""Inputs of a stage: 4 tiles, so that the words of a lane come in vectors of 4 for every width."""
 LANES = 128
 PADDED = ROWS + 2
 Array = np.ndarray[Any, Any]
@@ -35,7 +35,7 @@ class Program:
       kind: of the halves.
       arrays: bits of a code in each array of words.
       nested: whether the first arrays are decoded alone too, at another width.
-      shared: whether a table of 16 entries or more is a stored one of a row, and so may be in shared memory.
+      shared: whether tables of 16 entries or more are stored ones of rows, which may be in shared memory.
     """
 
     weights: Pointwise
@@ -51,7 +51,7 @@ class Program:
     @property
     def words(self) -> tuple[int, ...]:
         """Words a lane, in each array."""
-        return tuple(bits * STAGE // COLUMNS for bits in self.arrays)
+        return tuple(bits * STAGE // COLUMNS // self.weights.grain for bits in self.arrays)
 
     @cached_property
     def inputs(self) -> tuple[tuple[Element, int], ...]:
@@ -59,8 +59,11 @@ class Program:
         return tuple((e, g) for e in self.weights.parameters for g in range(groups_of(e)))
 
     @property
-    def table_shape(self) -> tuple[int, int]:
-        """Of a table in shared memory: entry by entry, PADDED so that the entries of a row lie in other banks."""
+    def table_shape(self) -> tuple[int, ...]:
+        """Of what is in shared memory, in halves: tables of all rows [look-up, entry, copy, vector]; or those of a
+        tile's rows [entry, row], PADDED so that the entries of a row lie in other banks."""
+        if isinstance(self.decoder, Books):
+            return self.decoder.shape
         return len(self.weights.entries), PADDED
 
     @property
@@ -73,19 +76,19 @@ class Program:
         alu: Alu,
         words: Sequence[Sequence[Register]],
         *stored: Sequence[Register],
-        rows: Sequence[RowTable] = (),
+        shared: Sequence[SharedTable] = (),
     ) -> list[Register]:
         """The registers of the stage, in the order of WGMMA's fragments.
 
         Args:
           words: of the lane, array by array.
           stored: for each of `inputs`, its value for the lane's two rows; or what `tables` made of them.
-          rows: of a decoder whose table is shared, those of the lane's two rows.
+          shared: the tables in shared memory, of a decoder that reads some.
         """
         made: dict[tuple[int, ...], list[Table]] = {}
 
         def tables_at(column: int) -> list[Table]:
-            if self.of_rows:
+            if self.of_rows or not self.inputs:
                 return [[register[h] for register in stored] for h in range(2)]
             groups = tuple(column * groups_of(e) // STAGE for e in self.weights.parameters)
             if groups not in made:
@@ -93,11 +96,13 @@ class Program:
             return made[groups]
 
         out = []
-        for tile in range(STAGE // COLUMNS):
-            by_run = [tables_at(COLUMNS * tile + RUN * jj) for jj in range(COLUMNS // RUN)]
+        columns = self.decoder.columns
+        for tile in range(STAGE // columns):
+            by_run = [tables_at(column) for column in range(columns * tile, columns * (tile + 1), RUN)]
             by_half = [[run[h] for run in by_run] for h in range(2)]
-            of_tile = [w for bits, array in zip(self.arrays, words, strict=True) for w in array[tile * bits :][:bits]]
-            out += self.decoder.halves(alu, self.kind, of_tile, by_half, rows)
+            counts = [len(array) * columns // STAGE for array in words]
+            of_tile = [w for count, array in zip(counts, words, strict=True) for w in array[tile * count :][:count]]
+            out += self.decoder.halves(alu, self.kind, of_tile, by_half, shared)
         return out
 
     def tables(self, alu: Alu, *stored: Sequence[Register]) -> list[list[Register]]:
@@ -131,10 +136,11 @@ def in_numpy(program: Program, words: Sequence[Array], *stored: Array, table: Ar
     Args:
       words: array by array u32 [word, LANES], in memory order: vectors of 4 a lane.
       stored: for each of `program.inputs`, [ROWS]; or what `tables_in_numpy` made of them.
-      table: the shared one, halves [entries, ROWS].
+      table: what is in shared memory, of `program.table_shape`.
     """
-    by_lane = [] if table is None else [np.stack(t, 1) for t in zip(*map(row_registers, table), strict=True)]
-    registers = program(NumpyAlu(), [list(_lane_words(w)) for w in words], *map(row_registers, stored), rows=by_lane)
+    tables = [] if table is None else _tables_of_lanes(program, table)
+    lane_words = [list(_lane_words(w)) for w in words]
+    registers = program(NumpyAlu(), lane_words, *map(row_registers, stored), shared=tables)
     return from_registers(np.stack([np.broadcast_to(r, LANES) for r in registers]), program.kind)
 
 
@@ -144,8 +150,24 @@ def tables_in_numpy(program: Program, *stored: Array) -> list[Array]:
     return [_by_row([np.broadcast_to(r, LANES) for r in register]) for register in made]
 
 
+def at_once(words: int) -> int:
+    """Words that a lane loads at once, of an array with so many for it."""
+    return gcd(words, 4)
+
+
 def _lane_words(words: Array) -> Array:
-    return words.reshape(-1, LANES, 4).transpose(0, 2, 1).reshape(-1, LANES)
+    return words.reshape(-1, LANES, at_once(len(words))).transpose(0, 2, 1).reshape(-1, LANES)
+
+
+def _tables_of_lanes(program: Program, table: Array) -> list[Array]:
+    if program.weights.books:
+        return list(table[:, :, 0])  # the copies are alike
+    return [np.stack(t, 1) for t in zip(*map(row_registers, table[:, :ROWS]), strict=True)]
+
+
+def order(consecutive: int) -> Array:
+    """Which input WGMMA's k-th one is where a lane has so many that follow each other: for a block of inputs."""
+    return np.arange(4 * consecutive).reshape(4, consecutive // 2, 2).swapaxes(0, 1).reshape(-1)
 
 
 def row_registers(stored: Array) -> list[Array]:

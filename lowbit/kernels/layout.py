@@ -23,8 +23,8 @@ from lowbit.ir.dtypes import numpy_dtype
 from lowbit.ir.expr import Expr, Param
 from lowbit.ir.walk import params
 from lowbit.kernels.alu import Half
-from lowbit.kernels.decoders import COLUMNS, ROWS, Decoder
-from lowbit.kernels.lanes import LANES, STAGE, Program, by_leaf
+from lowbit.kernels.decoders import ROWS, STAGE, Decoder
+from lowbit.kernels.lanes import LANES, Program, by_leaf
 from lowbit.passes.pointwise import COMPUTED_BITS, Pointwise, UnsuitableError, code_width, pointwise
 from lowbit.passes.scalar import Element
 
@@ -42,8 +42,8 @@ def layout(*readings: Expr) -> Layout:
     """
     weights = tuple(map(pointwise, readings))
     for fewer, more in pairwise(weights):
-        if more.codes[:-1] != fewer.codes or more.bits != fewer.bits + 1:
-            raise UnsuitableError(f"its codes of {more.bits} bits are not those of {fewer.bits} with one bit more each")
+        if more.codes[: len(fewer.codes)] != fewer.codes:
+            raise UnsuitableError(f"its codes of {more.bits} bits do not begin with those of {fewer.bits}")
     first = readings[0]
     made = Layout(first.dims["n"], first.dims["k"], weights)
     if taken := params(*readings).keys() & set(made.words):
@@ -54,7 +54,7 @@ def layout(*readings: Expr) -> Layout:
             raise UnsuitableError(f"{name!r} is shared by {sorted({e.span for e in elements})} inputs in turn")
         if span and STAGE % span and span % STAGE:
             raise UnsuitableError(f"groups of {span} inputs do not line up with {STAGE} inputs at a time")
-    if lost := params(*readings).keys() - {*made.code_bits, *made.homes}:  # and no entry of those is lost
+    if lost := params(*readings).keys() - {*made.code_bits, *made.homes, *made.books}:  # and no entry of those is lost
         raise UnsuitableError(f"{min(lost)!r} is part of no weight, and would be lost")
     return made
 
@@ -89,18 +89,29 @@ class Layout:
     @property
     def words(self) -> dict[str, int]:
         """The arrays of codes, and the bits of each code in them."""
-        return {WORDS: self.first, **{f"{WORDS}{b}": 1 for b in range(self.first + 1, self.bits + 1)}}
+        more = {f"{WORDS}{b.bits}": b.bits - a.bits for a, b in pairwise(self.weights)}
+        return {WORDS: self.first, **more}
+
+    @property
+    def books(self) -> dict[str, Param]:
+        """Tables that all rows share, which stay as they are."""
+        return {name: leaf for weights in self.weights for name, leaf in weights.books.items()}
+
+    @property
+    def starts(self) -> Array:
+        """The inputs with which codes begin."""
+        return np.arange(0, self.k, self.weights[0].grain)
 
     def program(self, kind: Half, at: int = 0) -> Program:
         """How weights are decoded at one of the widths."""
         weights = self.weights[at]
-        arrays = tuple(self.words.values())[: 1 + weights.bits - self.first]
+        arrays = tuple(self.words.values())[: 1 + self.weights.index(weights)]
         return Program(weights, kind, arrays, self.nested, self.shared)
 
     def read(self, at: int = 0) -> list[str]:
         """The fields that a product at one of the widths reads, words first."""
         weights = self.weights[at]
-        return [*list(self.words)[: 1 + weights.bits - self.first], *by_leaf(weights)]
+        return [*list(self.words)[: 1 + self.weights.index(weights)], *by_leaf(weights), *weights.books]
 
     @property
     def nested(self) -> bool:
@@ -137,16 +148,16 @@ class Layout:
     @cached_property
     def fields(self) -> dict[str, Param]:
         """What is stored."""
-        a_bit = STAGE // COLUMNS
+        counts = self.program("f16", -1).words
         out = {
-            name: param(name, "u32", t=self.tiles, s=self.stages, w=bits * a_bit, l=LANES)
-            for name, bits in self.words.items()
+            name: param(name, "u32", t=self.tiles, s=self.stages, w=count, l=LANES)
+            for name, count in zip(self.words, counts, strict=True)
         }
         for name, elements in self.leaves.items():
             leaf = elements[0].leaf
             sizes = {"t": self.tiles, "g": self.groups(elements[0]), "e": len(elements), "r": ROWS}
             out[name] = Param(name, tuple(sizes.items()), leaf.dtype, leaf.within)
-        return out
+        return out | self.books
 
     def groups(self, e: Element) -> int:
         """Groups of a parameter along the padded inputs."""
@@ -195,10 +206,11 @@ class Layout:
             word = numpy_dtype(e.leaf.dtype).itemsize * 8
             bits = out.setdefault(e.leaf.name, np.full((place.entries, word), -1))
             for b in range(code_width(e)):
-                bits[place.column, place.shift + b] = np.arange(self.k) * self.bits + below + b
+                at = place.column[self.starts], place.shift[self.starts] + b
+                bits[at] = np.arange(len(self.starts)) * self.bits + below + b
             below += code_width(e)
         used = sum(int((bits >= 0).sum()) for bits in out.values())
-        if used != self.k * self.bits:
+        if used != len(self.starts) * self.bits:
             raise UnsuitableError("weights share code bits")
         return out
 

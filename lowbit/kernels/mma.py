@@ -20,8 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit.ir.dtypes import bits as dtype_bits
 from lowbit.kernels.alu import HALVES
-from lowbit.kernels.decoders import ROWS
-from lowbit.kernels.lanes import LANES, STAGE, Program, by_leaf, groups_of
+from lowbit.kernels.decoders import ROWS, STAGE
+from lowbit.kernels.lanes import LANES, Program, by_leaf, groups_of
 from lowbit.kernels.layout import WARPGROUPS
 from lowbit.kernels.verbs import Gpu, Verbs, table_size
 from lowbit.passes.scalar import Element
@@ -79,7 +79,8 @@ def tuning(shape: Shape, program: Program) -> Tuning:
         return ceil(blocks * parts / SMS) * (shape.stages // parts + FILLING)
 
     parts = min((p for p in range(1, shape.stages + 1) if shape.stages % p == 0), key=longest)
-    staging = 4 * WARPGROUPS * ROWS * columns + program.decoder.shared * 2 * WARPGROUPS * prod(program.table_shape)
+    tables = 0 if not program.decoder.shared else 1 if program.weights.books else WARPGROUPS
+    staging = 4 * WARPGROUPS * ROWS * columns + 2 * tables * prod(program.table_shape)
     parameters = sum(WARPGROUPS * ROWS * dtype_bits(e.leaf.dtype) // 8 for e, _ in program.inputs)
     leaves = {e.leaf for e in program.weights.parameters}
     words = 4 * WARPGROUPS * sum(program.words) * LANES
@@ -91,11 +92,12 @@ def tuning(shape: Shape, program: Program) -> Tuning:
 
 
 def mma(program: Program, shape: Shape, tuned: Tuning, verbs: Verbs | None = None) -> Callable[..., jax.Array]:
-    """The product as a function (*words, *parameters, x) -> f32 [parts, n, m].
+    """The product as a function (*words, *parameters, *tables, x) -> f32 [parts, n, m].
 
     words: u32 [rows, stages, words, LANES], as many as the program has; parameters: one array per stored leaf, [rows,
-    groups, elements, ROWS]; x: [m, k], of the program's halves; all as `lowbit.kernels.layout` has them, and m and k of
-    `shape`.
+    groups, elements, ROWS], all as `lowbit.kernels.layout` has them; tables: where all rows share some, one array of
+    `program.table_shape`; x: [m, k], inputs in the program's order. Tables and x are of the program's halves; m and k
+    are those of `shape`.
     """
     return _launch(_Schedule(program, shape, tuned, verbs or Gpu()))
 
@@ -109,10 +111,14 @@ class _Schedule:
 
     @property
     def scratch(self) -> list[Any]:
-        """Shared memory beside the pipeline's: the result on its way out, and the rows' tables if they are there."""
+        """Shared memory beside the pipeline's: the result on its way out, tables, a barrier for those of all rows."""
         out = plgpu.SMEM((WARPGROUPS, ROWS, self.tuned.columns), jnp.float32)
-        table = plgpu.SMEM((WARPGROUPS, *self.program.table_shape), HALVES[self.program.kind])
-        return [out, table] if self.program.decoder.shared else [out]
+        if not self.program.decoder.shared:
+            return [out]
+        shape, half = self.program.table_shape, HALVES[self.program.kind]
+        if self.program.weights.books:
+            return [out, plgpu.SMEM(shape, half), plgpu.Barrier()]
+        return [out, plgpu.SMEM((WARPGROUPS, *shape), half)]
 
     @property
     def leaves(self) -> dict[str, list[Element]]:
@@ -124,13 +130,24 @@ class _Schedule:
         count = 1 + len(self.scratch)
         inputs, (out, staging, *shared) = refs[:-count], refs[-count:]
         words, parameters, x = self.sorted(inputs)
+        books = parameters[len(self.leaves) :]
         row, part, column = (lax.axis_index(name) for name in ("row", "part", "column"))
         group = lax.axis_index("group")
         tuned, verbs = self.tuned, self.verbs
         steps = self.shape.stages // tuned.parts
 
+        for book in books:
+
+            @pl.when(group == 0)
+            def _(book: Any = book) -> None:
+                plgpu.copy_gmem_to_smem(book, *shared)
+
+        table = (shared[0] if books else shared[0].at[group]) if shared else None
+
         def compute(pipeline: Callable[..., Any]) -> None:
-            tables = self.tables(parameters, row * WARPGROUPS + group, *(ref.at[group] for ref in shared))
+            for _, barrier in [shared] if books else []:
+                plgpu.barrier_wait(barrier)
+            tables = self.tables(parameters, row * WARPGROUPS + group, None if books else table)
             verbs.accumulate(staging.at[group], lambda acc: pipeline((acc, *tables)))
             plgpu.commit_smem()
             n, m = (row * WARPGROUPS + group) * ROWS, column * tuned.columns
@@ -140,24 +157,23 @@ class _Schedule:
 
         def step(_: Any, *args: Any) -> Any:
             *stage, (acc, *tables) = args
-            table = shared[0].at[group] if shared else None
             self.step(group, acc, table, tables, *stage)
             return acc, *tables
 
         plgpu.emit_pipeline_warp_specialized(
             step, grid=(steps,), in_specs=self.specs(row, part * steps, column), wg_axis="group",
             num_compute_wgs=WARPGROUPS, memory_registers=40, max_concurrent_steps=tuned.depth, compute_context=compute,
-        )(*words, *([] if self.program.of_rows else parameters), x)  # fmt: skip
+        )(*words, *([] if self.program.of_rows else parameters[: len(self.leaves)]), x)  # fmt: skip
 
     def sorted(self, refs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Any]:
-        """Words, parameters and x."""
+        """Words; parameters, and tables of all rows; x."""
         count = len(self.program.words)
         return refs[:count], refs[count:-1], refs[-1]
 
     def stored(self, parameters: Sequence[Any], at: jax.Array) -> list[jax.Array]:
         """The program's inputs from its leaves, for one tile of rows."""
         leaves = self.leaves
-        refs = dict(zip(leaves, parameters, strict=True))
+        refs = dict(zip(leaves, parameters, strict=False))
         places = [(refs[e.leaf.name], (at, g, leaves[e.leaf.name].index(e))) for e, g in self.program.inputs]
         return [self.verbs.rows(ref.at[place], not self.program.of_rows) for ref, place in places]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lowbit.ir.dtypes import is_float
-from lowbit.kernels.decoders import Decoder, Eights, OneBit, ScaledIntegers, SignedTable, TwoBits, Wide
+from lowbit.kernels.computed import Books, Bytes
+from lowbit.kernels.decoders import STAGE, Decoder, Eights, OneBit, ScaledIntegers, SignedTable, TwoBits, Wide
 from lowbit.kernels.tables import is_odd
 from lowbit.passes.pointwise import COMPUTED_BITS, Pointwise
 from lowbit.passes.scalar import Number, Product, Scalar, Sum, elements, number, plus, times
@@ -19,6 +20,8 @@ def pick(weights: Pointwise, first: int | None = None, shared: bool = False) -> 
       first: bits of the code that are decoded alone too, at another width.
       shared: whether the tables of 16 entries and more are those of rows, to be held in shared memory.
     """
+    if weights.computed:
+        return Books(weights, STAGE) if weights.books else Bytes(weights)
     base = min(3 if first is None else first, 3)
     if weights.bits > COMPUTED_BITS:
         return Wide(weights.bits, base)

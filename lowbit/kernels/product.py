@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from lowbit.ir.dtypes import short
+from lowbit.kernels.alu import HALVES
 from lowbit.kernels.arrange import Fields
-from lowbit.kernels.lanes import STAGE
+from lowbit.kernels.decoders import STAGE
+from lowbit.kernels.lanes import Program
 from lowbit.kernels.layout import Layout
 from lowbit.kernels.mma import COLUMNS_A_BLOCK, Shape, Tuning, mma, tuning
 from lowbit.kernels.verbs import Verbs
@@ -33,5 +35,24 @@ def product(
     program, shape = of.program(kind, at), Shape(padded, of.tiles, of.stages)
     run = mma(program, shape, tuned or tuning(shape, program), verbs)
     x_padded = jnp.pad(x, ((0, padded - m), (0, of.stages * STAGE - of.k)))
-    parts = run(*(fields[name] for name in of.read(at)), x_padded)
+    stored = [fields[name] for name in of.read(at) if name not in of.books]
+    tables = [_tables(program, fields)] if program.weights.books else []
+    parts = run(*stored, *tables, _in_order(x_padded, program.decoder.consecutive))
     return parts.sum(0)[: of.n, :m].T.astype(x.dtype)
+
+
+def _in_order(x: jax.Array, consecutive: int) -> jax.Array:
+    """x with its inputs where WGMMA reads them, if a lane has more than two that follow each other."""
+    blocks = x.reshape(len(x), -1, 4, consecutive // 2, 2)  # quarter of a warp's row, pair, input
+    return blocks.swapaxes(2, 3).reshape(x.shape)
+
+
+def _tables(program: Program, fields: Fields) -> jax.Array:
+    """What `program.table_shape` says, from tables as they are stored."""
+    each = []
+    for lookup in program.decoder.lookups:
+        at = [int(w.values[0, 0]) for w in lookup.at]
+        kept = {lookup.axis, len(at) - 1}
+        entries = fields[lookup.table.name][tuple(slice(None) if i in kept else p for i, p in enumerate(at))]
+        each.append(entries.astype(HALVES[program.kind]))
+    return jnp.broadcast_to(jnp.stack(each)[:, :, None], program.table_shape)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 from lowbit.kernels.alu import XOR, Alu, Half, Register
-from lowbit.passes.scalar import Element, Node, Number, Product, Scalar, Sum, negated
+from lowbit.passes.scalar import Element, Lookup, Node, Number, Product, Scalar, Step, Sum, negated
 
 REVERSED = 0x0123
 ONES: dict[Half, int] = {"f16": 0x3C003C00, "bf16": 0x3F803F80}
@@ -37,6 +37,8 @@ class Builder:
                 return self.alu.f32("mul", self.node(a), self.node(b))
             case Element():
                 return self.alu.widen(self.stored[node], node.leaf.dtype)
+            case Step() | Lookup():
+                raise AssertionError("no entry of a table is a step or a look-up")
             case _:
                 assert_never(node)
 

@@ -17,9 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from lowbit.compat import load, transposed
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES
-from lowbit.kernels.decoders import ROWS
+from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lane_gpu import ROW, WORDS, in_registers, tables_in_registers
-from lowbit.kernels.lanes import STAGE, Program, in_numpy, tables_in_numpy
+from lowbit.kernels.lanes import Program, in_numpy, tables_in_numpy
 
 Ref = Any
 
@@ -111,8 +111,8 @@ class Twin:
 
     def decode(self, program: Program, table: Ref, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
         def decoded(table: Any, words: Sequence[Any], *stored: Any) -> Any:
-            entries = None if table is None else np.asarray(table)[:, :ROWS]
-            return in_numpy(program, [np.asarray(w) for w in words], *map(np.asarray, stored), table=entries)
+            shared = None if table is None else np.asarray(table)
+            return in_numpy(program, [np.asarray(w) for w in words], *map(np.asarray, stored), table=shared)
 
         out = jax.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind])
         return jax.pure_callback(decoded, out, None if table is None else table[...], list(words), *stored)

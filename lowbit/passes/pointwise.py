@@ -33,7 +33,22 @@ from lowbit.ir.expr import (
     Split,
     Unpack,
 )
-from lowbit.passes.scalar import Element, Index, Number, Scalar, Where, elements, number, plus, times
+from lowbit.passes.scalar import (
+    Element,
+    Index,
+    Lookup,
+    Node,
+    Number,
+    Product,
+    Scalar,
+    Step,
+    Sum,
+    Where,
+    elements,
+    number,
+    plus,
+    times,
+)
 
 CODE_BITS = 8
 """Most bits of a weight's code."""
@@ -56,7 +71,8 @@ class Pointwise:
 
     Attributes:
       codes: the stored fields that make the code, least significant first.
-      entries: the weight for each value of the code.
+      entries: the weight for each value of the code; or what it is made of with steps and look-ups, which say
+        themselves what they do with a code.
     """
 
     codes: tuple[Element, ...]
@@ -65,6 +81,21 @@ class Pointwise:
     @property
     def bits(self) -> int:
         return sum(code_width(c) for c in self.codes)
+
+    @property
+    def grain(self) -> int:
+        """Consecutive inputs that have one code."""
+        return self.codes[0].span or 1
+
+    @property
+    def computed(self) -> bool:
+        """Whether the weight is one expression, with steps or look-ups, instead of an entry for each code."""
+        return len(self.entries) == 1
+
+    @property
+    def books(self) -> dict[str, Param]:
+        """Tables that all rows share."""
+        return {e.table.name: e.table for _, node in self.entries for e in leaves(node) if isinstance(e, Lookup)}
 
     @property
     def is_table(self) -> bool:
@@ -82,9 +113,11 @@ def pointwise(decode: Expr) -> Pointwise:
     sizes = decode.dims
     here = {"n": np.arange(sizes["n"])[:, None], "k": np.arange(sizes["k"])[None, :]}
     first = _Reader({})
-    first.at(decode, here)
+    weight = first.at(decode, here)
     codes = tuple(first.codes)
     widths = [code_width(c) for c in codes]
+    if any(isinstance(e, Step | Lookup) for e in leaves(weight[1])):
+        return Pointwise(codes, (weight,))
     if not 1 <= sum(widths) <= CODE_BITS:
         raise UnsuitableError(f"a weight's code has {sum(widths)} bits, and a kernel's table takes 1 to {CODE_BITS}")
     entries = []
@@ -97,6 +130,11 @@ def pointwise(decode: Expr) -> Pointwise:
             what = f"a weight's code has {sum(widths)} bits, and with more than {COMPUTED_BITS}"
             raise UnsuitableError(f"{what} its values must be a stored table of its row")
     return Pointwise(codes, tuple(entries))
+
+
+def leaves(node: Node) -> list[Node]:
+    """What an expression is made of, from the left."""
+    return [*leaves(node.a), *leaves(node.b)] if isinstance(node, Sum | Product) else [node]
 
 
 def _is_of_a_row(entry: Scalar) -> bool:
@@ -135,6 +173,8 @@ class _Reader:
             case Contract():
                 return self._contract(e, here)
             case Gather(table, index, dim):
+                if isinstance(table, Param) and not _is_of_rows(table, dim, here):
+                    return 1, self._lookup(table, index, dim, here)
                 sign, code = self.at(index, here)
                 if not isinstance(code, Number):
                     raise UnsuitableError("an index is made of parameters, not of code bits")
@@ -147,7 +187,11 @@ class _Reader:
                 return self.at(x, here)
             case Split() | Merge() | Slice() | Concat():
                 return self.at(*_moved(e, here))
-            case Bitcast() | Bucket() | Pad() | Call():
+            case Call(name, args):
+                return 1, self._step(name, args, here)
+            case Bitcast(x, dtype, None):
+                return 1, self._step(f"bitcast_{dtype}", (x,), here)
+            case Bitcast() | Bucket() | Pad():
                 raise UnsuitableError(f"a step of its decode is a {type(e).__name__}")
             case _:
                 assert_never(e)
@@ -161,6 +205,33 @@ class _Reader:
         code_width(e)
         self.codes[e] = None
         return number(self.assigned.get(e, 0))
+
+    def _step(self, name: str, args: tuple[Expr, ...], here: Position) -> Step:
+        before = set(self.codes)
+        found = []
+        for arg in args:
+            inside = _Reader({})
+            inside.at(arg, here)
+            if not (isinstance(arg, Param) and len(inside.codes) == 1):
+                raise UnsuitableError(f"the step {name!r} is not of stored codes alone")
+            found += inside.codes
+        if before & set(found) or len(set(found)) < len(found):
+            raise UnsuitableError(f"codes that the step {name!r} takes are used elsewhere")
+        self.codes |= dict.fromkeys(found)
+        return Step(name, tuple(found))
+
+    def _lookup(self, table: Param, index: Expr, dim: str, here: Position) -> Lookup:
+        inside = _Reader({})
+        inside.at(index, here)
+        places = []
+        for code in inside.codes:
+            sign, value = _Reader({code: 1}).at(index, here)
+            if not isinstance(value, Number) or sign < 0:
+                raise UnsuitableError(f"what is looked up in {table.name!r} is made of parameters")
+            places.append((code, int(value.value)))
+        self.codes |= inside.codes
+        at = tuple(Where.of(np.zeros((1, 1), np.int64) if d == dim else here[d]) for d in table.dims)
+        return Lookup(table, at, list(table.dims).index(dim), tuple(places))
 
     def _contract(self, e: Contract, here: Position) -> Scalar:
         sizes = {d: n for f in e.factors for d, n in f.dims.items() if d in e.over}
@@ -177,6 +248,11 @@ class _Reader:
         for term in terms:
             total = plus(total, term)
         return total
+
+
+def _is_of_rows(table: Param, looked_up: str, here: Position) -> bool:
+    others = [d for d in table.dims if d != looked_up]
+    return "n" in others or any(here[d].shape[0] > 1 for d in others)
 
 
 def _parity(terms: list[Scalar]) -> Scalar:

@@ -85,7 +85,30 @@ class Product:
     b: Node
 
 
-Node = Number | Element | Sum | Product
+@dataclass(frozen=True)
+class Step:
+    """An opaque step of the weight's code fields: a `Call`."""
+
+    name: str
+    codes: tuple[Element, ...]
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """An entry of a stored table that all rows share.
+
+    Attributes:
+      at: the position along each dim of the table, where the code is zero.
+      code: the fields that it is made of, and what one of each counts along `axis`.
+    """
+
+    table: Param
+    at: tuple[Where, ...]
+    axis: int
+    code: tuple[tuple[Element, int], ...]
+
+
+Node = Number | Element | Sum | Product | Step | Lookup
 Scalar = tuple[int, Node]
 """A sign (1 or -1) and what it applies to."""
 
@@ -132,7 +155,7 @@ def times(x: Scalar, y: Scalar) -> Scalar:
 
 
 def elements(*nodes: Node) -> dict[Element, None]:
-    """The stored elements below, in order, each once."""
+    """The stored elements below that are no code, in order, each once."""
     out: dict[Element, None] = {}
     for node in nodes:
         match node:
@@ -140,6 +163,6 @@ def elements(*nodes: Node) -> dict[Element, None]:
                 out[node] = None
             case Sum(a, b) | Product(a, b):
                 out |= elements(a, b)
-            case Number():
+            case Number() | Step() | Lookup():
                 pass
     return out

@@ -16,9 +16,9 @@ import lowbit as lb
 from lowbit.ir import cast, evaluate, param
 from lowbit.kernels import alu
 from lowbit.kernels.alu import HALVES, NumpyAlu
-from lowbit.kernels.decoders import COLUMNS, ROWS, Eights, OneBit, ScaledIntegers, SignedTable, TwoBits
+from lowbit.kernels.decoders import COLUMNS, ROWS, STAGE, Eights, OneBit, ScaledIntegers, SignedTable, TwoBits
 from lowbit.kernels.lane_gpu import ROW, WORDS
-from lowbit.kernels.lanes import LANES, STAGE, Program, from_registers, groups_of, row_registers
+from lowbit.kernels.lanes import LANES, Program, from_registers, groups_of, row_registers
 from lowbit.kernels.layout import layout
 from lowbit.kernels.pick import LARGEST_ZERO, pick
 from lowbit.passes.pointwise import pointwise

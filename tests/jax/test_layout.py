@@ -22,8 +22,8 @@ import lowbit as lb
 from lowbit import io
 from lowbit.array import QuantArray, laid_out, own
 from lowbit.ir import Concat, Expr, Gather, Slice, Unpack, const, merge, param
-from lowbit.kernels.decoders import ROWS
-from lowbit.kernels.lanes import STAGE
+from lowbit.kernels import product as launch
+from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.layout import Layout, layout
 from lowbit.kernels.verbs import HALVES
 from lowbit.ops import take
@@ -72,13 +72,14 @@ def by_lanes(w: QuantArray, kind: Any) -> Array:
     of = kernel_layout(w.type)
     p = of.program(kind, readings(w.type).index(w.type.decode))
     fields = {name: np.asarray(a) for name, a in w.fields.items()}
+    books = np.asarray(launch._tables(p, w.fields)) if of.books else None
     out = np.zeros((of.tiles * ROWS, of.stages * STAGE))
     for tile in range(of.tiles):
         for stage in range(of.stages):
             stored = [fields[e.leaf.name][tile, group_at(e, stage, g), index(of, e)] for e, g in p.inputs]
             words = [fields[name][tile, stage] for name in list(of.words)[: len(p.words)]]
             here = np.s_[tile * ROWS : (tile + 1) * ROWS, stage * STAGE : (stage + 1) * STAGE]
-            out[here] = staged(p, words, *stored)
+            out[here] = staged(p, words, *stored, books=books)
     return out[: of.n, : of.k]
 
 

@@ -12,8 +12,8 @@ from lowbit.formats.format import Format
 from lowbit.ir.dtypes import bits as dtype_bits
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES, Half
-from lowbit.kernels.decoders import ROWS
-from lowbit.kernels.lanes import LANES, STAGE
+from lowbit.kernels.decoders import ROWS, STAGE
+from lowbit.kernels.lanes import LANES
 from lowbit.kernels.product import product
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from tests.fp3 import fp3_rows
@@ -57,6 +57,12 @@ def catalog() -> Iterator[Listed]:
         nested = lb.any_precision(lo, 8, width=width)
         for kind in SCALES:
             yield listed(f"any_precision{lo}_at_{width}_{kind}_m8", nested, kind, 8, 1.0)
+    for kind, half in SCALES.items():
+        yield listed(f"codebook_m1v4_{kind}_m8", lb.codebook(1, 8, vec=4, group=128, scale_dtype=half), kind, 8, 1.0)
+        yield listed(f"codebook_m2v8_{kind}_m8", lb.codebook(2, 8, vec=8, group=128, scale_dtype=half), kind, 8, None)
+    for m in (8, 64, 256):
+        yield listed(f"nested_fp_at_16_f16_m{m}", lb.nested_fp(), "f16", m, 1.0 if m == 8 else None)
+    yield listed("nested_fp_at_16_bf16_m8", lb.nested_fp(), "bf16", 8, None)
     for width in (5, 8):
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
