@@ -18,6 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from lowbit.kernels.alu import HALVES, Half, HalfOp, Register
+from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES, Program, at_once
 
@@ -145,8 +146,10 @@ def in_registers(program: Program, table: Any, words: Sequence[jax.Array], *stor
         del ctx
         refs, operands = operands[: len(shared)], operands[len(shared) :]
         arrays, rows = operands[: len(words)], operands[len(words) :]
-        places = _tables_of_all if program.weights.books else _tables_of_rows
-        tables = [place for ref in refs for place in places(ref)]
+        tables = []
+        for ref in refs:
+            at = program.decoder
+            tables += _tables_of_all(ref, at.shape) if isinstance(at, Books) else _tables_of_rows(ref)
         registers = program(GpuAlu(), [_raw(a) for a in arrays], *map(_raw, rows), shared=tables)
         return _fragments(registers, program.kind)
 
@@ -161,9 +164,9 @@ def _tables_of_rows(ref: Any) -> list[tuple[Register, int]]:
     return [(ptx("mad.lo.u32 $0, $1, 2, $2;", row, arith.addi(first, constant(16 * h))), stride) for h in range(2)]
 
 
-def _tables_of_all(ref: Any) -> list[tuple[Register, int]]:
+def _tables_of_all(ref: Any, shape: tuple[int, int, int, int]) -> list[tuple[Register, int]]:
     """For each of some tables, where the first entry is in the copy that the lane reads; and the bytes of an entry."""
-    count, entries, copies, size = ir.MemRefType(ref.type).shape
+    count, entries, copies, size = shape
     first, lane = llvm.ptrtoint(i32(), utils.memref_ptr(ref)), _lane()
     own = ptx("{ .reg .b32 c; and.b32 c, $1, $2; mad.lo.u32 $0, c, $3, $4; }", lane, copies - 1, 2 * size, first)
     stride = 2 * size * copies

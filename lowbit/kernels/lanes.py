@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from lowbit.passes.scalar import Element
 
 LANES = 128
 PADDED = ROWS + 2
+TMA_ROW = 256
+"""Elements that a copy takes at most along a dim."""
 Array = np.ndarray[Any, Any]
 
 
@@ -60,10 +62,10 @@ class Program:
 
     @property
     def table_shape(self) -> tuple[int, ...]:
-        """Of what is in shared memory, in halves: tables of all rows [look-up, entry, copy, vector]; or those of a
-        tile's rows [entry, row], PADDED so that the entries of a row lie in other banks."""
+        """Of what is in shared memory, in halves: tables of all rows, flat, as TMA takes them; or those of a tile's
+        rows [entry, row], PADDED so that the entries of a row lie in other banks."""
         if isinstance(self.decoder, Books):
-            return self.decoder.shape
+            return prod(self.decoder.shape) // TMA_ROW, TMA_ROW
         return len(self.weights.entries), PADDED
 
     @property
@@ -160,8 +162,8 @@ def _lane_words(words: Array) -> Array:
 
 
 def _tables_of_lanes(program: Program, table: Array) -> list[Array]:
-    if program.weights.books:
-        return list(table[:, :, 0])  # the copies are alike
+    if isinstance(program.decoder, Books):
+        return list(table.reshape(program.decoder.shape)[:, :, 0])  # the copies are alike
     return [np.stack(t, 1) for t in zip(*map(row_registers, table[:, :ROWS]), strict=True)]
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lowbit.ir.dtypes import short
 from lowbit.kernels.alu import HALVES
 from lowbit.kernels.arrange import Fields
+from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import STAGE
 from lowbit.kernels.lanes import Program
 from lowbit.kernels.layout import Layout
@@ -36,8 +37,9 @@ def product(
     run = mma(program, shape, tuned or tuning(shape, program), verbs)
     x_padded = jnp.pad(x, ((0, padded - m), (0, of.stages * STAGE - of.k)))
     stored = [fields[name] for name in of.read(at) if name not in of.books]
-    tables = [_tables(program, fields)] if program.weights.books else []
-    parts = run(*stored, *tables, _in_order(x_padded, program.decoder.consecutive))
+    decoder = program.decoder
+    tables = [shared_tables(program, decoder, fields)] if isinstance(decoder, Books) else []
+    parts = run(*stored, *tables, _in_order(x_padded, decoder.consecutive))
     return parts.sum(0)[: of.n, :m].T.astype(x.dtype)
 
 
@@ -47,12 +49,12 @@ def _in_order(x: jax.Array, consecutive: int) -> jax.Array:
     return blocks.swapaxes(2, 3).reshape(x.shape)
 
 
-def _tables(program: Program, fields: Fields) -> jax.Array:
-    """What `program.table_shape` says, from tables as they are stored."""
+def shared_tables(program: Program, decoder: Books, fields: Fields) -> jax.Array:
+    """Tables of all rows as they are copied to shared memory, from what is stored."""
     each = []
-    for lookup in program.decoder.lookups:
+    for lookup in decoder.lookups:
         at = [int(w.values[0, 0]) for w in lookup.at]
         kept = {lookup.axis, len(at) - 1}
         entries = fields[lookup.table.name][tuple(slice(None) if i in kept else p for i, p in enumerate(at))]
         each.append(entries.astype(HALVES[program.kind]))
-    return jnp.broadcast_to(jnp.stack(each)[:, :, None], program.table_shape)
+    return jnp.broadcast_to(jnp.stack(each)[:, :, None], decoder.shape).reshape(program.table_shape)

@@ -22,9 +22,9 @@ import lowbit as lb
 from lowbit import io
 from lowbit.array import QuantArray, laid_out, own
 from lowbit.ir import Concat, Expr, Gather, Slice, Unpack, const, merge, param
-from lowbit.kernels import product as launch
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.layout import Layout, layout
+from lowbit.kernels.product import shared_tables
 from lowbit.kernels.verbs import HALVES
 from lowbit.ops import take
 from lowbit.passes.pointwise import UnsuitableError
@@ -57,13 +57,18 @@ def linear(fmt: lb.Format, n: int = 12, k: int = 70) -> nnx.Module:
 def unpadded(w: QuantArray) -> dict[str, Array]:
     """The fields, bits of the planes that pad a group or the last one cleared."""
     fields = {name: np.asarray(a) for name, a in w.fields.items()}
-    planes, k = fields["planes"], dict(w.type.dims)["k"]
+    k, options = dict(w.type.dims)["k"], dict(w.type.format.options)
+    if "codes" in fields:
+        groups, vectors = fields["codes"].shape[2:]
+        used = np.arange(groups * vectors).reshape(groups, vectors) < -(-k // options["vec"])
+        return {**fields, "codes": np.where(used, fields["codes"], 0)}
+    planes = fields["planes"]
     if w.type.format.name == "fp3_rows":
         used = np.arange(8 * planes.shape[-1]) < k
     else:
-        size = min(dict(w.type.format.options).get("group") or k, k)
+        size, vec = min(options.get("group") or k, k), options.get("vec", 1)
         t = np.arange(8 * planes.shape[-1])
-        used = (t < size) & (np.arange(planes.shape[2])[:, None] * size + t < k)
+        used = (t < -(-size // vec)) & (np.arange(planes.shape[-2])[:, None] * size + t * vec < k)
     return {**fields, "planes": planes & np.packbits(used, axis=-1, bitorder="little")}
 
 
@@ -72,7 +77,7 @@ def by_lanes(w: QuantArray, kind: Any) -> Array:
     of = kernel_layout(w.type)
     p = of.program(kind, readings(w.type).index(w.type.decode))
     fields = {name: np.asarray(a) for name, a in w.fields.items()}
-    books = np.asarray(launch._tables(p, w.fields)) if of.books else None
+    books = np.asarray(shared_tables(p, p.decoder, w.fields)) if of.books else None
     out = np.zeros((of.tiles * ROWS, of.stages * STAGE))
     for tile in range(of.tiles):
         for stage in range(of.stages):
@@ -124,12 +129,33 @@ CASES = [
     (lb.any_precision(2, 6), 64, 70, "f16"),
     (lb.any_precision(3, 8, table_dtype="bfloat16"), 3, 300, "bf16"),
     (lb.any_precision(4, 5), 5, 64, "f16"),
+    (lb.any_bcq(2, 4, group=32), 70, 100, "bf16"),
+    # Vectors from tables that all rows share: words of 2 to 12 a lane, codes across words, part of a vector at the end.
+    (lb.codebook(1, 8, vec=4, group=128), 70, 300, "f16"),
+    (lb.codebook(2, 8, vec=8), 64, 301, "bf16"),
+    (lb.codebook(2, 6, vec=4, group=64, scale_dtype="float16"), 13, 512, "f16"),
+    (lb.codebook(1, 10, vec=2, group=32), 100, 70, "f16"),
+    (lb.codebook(1, 8, vec=16), 70, 256, "bf16"),
 ]
 
 
 @pytest.mark.parametrize(("fmt", "n", "k", "kind"), CASES, ids=lambda v: str(v))
 def test_arrays_come_back_and_lanes_read_the_same_weights(fmt: lb.Format, n: int, k: int, kind: str) -> None:
     check(some(fmt, n, k), kind)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_bytes_come_back_and_lanes_rebuild_the_same_floats(kind: str) -> None:
+    upper = jnp.delete(jnp.arange(256, dtype=jnp.uint8), np.array([0x7F, 0xFF]))  # all but NaN
+    fields = {
+        "upper": jnp.repeat(upper[:, None], 256, 1),
+        "lower": jnp.tile(jnp.arange(256, dtype=jnp.uint8), (254, 1)),
+    }
+    w = QuantArray.of(fields, QuantType((("n", 254), ("k", 256)), "f16", lb.nested_fp()))
+    there = laid_out(w)
+    assert_same({n: np.asarray(a) for n, a in own(there).fields.items()}, {n: np.asarray(a) for n, a in fields.items()})
+    want = np.asarray(lb.dequantize(w)).astype(HALVES[kind]).astype(np.float64)
+    np.testing.assert_array_equal(by_lanes(there, kind), want)
 
 
 @pytest.mark.slow

@@ -94,6 +94,20 @@ def test_the_twin_reads_every_width(width: int, kind: Any) -> None:
     check(lb.any_precision(2, 5, width=width), kind, 3, 65, 301, Tuning(columns=8, parts=2, depth=2))
 
 
+@pytest.mark.parametrize(
+    ("fmt", "kind"),
+    [
+        (lb.codebook(1, 8, vec=4, group=128), "f16"),
+        (lb.codebook(1, 4, vec=16, scale_dtype="bfloat16"), "bf16"),
+        (lb.any_bcq(2, 3, group=128), "bf16"),
+        (lb.nested_fp(), "f16"),
+    ],
+    ids=str,
+)
+def test_the_twin_of_other_decoders(fmt: lb.Format, kind: Any) -> None:
+    check(fmt, kind, 3, 65, 301, Tuning(columns=8, parts=2, depth=2))
+
+
 @pytest.mark.slow
 def test_it_runs_with_parameters_of_its_own_choice() -> None:
     check(lb.uniform(4, group=64), "bf16", 3, 13, 1500, None)  # six stages

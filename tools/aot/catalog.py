@@ -58,7 +58,8 @@ def catalog() -> Iterator[Listed]:
         for kind in SCALES:
             yield listed(f"any_precision{lo}_at_{width}_{kind}_m8", nested, kind, 8, 1.0)
     for kind, half in SCALES.items():
-        yield listed(f"codebook_m1v4_{kind}_m8", lb.codebook(1, 8, vec=4, group=128, scale_dtype=half), kind, 8, 1.0)
+        yield listed(f"codebook_m1v4_f32_scales_{kind}_m8", lb.codebook(1, 8, vec=4, group=128), kind, 8, 1.0)
+        yield listed(f"codebook_m1v4_{kind}_m8", lb.codebook(1, 8, vec=4, group=128, scale_dtype=half), kind, 8, None)
         yield listed(f"codebook_m2v8_{kind}_m8", lb.codebook(2, 8, vec=8, group=128, scale_dtype=half), kind, 8, None)
     for m in (8, 64, 256):
         yield listed(f"nested_fp_at_16_f16_m{m}", lb.nested_fp(), "f16", m, 1.0 if m == 8 else None)
