@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import lowbit as lb
 from lowbit.kernels.layout import Layout, layout
-from lowbit.passes.scalar import Element, Node, Number, Product, Scalar, Sum
+from lowbit.passes.scalar import Element, Lookup, Node, Number, Product, Scalar, Step, Sum
 
 FORMATS = {"uniform4": lb.uniform(4, group=128), **{f"bcq{b}": lb.bcq(b, group=128) for b in (2, 3, 4)}}
 BATCHES = (1, 16, 2048)
@@ -33,6 +33,10 @@ def _node(node: Node) -> str:
             return leaf.name + "".join(f"[{i}]" for i in fixed)
         case Sum(a, b, minus):
             return f"({_node(a)} {'-' if minus else '+'} {_node(b)})"
+        case Step(name, codes):
+            return f"{name}({', '.join(e.leaf.name for e in codes)})"
+        case Lookup(table, code=code):
+            return f"{table.name}[{', '.join(dict.fromkeys(e.leaf.name for e, _ in code))}]"
         case Product(a, b):
             return f"{_node(a)} {_node(b)}"
 

@@ -208,7 +208,7 @@ class _Reader:
 
     def _step(self, name: str, args: tuple[Expr, ...], here: Position) -> Step:
         before = set(self.codes)
-        found = []
+        found: list[Element] = []
         for arg in args:
             inside = _Reader({})
             inside.at(arg, here)
