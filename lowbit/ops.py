@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit.array import QuantArray, expect_array, over_stack, own
+from lowbit.by_kernel import by_fp8, by_mma, dense
 from lowbit.devices import is_hopper
 from lowbit.dispatch import by_platform
 from lowbit.ir.build import param
@@ -34,7 +35,7 @@ from lowbit.planning import (
     machine_of,
     planned,
 )
-from lowbit.quant_type import QuantType, kernel_layout, readings
+from lowbit.quant_type import QuantType
 from lowbit.widths import at_width
 
 Mode = Literal["vjp", "jvp"]
@@ -213,7 +214,7 @@ def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], plain: bo
     planned_here = planned(x.shape[0], t, short(x.dtype), jax.default_backend(), plain)
     choice = planned_here.choice(FORCED.value)
     if choice.name == "dense":
-        return _dense(t, x, fields)
+        return dense(t, x, fields)
     term = choice.term if isinstance(choice, Form) else planned_here.term
     return _emit_in_order(term, {**own(QuantArray(fields, t)).fields, "x": x}, ("m", "n"), x.dtype)
 
@@ -227,13 +228,6 @@ def _differentiable(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) ->
     return _forward(t, rounded + (x - jax.lax.stop_gradient(x)), fields, True).astype(x.dtype)
 
 
-def _dense(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
-    """The weight decoded to x's dtype, then one product."""
-    w = align(emit(t.decode, own(QuantArray(fields, t)).fields), t.decode.dims, dict(t.dims)).astype(x.dtype)
-    axis = [dim for dim, _ in t.dims].index("k")
-    return jax.lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
-
-
 @partial(jax.jit, static_argnums=0)
 def _laid_out(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
     """On a Hopper GPU as planned there, elsewhere by the term: in one program for all platforms."""
@@ -245,14 +239,8 @@ def _laid_out(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.A
     by_term = partial(_forward, t)
     if isinstance(choice, Form):
         return by_term(x, fields)
-    cuda = partial(_by_kernel if choice.name == "mma" else _dense, t)
+    cuda = partial({"mma": by_mma, "fp8": by_fp8, "dense": dense}[choice.name], t)
     return by_platform(cuda, by_term, x, fields)
-
-
-def _by_kernel(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
-    from lowbit.kernels.product import product  # imports Mosaic GPU, which other platforms do without
-
-    return product(kernel_layout(t), x, fields, at=readings(t).index(t.decode))
 
 
 def _emit_in_order(

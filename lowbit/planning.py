@@ -20,7 +20,7 @@ from lowbit.ir.dtypes import bits, short
 from lowbit.ir.expr import Expr, Param
 from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params, topo
-from lowbit.kernels.choice import KERNELS, KernelChoice, kernel_choices, restoring
+from lowbit.kernels.choice import KERNELS, KernelChoice, fp8_choice, kernel_choices, restoring
 from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.pipeline import PIPELINES
 from lowbit.passes.style import Style
@@ -189,7 +189,7 @@ def planned(m: int, t: QuantType, dtype: Any, platform: str, plain: bool = False
     x, product = _product(m, t, dtype, plain)
     made = forms(product, machine)
     stored = t.bits // 8
-    before = restoring(prod(t.shape), stored, t.layout)  # the forms take the format's own layout
+    before = restoring(readings(t), stored, t.layout)  # the forms take the format's own layout
     made = tuple(replace(f, nanoseconds=f.nanoseconds + before) for f in made)
     read = cost(t.decode).bytes if t.format.widths else stored  # of one width
     mma, dense = kernel_choices(m, readings(t), read, t.layout, dtype, machine.name)
@@ -200,7 +200,9 @@ def planned(m: int, t: QuantType, dtype: Any, platform: str, plain: bool = False
     code = min((e.dtype for e in topo(encoded) if "k" in e.dims), key=bits)
     refused = f"it multiplies x as it is, and {t.format} turns it into {code}"
     none = tuple(replace(k, refused=k.refused or refused) for k in kernels)
-    return Plan(f"x[{m}, k] as {code} @ {t}", machine.name, made, none)
+    fp8 = fp8_choice(m, readings(t), readings(t).index(t.decode), read, t.layout, code, machine.name)
+    fp8 = replace(fp8, refused=fp8.refused or no_kernels_here())
+    return Plan(f"x[{m}, k] as {code} @ {t}", machine.name, made, (fp8, *none))
 
 
 def _product(m: int, t: QuantType, dtype: Any, plain: bool) -> tuple[Param, Expr]:

@@ -24,6 +24,10 @@ AT_ONCE = 4
 
 def arrange(to: Layout, fields: Fields) -> dict[str, jax.Array]:
     """A format's own fields in the kernels' layout. Differentiable in the parameters."""
+    if to.as_stored:
+        rows, inputs = to.tiles * ROWS, to.stages * STAGE
+        whole = {name: jnp.pad(fields[name], ((0, rows - to.n), (0, inputs - to.k))) for name in to.words}
+        return {name: a.reshape(to.tiles, ROWS, inputs) for name, a in whole.items()}
     out = {name: _tiled(to, name, fields[name]) for name in to.leaves}
     stored = {name: _rows_first(to, name, fields[name]) for name in to.code_bits}
     padded = [jnp.pad(a, ((0, to.tiles * ROWS - to.n), (0, 0))) for a in stored.values()]
@@ -37,6 +41,8 @@ def restore(of: Layout, fields: Fields) -> dict[str, jax.Array]:
 
     Tiles beyond the rows of `of` may be missing.
     """
+    if of.as_stored:
+        return {name: fields[name].reshape(-1, of.stages * STAGE)[: of.n, : of.k] for name in of.words}
     out = {name: _untiled(of, name, fields[name]) for name in of.leaves}
     codes = jax.lax.map(partial(_entries, of), {name: fields[name] for name in of.words}, batch_size=AT_ONCE)
     for name, rows in codes.items():

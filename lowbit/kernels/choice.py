@@ -1,6 +1,7 @@
 """Ways to run a product that are no form of its term: whether they can, why not, and what they are predicted to take.
 
 mma      the kernel: weights are decoded on their way to the tensor cores
+fp8      the kernel for weights and activations in e4m3, which the tensor cores multiply as they are
 dense    the weight is decoded once, to halves, and multiplied by the platform's own matrix product
 """
 
@@ -15,7 +16,7 @@ from lowbit.ir.expr import Expr
 from lowbit.kernels.layout import layout
 from lowbit.passes.pointwise import UnsuitableError
 
-KERNELS = ("mma", "dense")
+KERNELS = ("mma", "fp8", "dense")
 BYTES_A_NANOSECOND = 3350 * 0.8
 """Of an H100's memory, at the share of its peak that streaming kernels are expected to reach."""
 PRODUCTS_A_NANOSECOND = 495_000
@@ -51,7 +52,7 @@ def kernel_choices(
     nbytes, products = stored + 2 * m * k, 8 * ceil(m / 8) * n * k
     streamed = nbytes / BYTES_A_NANOSECOND
     fused = LAUNCH + max(streamed, products / (PRODUCTS_A_NANOSECOND * DECODING))
-    dense = 2 * LAUNCH + restoring(n * k, stored, laid_out) + streamed + 4 * n * k / BYTES_A_NANOSECOND
+    dense = 2 * LAUNCH + restoring(readings, stored, laid_out) + streamed + 4 * n * k / BYTES_A_NANOSECOND
     halves = None if machine == "gpu" and dtype in ("f16", "bf16") else _no_halves(dtype, machine)
     return (
         KernelChoice("mma", halves or _no_layout(readings, laid_out), nbytes, fused),
@@ -59,9 +60,31 @@ def kernel_choices(
     )
 
 
-def restoring(weights: int, stored: int, laid_out: str) -> float:
+def fp8_choice(
+    m: int, readings: Sequence[Expr], at: int, stored: int, laid_out: str, code: DType, machine: str
+) -> KernelChoice:
+    """Of x [m, k], which becomes `code`, by a weight that is read as `readings[at]`."""
+    n, k = readings[0].dims["n"], readings[0].dims["k"]
+    nbytes, products = stored + m * k, 8 * ceil(m / 8) * n * k
+    nanoseconds = LAUNCH + max(nbytes / BYTES_A_NANOSECOND, products / (2 * PRODUCTS_A_NANOSECOND * DECODING))
+    refused = _no_float8(readings, at, laid_out, code) if machine == "gpu" else "it is for GPUs"
+    return KernelChoice("fp8", refused, nbytes, nanoseconds)
+
+
+def _no_float8(readings: Sequence[Expr], at: int, laid_out: str, code: DType) -> str | None:
+    if code != "e4m3":
+        return f"it multiplies e4m3, and x becomes {code}"
+    if (why := _no_layout(readings, laid_out)) is not None:
+        return why
+    return None if layout(*readings).weights[at].float8 else "the weights are not stored as e4m3"
+
+
+def restoring(readings: Sequence[Expr], stored: int, laid_out: str) -> float:
     """Nanoseconds to bring an array into its format's own layout: a few loops in which codes are bytes."""
-    return 0.0 if laid_out == "own" else RESTORING_LAUNCHES + 4 * (weights + stored) / BYTES_A_NANOSECOND
+    if laid_out == "own" or layout(*readings).as_stored:
+        return 0.0
+    weights = readings[0].dims["n"] * readings[0].dims["k"]
+    return RESTORING_LAUNCHES + 4 * (weights + stored) / BYTES_A_NANOSECOND
 
 
 def _no_halves(dtype: DType, machine: str) -> str:

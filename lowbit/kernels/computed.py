@@ -77,7 +77,8 @@ class Books(Decoder):
 
 
 class Bytes(Decoder):
-    """A step that is made of whole bytes: four weights at a time, by its lane program."""
+    """A step that is made of whole bytes: four weights at a time, by its lane program. Bytes are not laid out anew: a
+    lane has four of a row, as WGMMA has operands of 8 bits."""
 
     consecutive = 4
 

@@ -23,6 +23,7 @@ from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES, Program, at_once
 
 WORDS = {count: plgpu.Layout.WG_STRIDED((count, LANES), vec_size=at_once(count)) for count in range(1, 65)}
+BYTES = plgpu.Layout.WGMMA_8BIT
 ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -139,7 +140,8 @@ def in_registers(program: Program, table: Any, words: Sequence[jax.Array], *stor
     shared = [] if table is None else [table]
     out = plgpu.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind], layout=plgpu.Layout.WGMMA)
 
-    types = (*(plgpu.RefType() for _ in shared), *(WORDS[n] for n in program.words), *(ROW for _ in stored))
+    held = [BYTES if a.dtype == jnp.uint8 else WORDS[len(a)] for a in words]
+    types = (*(plgpu.RefType() for _ in shared), *held, *(ROW for _ in stored))
 
     @plgpu.inline_mgpu(arg_types=types, return_type=out)
     def decoded(ctx: Any, *operands: Any) -> Any:
@@ -190,12 +192,14 @@ def tables_in_registers(program: Program, count: int, *stored: jax.Array) -> lis
 
 
 def _raw(array: Any) -> list[Register]:
-    """A fragmented array's registers, each 32 bits: elements of 32, or narrower ones of their own."""
+    """A fragmented array's registers, each 32 bits: elements of 32, four bytes, or narrower ones of their own."""
     out: list[Register] = []
     for register in array.registers.flat:
         count = ir.VectorType(register.type).shape[0]
         bits = utils.bitwidth(array.mlir_dtype)
-        if bits == 32:
+        if bits * count == 32:
+            out.append(utils.bitcast(register, i32()))
+        elif bits == 32:
             word = utils.bitcast(register, ir.VectorType.get((count,), i32()))
             out += [vector.extract(word, [], [i]) for i in range(count)]
         else:

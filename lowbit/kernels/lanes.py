@@ -136,7 +136,7 @@ def in_numpy(program: Program, words: Sequence[Array], *stored: Array, table: Ar
     """The stage [ROWS, STAGE] of weights, in halves.
 
     Args:
-      words: array by array u32 [word, LANES], in memory order: vectors of 4 a lane.
+      words: array by array u32 [word, LANES], in memory order: vectors of 4 a lane; or bytes [ROWS, STAGE].
       stored: for each of `program.inputs`, [ROWS]; or what `tables_in_numpy` made of them.
       table: what is in shared memory, of `program.table_shape`.
     """
@@ -158,6 +158,9 @@ def at_once(words: int) -> int:
 
 
 def _lane_words(words: Array) -> Array:
+    if words.dtype == np.uint8:  # [ROWS, STAGE], four inputs of a row in a word
+        of_rows = np.ascontiguousarray(words).view("<u4").reshape(4, 2, 8, -1, 4)  # warp, h, r, slab, q
+        return of_rows.transpose(3, 1, 0, 2, 4).reshape(-1, LANES)
     return words.reshape(-1, LANES, at_once(len(words))).transpose(0, 2, 1).reshape(-1, LANES)
 
 

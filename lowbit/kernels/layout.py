@@ -46,7 +46,9 @@ def layout(*readings: Expr) -> Layout:
             raise UnsuitableError(f"its codes of {more.bits} bits do not begin with those of {fewer.bits}")
     first = readings[0]
     made = Layout(first.dims["n"], first.dims["k"], weights)
-    if taken := params(*readings).keys() & set(made.words):
+    if made.as_stored:
+        _check_rows_of_bytes(made)
+    elif taken := params(*readings).keys() & set(made.words):
         raise UnsuitableError(f"it stores {min(taken)!r} of its own")
     for name, elements in made.leaves.items():
         span = elements[0].span
@@ -57,6 +59,14 @@ def layout(*readings: Expr) -> Layout:
     if lost := params(*readings).keys() - {*made.code_bits, *made.homes, *made.books}:  # and no entry of those is lost
         raise UnsuitableError(f"{min(lost)!r} is part of no weight, and would be lost")
     return made
+
+
+def _check_rows_of_bytes(made: Layout) -> None:
+    for e in made.codes:
+        if tuple(e.leaf.dims.items()) != (("n", made.n), ("k", made.k)) or e.leaf.dtype != "u8":
+            raise UnsuitableError(f"its codes {e.leaf.name!r} are {e.leaf.type}, not u8[n={made.n} k={made.k}]")
+    if made.leaves:
+        raise UnsuitableError(f"its steps have {', '.join(made.leaves)} beside the bytes")
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,19 @@ class Layout:
     @property
     def words(self) -> dict[str, int]:
         """The arrays of codes, and the bits of each code in them."""
+        if self.as_stored:
+            return {e.leaf.name: code_width(e) for e in self.codes}
         more = {f"{WORDS}{b.bits}": b.bits - a.bits for a, b in pairwise(self.weights)}
         return {WORDS: self.first, **more}
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether codes are bytes that kernels read row by row, as the format stores them."""
+        return self.weights[-1].computed and not self.books
+
+    def arrays(self, weights: Pointwise) -> int:
+        """How many arrays of codes a product at that width reads."""
+        return len(weights.codes) if self.as_stored else 1 + self.weights.index(weights)
 
     @property
     def books(self) -> dict[str, Param]:
@@ -105,13 +126,13 @@ class Layout:
     def program(self, kind: Half, at: int = 0) -> Program:
         """How weights are decoded at one of the widths."""
         weights = self.weights[at]
-        arrays = tuple(self.words.values())[: 1 + self.weights.index(weights)]
+        arrays = tuple(self.words.values())[: self.arrays(weights)]
         return Program(weights, kind, arrays, self.nested, self.shared)
 
     def read(self, at: int = 0) -> list[str]:
         """The fields that a product at one of the widths reads, words first."""
         weights = self.weights[at]
-        return [*list(self.words)[: 1 + self.weights.index(weights)], *by_leaf(weights), *weights.books]
+        return [*list(self.words)[: self.arrays(weights)], *by_leaf(weights), *weights.books]
 
     @property
     def nested(self) -> bool:
@@ -148,6 +169,8 @@ class Layout:
     @cached_property
     def fields(self) -> dict[str, Param]:
         """What is stored."""
+        if self.as_stored:
+            return {name: param(name, "u8", t=self.tiles, r=ROWS, k=self.stages * STAGE) for name in self.words}
         counts = self.program("f16", -1).words
         out = {
             name: param(name, "u32", t=self.tiles, s=self.stages, w=count, l=LANES)

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit.ir.dtypes import bits as dtype_bits
 from lowbit.kernels.alu import HALVES
+from lowbit.kernels.computed import Bytes
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES, Program, by_leaf, groups_of
 from lowbit.kernels.layout import WARPGROUPS
@@ -36,6 +37,8 @@ SHARED = 224 << 10
 """Bytes of shared memory for buffers; barriers take the rest."""
 FEW = 16
 """Entries of a table that are fetched at a time."""
+HALF, BYTES = ((plgpu.TilingTransform((8, count)), plgpu.SwizzleTransform(128)) for count in (64, 128))
+"""How buffers of halves and of bytes lie in shared memory, for WGMMA and for lanes to read without bank conflicts."""
 ALIGNED = 1024
 """Bytes that a buffer begins at a multiple of."""
 
@@ -70,8 +73,13 @@ class Tuning:
     depth: int
 
 
-def tuning(shape: Shape, program: Program) -> Tuning:
-    """As few steps as possible of the SM that has most of them, and as many stages in flight as fit."""
+def deepest(shape: Shape, stage: Callable[[int], int], beside: int = 0) -> Tuning:
+    """As few steps as possible of the SM that has most of them, and as many stages in flight as fit.
+
+    Args:
+      stage: bytes of a stage's buffers for so many columns.
+      beside: bytes of shared memory that are taken otherwise.
+    """
     columns = min(shape.m, COLUMNS_A_BLOCK)
     blocks = shape.rows // WARPGROUPS * ceil(shape.m / columns)
 
@@ -79,16 +87,21 @@ def tuning(shape: Shape, program: Program) -> Tuning:
         return ceil(blocks * parts / SMS) * (shape.stages // parts + FILLING)
 
     parts = min((p for p in range(1, shape.stages + 1) if shape.stages % p == 0), key=longest)
+    staging = 4 * WARPGROUPS * ROWS * columns + beside
+    fit = max(2, min(MOST_DEEP, (SHARED - staging) // stage(columns), shape.stages // parts))
+    return Tuning(columns, parts, 1 << fit.bit_length() - 1)  # a power of two: the loop divides by it
+
+
+def tuning(shape: Shape, program: Program) -> Tuning:
+    """The schedule's parameters for a program."""
     tables = 0 if not program.decoder.shared else 1 if program.weights.books else WARPGROUPS
-    staging = 4 * WARPGROUPS * ROWS * columns + 2 * tables * prod(program.table_shape)
     parameters = sum(WARPGROUPS * ROWS * dtype_bits(e.leaf.dtype) // 8 for e, _ in program.inputs)
     leaves = {e.leaf for e in program.weights.parameters}
     words = 4 * WARPGROUPS * sum(program.words) * LANES
     if program.of_rows:  # and so not fetched stage by stage
         parameters, leaves = 0, set()
-    stage = 2 * columns * STAGE + words + parameters + ALIGNED * (len(leaves) + len(program.words) - 1)
-    fit = max(2, min(MOST_DEEP, (SHARED - staging) // stage, shape.stages // parts))
-    return Tuning(columns, parts, 1 << fit.bit_length() - 1)  # a power of two: the loop divides by it
+    rest = words + parameters + ALIGNED * (len(leaves) + len(program.words) - 1)
+    return deepest(shape, lambda columns: 2 * columns * STAGE + rest, 2 * tables * prod(program.table_shape))
 
 
 def mma(program: Program, shape: Shape, tuned: Tuning, verbs: Verbs | None = None) -> Callable[..., jax.Array]:
@@ -202,7 +215,7 @@ class _Schedule:
     def step(self, group: jax.Array, acc: Any, table: Any, tables: Sequence[jax.Array], *stage: Any) -> None:
         """One stage: decode, multiply."""
         words, parameters, x = self.sorted(stage)
-        loaded = [self.verbs.words(ref.at[group, 0]) for ref in words]
+        loaded = [self.verbs.words(ref.at[group] if ref.dtype == jnp.uint8 else ref.at[group, 0]) for ref in words]
         stored = tables if self.program.of_rows else self.stored(parameters, group)
         weights = self.verbs.decode(self.program, table, loaded, *stored)
         self.verbs.multiply(acc, weights, x)
@@ -210,12 +223,15 @@ class _Schedule:
 
     def specs(self, row: jax.Array, first: jax.Array, column: jax.Array) -> list[plgpu.BlockSpec]:
         """What a step fetches."""
-        swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        x = plgpu.BlockSpec((self.tuned.columns, STAGE), lambda k: (column, first + k), transforms=swizzled)
-        words = [
-            plgpu.BlockSpec((WARPGROUPS, 1, count, LANES), lambda k: (row, first + k, 0, 0))
-            for count in self.program.words
-        ]
+        x = plgpu.BlockSpec((self.tuned.columns, STAGE), lambda k: (column, first + k), transforms=HALF)
+        if isinstance(self.program.decoder, Bytes):
+            rows = plgpu.BlockSpec((WARPGROUPS, ROWS, STAGE), lambda k: (row, 0, first + k), transforms=BYTES)
+            words = [rows] * len(self.program.words)
+        else:
+            words = [
+                plgpu.BlockSpec((WARPGROUPS, 1, count, LANES), lambda k: (row, first + k, 0, 0))
+                for count in self.program.words
+            ]
         staged = [] if self.program.of_rows else self.leaves.values()
         return [*words, *(self.parameter_spec(e, row, first) for e in staged), x]
 

@@ -1,4 +1,5 @@
-"""x @ w by the schedule `mma`, for weights in the kernels' layout: padding, the launch, and the parts of k summed."""
+"""x @ w by the schedules `mma` and `fp8`, for weights in the kernels' layout: padding, the launch, and the parts of k
+summed."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from lowbit.kernels.alu import HALVES
 from lowbit.kernels.arrange import Fields
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import STAGE
+from lowbit.kernels.fp8 import fp8
+from lowbit.kernels.fp8 import tuning as fp8_tuning
 from lowbit.kernels.lanes import Program
 from lowbit.kernels.layout import Layout
 from lowbit.kernels.mma import COLUMNS_A_BLOCK, Shape, Tuning, mma, tuning
@@ -32,7 +35,7 @@ def product(
     kind = short(x.dtype)
     if kind not in ("f16", "bf16"):
         raise TypeError(f"x is {x.dtype}: the matrix unit multiplies float16 and bfloat16")
-    padded = 8 * ceil(m / 8) if m <= COLUMNS_A_BLOCK else COLUMNS_A_BLOCK * ceil(m / COLUMNS_A_BLOCK)
+    padded = _padded(m)
     program, shape = of.program(kind, at), Shape(padded, of.tiles, of.stages)
     run = mma(program, shape, tuned or tuning(shape, program), verbs)
     x_padded = jnp.pad(x, ((0, padded - m), (0, of.stages * STAGE - of.k)))
@@ -41,6 +44,25 @@ def product(
     tables = [shared_tables(program, decoder, fields)] if isinstance(decoder, Books) else []
     parts = run(*stored, *tables, _in_order(x_padded, decoder.consecutive))
     return parts.sum(0)[: of.n, :m].T.astype(x.dtype)
+
+
+def product_of_codes(
+    of: Layout, x: jax.Array, fields: Fields, at: int, tuned: Tuning | None = None, verbs: Verbs | None = None
+) -> jax.Array:
+    """x [m, k] in e4m3 by weights that are stored as e4m3 but for a factor: [m, n] in float32."""
+    if (factor := of.weights[at].float8) is None:
+        raise TypeError("the weights are not stored as e4m3")
+    padded, inputs = _padded(len(x)), of.stages * STAGE
+    shape = Shape(padded, of.tiles, of.stages)
+    (name,) = of.read(at)
+    w = jax.lax.bitcast_convert_type(fields[name], jnp.float8_e4m3fn)
+    parts = fp8(shape, tuned or fp8_tuning(shape), verbs)(w, jnp.pad(x, ((0, padded - len(x)), (0, inputs - of.k))))
+    return parts.sum(0)[: of.n, : len(x)].T * factor
+
+
+def _padded(m: int) -> int:
+    """Rows of x as blocks take them."""
+    return 8 * ceil(m / 8) if m <= COLUMNS_A_BLOCK else COLUMNS_A_BLOCK * ceil(m / COLUMNS_A_BLOCK)
 
 
 def _in_order(x: jax.Array, consecutive: int) -> jax.Array:

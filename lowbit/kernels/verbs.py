@@ -18,7 +18,7 @@ from lowbit.compat import load, transposed
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES
 from lowbit.kernels.decoders import ROWS, STAGE
-from lowbit.kernels.lane_gpu import ROW, WORDS, in_registers, tables_in_registers
+from lowbit.kernels.lane_gpu import BYTES, ROW, WORDS, in_registers, tables_in_registers
 from lowbit.kernels.lanes import Program, in_numpy, tables_in_numpy
 
 Ref = Any
@@ -36,7 +36,9 @@ class Verbs(Protocol):
     def accumulate(self, out: Ref, run: Callable[[Ref], Any]) -> None:
         """out = what `run` adds to an accumulator of its shape, which is zero at first."""
 
-    def words(self, ref: Ref) -> jax.Array: ...
+    def words(self, ref: Ref) -> jax.Array:
+        """Those of a stage: u32 [word, LANES], or bytes [ROWS, STAGE]."""
+
     def rows(self, ref: Ref, staged: bool) -> jax.Array:
         """A value for each of the ROWS, from a stage's buffers or from where it is stored."""
 
@@ -48,6 +50,12 @@ class Verbs(Protocol):
 
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         """acc += weights [ROWS, k] @ x [columns, k]^T, finished when it returns."""
+
+    def zeros(self, shape: tuple[int, int]) -> jax.Array:
+        """A sum in registers that products are added to."""
+
+    def product(self, weights: Ref, x: Ref) -> jax.Array:
+        """weights [ROWS, k] @ x [columns, k]^T of two buffers, in float32."""
 
     def release(self) -> None:
         """Say that the stage's buffers were read."""
@@ -66,7 +74,7 @@ class Gpu:
         out[...] = pl.run_scoped(scoped, plgpu.ACC(out.shape, jnp.float32))  # type: ignore[attr-defined]
 
     def words(self, ref: Ref) -> jax.Array:
-        return load(ref, layout=WORDS[ref.shape[0]])
+        return load(ref, layout=BYTES if ref.dtype == jnp.uint8 else WORDS[ref.shape[0]])
 
     def rows(self, ref: Ref, staged: bool) -> jax.Array:
         return load(ref, layout=ROW, optimized=staged)
@@ -80,6 +88,17 @@ class Gpu:
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         plgpu.wgmma(acc, weights, transposed(x))
         plgpu.wgmma_wait(0)
+
+    def zeros(self, shape: tuple[int, int]) -> jax.Array:
+        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+    def product(self, weights: Ref, x: Ref) -> jax.Array:
+        def scoped(acc: Ref) -> jax.Array:
+            self.multiply(acc, weights, x)
+            return acc[...]
+
+        out: jax.Array = pl.run_scoped(scoped, plgpu.ACC((weights.shape[0], x.shape[0]), jnp.float32))  # type: ignore[attr-defined]
+        return out
 
     def release(self) -> None:
         pass
@@ -119,6 +138,12 @@ class Twin:
 
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         acc[...] += jnp.dot(weights.astype(jnp.float32), x[...].astype(jnp.float32).T)
+
+    def zeros(self, shape: tuple[int, int]) -> jax.Array:
+        return jnp.zeros(shape, jnp.float32)
+
+    def product(self, weights: Ref, x: Ref) -> jax.Array:
+        return jnp.dot(weights[...].astype(jnp.float32), x[...].astype(jnp.float32).T)
 
     def release(self) -> None:
         plgpu.commit_smem()

@@ -33,6 +33,8 @@ from lowbit.ir.expr import (
     Split,
     Unpack,
 )
+from lowbit.passes.positions import Position, field_of, moved
+from lowbit.passes.positions import UnsuitableError as UnsuitableError
 from lowbit.passes.scalar import (
     Element,
     Index,
@@ -57,12 +59,6 @@ COMPUTED_BITS = 4
 codes is looked up as it is stored, one for each row."""
 GRAIN = 32
 """Weights along k that one selector word covers: what is shared by a multiple of it is a parameter, not a code."""
-
-Position = Mapping[str, Index]
-
-
-class UnsuitableError(ValueError):
-    """Why weights cannot be decoded one by one from small codes."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,15 @@ class Pointwise:
     def computed(self) -> bool:
         """Whether the weight is one expression, with steps or look-ups, instead of an entry for each code."""
         return len(self.entries) == 1
+
+    @property
+    def float8(self) -> float | None:
+        """The factor of a weight that is stored as e4m3, but for a factor; None of any other."""
+        sign, node = self.entries[0]
+        number, step = (node.a, node.b) if isinstance(node, Product) else (Number(1.0), node)
+        if not self.computed or not isinstance(number, Number) or not isinstance(step, Step):
+            return None
+        return sign * number.value if step.name == "bitcast_e4m3" else None
 
     @property
     def books(self) -> dict[str, Param]:
@@ -167,7 +172,7 @@ class _Reader:
                 picked = np.unique(np.broadcast_arrays(e.values[tuple(here[d] for d in e.dims)])[0])
                 return number(float(_one(picked, "a constant of the format")))
             case Unpack(x, width, dim, _):
-                return self._stored(_field(x, width * here[dim], width, here))
+                return self._stored(field_of(x, width * here[dim], width, here))
             case Add(a, b):
                 return plus(self.at(a, here), self.at(b, here))
             case Contract():
@@ -186,7 +191,7 @@ class _Reader:
                     raise UnsuitableError(f"a step rounds to {to}")
                 return self.at(x, here)
             case Split() | Merge() | Slice() | Concat():
-                return self.at(*_moved(e, here))
+                return self.at(*moved(e, here))
             case Call(name, args):
                 return 1, self._step(name, args, here)
             case Bitcast(x, dtype, None):
@@ -260,48 +265,6 @@ def _parity(terms: list[Scalar]) -> Scalar:
     if len(values) < len(terms):
         raise UnsuitableError("an xor of parameters")
     return number(sum(map(int, values)) % 2)
-
-
-def _field(x: Expr, shift: Index, width: int, here: Position) -> Element:
-    """Bits of a stored word, seen through steps that move words and fields of fields."""
-    match x:
-        case Param():
-            return Element(x, tuple(Where.of(here[d]) for d in x.dims), Where.of(shift), width)
-        case Unpack(inner, outer, dim, _):
-            return _field(inner, shift + outer * here[dim], width, here)
-        case Split() | Merge() | Slice() | Concat():
-            moved, there = _moved(x, here)
-            return _field(moved, shift, width, there)
-        case _:
-            raise UnsuitableError(f"fields are unpacked from a {type(x).__name__}, not from stored words")
-
-
-def _moved(e: Split | Merge | Slice | Concat, here: Position) -> tuple[Expr, Position]:
-    """The operand and the position in it of a step that only moves."""
-    there = dict(here)
-    match e:
-        case Split(x, dim, into):
-            index = np.zeros((1, 1), np.int64)
-            for name, size in into:
-                index = index * size + there.pop(name)
-            return x, {**there, dim: index}
-        case Merge(x, parts, into):
-            index = there.pop(into)
-            for name in reversed(parts):
-                index, there[name] = index // x.dims[name], index % x.dims[name]
-            return x, there
-        case Slice(x, dim, start, _):
-            return x, {**there, dim: there[dim] + start}
-        case Concat(parts, dim):
-            start = 0
-            for part in parts:
-                inside = (there[dim] >= start) & (there[dim] < start + part.dims[dim])
-                if inside.all():
-                    return part, {**there, dim: there[dim] - start}
-                start += part.dims[dim]
-            raise UnsuitableError(f"its weights come from several arrays joined along {dim!r}")
-        case _:
-            assert_never(e)
 
 
 def _one(values: Index, what: str) -> float:

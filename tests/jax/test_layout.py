@@ -82,7 +82,8 @@ def by_lanes(w: QuantArray, kind: Any) -> Array:
     for tile in range(of.tiles):
         for stage in range(of.stages):
             stored = [fields[e.leaf.name][tile, group_at(e, stage, g), index(of, e)] for e, g in p.inputs]
-            words = [fields[name][tile, stage] for name in list(of.words)[: len(p.words)]]
+            at = (tile, slice(None), slice(stage * STAGE, (stage + 1) * STAGE)) if of.as_stored else (tile, stage)
+            words = [fields[name][at] for name in list(of.words)[: len(p.words)]]
             here = np.s_[tile * ROWS : (tile + 1) * ROWS, stage * STAGE : (stage + 1) * STAGE]
             out[here] = staged(p, words, *stored, books=books)
     return out[: of.n, : of.k]

@@ -17,7 +17,7 @@ from jax import export
 
 import lowbit as lb
 from lowbit import devices, planning
-from lowbit.array import QuantArray, laid_out
+from lowbit.array import QuantArray, laid_out, own
 from lowbit.compat import NEW, interpret_params, races_found
 from lowbit.ir.dtypes import short
 from lowbit.kernels import product as launch
@@ -108,6 +108,18 @@ def test_the_twin_of_other_decoders(fmt: lb.Format, kind: Any) -> None:
     check(fmt, kind, 3, 65, 301, Tuning(columns=8, parts=2, depth=2))
 
 
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 65, 301), (70, 129, 256)])
+def test_the_twin_multiplies_e4m3_as_it_is(m: int, n: int, k: int) -> None:
+    w = array(lb.nested_fp(8), n, k, "f16")
+    codes = random_rows(m, k).astype(jnp.float8_e4m3fn)
+    verbs = Twin(interpret_params(detect_races=True))
+    got = np.asarray(launch.product_of_codes(kernel_layout(w.type), codes, laid_out(w).fields, 0, None, verbs))
+    assert not races_found()
+    exact = codes.astype(np.float64) @ np.asarray(lb.dequantize(w)).astype(np.float64)
+    size = np.abs(codes.astype(np.float64)) @ np.abs(np.asarray(lb.dequantize(w)).astype(np.float64))
+    assert (np.abs(got - exact) <= (k + 2) * float(jnp.finfo("float32").eps) * size).all()
+
+
 @pytest.mark.slow
 def test_it_runs_with_parameters_of_its_own_choice() -> None:
     check(lb.uniform(4, group=64), "bf16", 3, 13, 1500, None)  # six stages
@@ -174,6 +186,22 @@ def test_a_width_on_the_device_chooses_between_kernels() -> None:
     for width in (2, 5):
         one = for_cuda(lambda x, w, width=width: lb.matmul(x, w, width=width), X, NESTED)
         assert KERNEL in one and "stablehlo.case" not in one
+
+
+def test_each_width_of_nested_floats_has_its_kernel() -> None:
+    w = laid_out(array(lb.nested_fp(), 1024, 1024, "f16"))
+    x = inputs(5, 1024, dtype="float16")
+    made = for_cuda(lambda x, w, width: lb.matmul(x, w, width=width), x, w, jnp.int32(8))
+    assert "stablehlo.case" in made and made.count("stablehlo.custom_call @mosaic_gpu") == 2
+    for width, name in ((8, "fp8"), (16, "mma")):
+        chosen = lb.plan((5, 1024), w.type.at(width), "gpu", "float16").choices[0]
+        assert chosen.name == name
+        np.testing.assert_array_equal(
+            np.asarray(lb.matmul(x, w, width=width)), np.asarray(lb.matmul(x, own(w), width=width))
+        )
+    table = str(lb.plan((5, 1024), own(w).type.at(8), "gpu", "float16"))
+    assert "fp8      refused: the weight is in its format's own layout" in table
+    assert "mma      refused: " in table
 
 
 def test_one_exported_program_serves_cpu_and_cuda() -> None:

@@ -1,0 +1,41 @@
+"""Products that are no form of a term: by this library's kernels, or with the weight decoded for the platform's own."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lowbit.array import QuantArray, own
+from lowbit.ir.build import param
+from lowbit.ir.dtypes import short
+from lowbit.ir.expr import Contract
+from lowbit.passes.lower_xla import align, emit
+from lowbit.quant_type import QuantType, kernel_layout, readings
+
+
+def dense(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """The weight decoded to x's dtype, then one product."""
+    w = align(emit(t.decode, own(QuantArray(fields, t)).fields), t.decode.dims, dict(t.dims)).astype(x.dtype)
+    axis = [dim for dim, _ in t.dims].index("k")
+    return jax.lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def by_mma(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """Weights in the kernels' layout, decoded on their way to the tensor cores."""
+    from lowbit.kernels.product import product  # imports Mosaic GPU, which other platforms do without
+
+    return product(kernel_layout(t), x, fields, at=readings(t).index(t.decode))
+
+
+def by_fp8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """Weights in the kernels' layout that are e4m3, and x encoded as their format says: codes, and factors."""
+    from lowbit.kernels.product import product_of_codes
+
+    encoded = t.format.activations(param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1]))
+    factors = encoded.factors if isinstance(encoded, Contract) else (encoded,)
+    (codes,) = (f for f in factors if "k" in f.dims)
+    sums = product_of_codes(kernel_layout(t), emit(codes, {"x": x}), fields, readings(t).index(t.decode))
+    for factor in factors:
+        if factor is not codes:
+            sums = sums * align(emit(factor, {"x": x}), factor.dims, {"m": len(x), "n": 1})
+    return sums.astype(x.dtype)
