@@ -20,7 +20,7 @@ from lowbit.ir.dtypes import bits, short
 from lowbit.ir.expr import Expr, Param
 from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params, topo
-from lowbit.kernels.choice import KERNELS, KernelChoice, fp8_choice, kernel_choices, restoring
+from lowbit.kernels.choice import KERNELS, LAUNCH, KernelChoice, fp8_choice, kernel_choices, restoring
 from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.pipeline import PIPELINES
 from lowbit.passes.style import Style
@@ -190,6 +190,7 @@ def planned(m: int, t: QuantType, dtype: Any, platform: str, plain: bool = False
     made = forms(product, machine)
     stored = t.bits // 8
     before = restoring(readings(t), stored, t.layout)  # the forms take the format's own layout
+    before += LAUNCH if machine.name == "gpu" else 0.0
     made = tuple(replace(f, nanoseconds=f.nanoseconds + before) for f in made)
     read = cost(t.decode).bytes if t.format.widths else stored  # of one width
     mma, dense = kernel_choices(m, readings(t), read, t.layout, dtype, machine.name)

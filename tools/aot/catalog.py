@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import lowbit as lb
 from lowbit.formats.format import Format
@@ -14,7 +15,7 @@ from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES, Half
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES
-from lowbit.kernels.product import product
+from lowbit.kernels.product import product, product_of_codes
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from tests.fp3 import fp3_rows
 
@@ -64,6 +65,11 @@ def catalog() -> Iterator[Listed]:
     for m in (8, 64, 256):
         yield listed(f"nested_fp_at_16_f16_m{m}", lb.nested_fp(), "f16", m, 1.0 if m == 8 else None)
     yield listed("nested_fp_at_16_bf16_m8", lb.nested_fp(), "bf16", 8, None)
+    for m in (8, 64, 512):
+        yield listed_fp8(f"nested_fp_at_8_m{m}", m)
+    for width in (3, 4):
+        fmt = lb.any_bcq(2, 4, group=128, scale_dtype="bfloat16", width=width)
+        yield listed(f"any_bcq2_at_{width}_bf16_m8", fmt, "bf16", 8, None)
     for width in (5, 8):
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
@@ -80,3 +86,15 @@ def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> 
     x = jax.ShapeDtypeStruct((m, SIZE), HALVES[kind])
     read = sum(fields[field].size * dtype_bits(of.fields[field].dtype) for field in of.read(at)) / SIZE**2
     return Listed(name, partial(product, of, at=at), (x, fields), ROWS * STAGE // LANES, read, STAGE // 16, target)
+
+
+def listed_fp8(name: str, m: int) -> Listed:
+    """The product of x [m, SIZE] in e4m3 with the first bytes of a SIZE by SIZE weight."""
+    of = kernel_layout(QuantType((("k", SIZE), ("n", SIZE)), "f32", lb.nested_fp(8), layout="mma"))
+    fields = {
+        field: jax.ShapeDtypeStruct(tuple(of.fields[field].dims.values()), numpy_dtype(of.fields[field].dtype))
+        for field in of.read(0)
+    }
+    x = jax.ShapeDtypeStruct((m, SIZE), jnp.float8_e4m3fn)
+    run = partial(product_of_codes, of, at=0)
+    return Listed(name, lambda x, fields: run(x, fields), (x, fields), ROWS * STAGE // LANES, 8.0, STAGE // 32, None)
