@@ -96,33 +96,30 @@ def published_nested() -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, n
     from flash1dkmeans import numba_kmeans_1d_k_cluster as seed
     from flash1dkmeans import numba_kmeans_1d_two_cluster as split
 
+    @numba.njit
+    def one(w: np.ndarray, f: np.ndarray, number: int, codes: np.ndarray, tables: np.ndarray) -> None:
+        order = np.argsort(w)
+        x, g = w[order], f[order].astype(np.float64)
+        y = x.astype(np.float64)
+        s, sx, sxx = np.cumsum(g), np.cumsum(g * y), np.cumsum(g * y * y)
+        entries, edges = seed(x, 1 << LO, 50, s, sx, sxx, 0, len(x), number)
+        tables[0, : 1 << LO] = entries
+        for b in range(LO, HI):
+            new, cuts = np.repeat(entries, 2), np.repeat(edges, 2)[:-1]
+            for c in range(1 << b):
+                if edges[c] < edges[c + 1]:
+                    both, at = split(x, s, sx, edges[c], edges[c + 1])
+                    new[2 * c : 2 * c + 2], cuts[2 * c + 1] = both, at[1]
+            entries, edges = new, cuts
+            tables[b + 1 - LO, : 2 << b] = entries
+        for c in range(1 << HI):
+            codes[order[edges[c] : edges[c + 1]]] = c
+
     @numba.njit(parallel=True)
     def solve(w: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         codes, tables = np.empty(w.shape, np.uint8), np.empty((len(w), HI - LO + 1, 1 << HI), np.float32)
         for r in numba.prange(len(w)):
-            order = np.argsort(w[r])
-            x, g = w[r][order], f[r][order].astype(np.float64)
-            y = x.astype(np.float64)
-            s, sx, sxx = np.cumsum(g), np.cumsum(g * y), np.cumsum(g * y * y)
-            entries, edges = seed(x, 1 << LO, 50, s, sx, sxx, 0, len(x), r)
-            tables[r, 0, : 1 << LO] = entries
-            for b in range(LO, HI):
-                new, cuts = np.empty(2 << b, np.float32), np.empty((2 << b) + 1, np.int32)
-                cuts[-1] = len(x)
-                for c in range(1 << b):
-                    new[2 * c], new[2 * c + 1], cuts[2 * c], cuts[2 * c + 1] = (
-                        entries[c],
-                        entries[c],
-                        edges[c],
-                        edges[c],
-                    )
-                    if edges[c] < edges[c + 1]:
-                        both, at = split(x, s, sx, edges[c], edges[c + 1])
-                        new[2 * c], new[2 * c + 1], cuts[2 * c + 1] = both[0], both[1], at[1]
-                entries, edges = new, cuts
-                tables[r, b + 1 - LO, : 2 << b] = entries
-            for c in range(1 << HI):
-                codes[r][order[edges[c] : edges[c + 1]]] = c
+            one(w[r], f[r], r, codes[r], tables[r])
         return codes, tables
 
     solved: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] = solve
