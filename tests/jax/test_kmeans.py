@@ -118,8 +118,11 @@ def test_codes_are_nested_and_tables_ascend(solved) -> None:
 def test_the_seed_is_near_the_minimum(solved) -> None:
     w, f, codes, tables = solved
     got = inertia(w, f, decoded(codes, tables, LO))[:8]
-    assert (got >= [(1 - 1e-9) * least_inertia(w[r], f[r], 1 << LO) for r in range(8)]).all()
+    rounding = 4 * w.shape[1] * UNIT  # of either sum of k nonnegative terms
+    assert (got >= [(1 - rounding) * least_inertia(w[r], f[r], 1 << LO) for r in range(8)]).all()
     assert got.sum() <= sum(lloyd(w[r], f[r], 1 << LO) for r in range(8))
+    nearest = np.abs(w[:8, :, None] - tables[LO][:8, None]).argmin(2)
+    assert np.array_equal(codes[:8] >> (HI - LO), nearest)  # so another round would change nothing
 
 
 def test_every_split_is_that_of_the_rule(solved) -> None:
@@ -184,6 +187,5 @@ def test_what_comes_of_a_row_depends_on_it_alone(solved, monkeypatch: pytest.Mon
 def test_weights_of_errors_matter(solved) -> None:
     w, f, codes, tables = solved
     plain, without = nested_kmeans_rows(w, None, LO, HI)
-    for width in (LO, HI):
-        ours, theirs = (inertia(w, f, decoded(*each, width))[:8].sum() for each in ((codes, tables), (plain, without)))
-        assert ours < theirs
+    ours, theirs = (inertia(w, f, decoded(*each, LO))[:8].sum() for each in ((codes, tables), (plain, without)))
+    assert ours < 0.7 * theirs
