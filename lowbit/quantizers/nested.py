@@ -44,7 +44,8 @@ class SplitBytes:
 @jax.jit
 def _cast(w: jax.Array) -> tuple[jax.Array, ...]:
     """Of the cast to float16: the largest |w| before and after, how many change, and the largest relative change."""
-    half, size = w.astype(jnp.float16), jnp.abs(w).astype(jnp.promote_types(w.dtype, jnp.float32))
+    half = jax.lax.optimization_barrier(w.astype(jnp.float16))  # or XLA may leave the cast and its inverse out
+    size = jnp.abs(w).astype(jnp.promote_types(w.dtype, jnp.float32))
     off = jnp.abs(jnp.abs(half).astype(size.dtype) - size) / jnp.where(size == 0, 1, size)
     return size.max(), jnp.abs(half).max(), (off > 0).sum(), off.max()
 
