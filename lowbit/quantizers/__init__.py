@@ -3,7 +3,7 @@
 from lowbit.quantizers.checks import IneligibleError as IneligibleError
 from lowbit.quantizers.codebook import ResidualKMeans as ResidualKMeans
 from lowbit.quantizers.codebook import residual_kmeans as residual_kmeans
-from lowbit.quantizers.nested import SplitBytes as SplitBytes
+from lowbit.quantizers.nested_fp import SplitBytes as SplitBytes
 from lowbit.quantizers.quantizer import BinarySolver as BinarySolver
 from lowbit.quantizers.quantizer import Quantizer as Quantizer
 from lowbit.quantizers.quantizer import RoundToNearest as RoundToNearest
