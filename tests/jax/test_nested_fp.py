@@ -18,7 +18,7 @@ from flax import nnx
 import lowbit as lb
 from lowbit.formats.nested_fp import REBUILD, split_bytes
 from lowbit.formats.row_codes import CODES, LARGEST, SCALE, e4m3_rows
-from lowbit.ir import Call, DimError, cost, evaluate, param
+from lowbit.ir import Bitcast, Call, DimError, cost, evaluate, param
 from lowbit.ir.dtypes import short
 from lowbit.ir.expr import Expr
 from lowbit.ir.order import contraction_order
@@ -214,6 +214,15 @@ def test_plans_say_what_activations_become() -> None:
     assert lb.explain(lb.testing.random_array(TYPE), 3).startswith("x[3, k] @ ")
 
 
+@lb.register_format("fp8_rows_with_scales", activations=e4m3_rows)
+def fp8_rows(n: int, k: int) -> Expr:
+    return Bitcast(param("code", "u8", n=n, k=k), "e4m3") * param("scale", "f32", n=n)
+
+
+def test_encoded_activations_reach_the_gradients_of_scales() -> None:
+    lb.testing.check_format(fp8_rows(), shapes=[(3, 20)])
+
+
 def test_an_encoding_keeps_the_dims_of_activations() -> None:
     @lb.register_format("loses_rows", activations=lambda x: x.sum("m"))
     def loses_rows(n: int, k: int) -> Any:
@@ -278,6 +287,24 @@ def test_layers_in_both_widths(logged: list[str], tmp_path: Path) -> None:
     x = jnp.ones((2, 16), jnp.float16)
     y = nnx.jit(lambda m, x: m(x))(small, x)
     assert y.shape == (2, 4) and np.array_equal(y, nnx.jit(lambda m, x: m(x))(again, x))
+
+
+def test_an_abstract_model_is_quantized_without_its_weights(logged: list[str]) -> None:
+    dense = model(jnp.float32)
+    for abstract in (
+        nnx.eval_shape(lambda m: lb.quantize(m, lb.nested_fp()), dense),
+        nnx.eval_shape(lambda: lb.quantize(dense, lb.nested_fp())),  # whose weights are known, and traced nevertheless
+    ):
+        assert abstract.layers[0].kernel.upper.shape == (8, 16)
+    assert not logged
+
+
+def test_a_stack_is_held_or_not_as_a_whole() -> None:
+    stack = jnp.full((3, 4, 2), 0.5).at[1, 2, 0].set(1.8)
+    with pytest.raises(lb.quantizers.IneligibleError, match=r"^the weight has \|w\| up to 1.8, and 1.75 is the limit"):
+        lb.quantize_array(stack, FORMAT)
+    held = lb.quantize_array(stack / 2, lb.nested_fp(8))
+    assert held.stack == (3,) and np.array_equal(lb.dequantize(held)[0], stack[0] / 2)
 
 
 def test_without_scales_the_biases_train() -> None:
