@@ -1,7 +1,10 @@
-"""Time, memory and error of the binary-coding solver: `python -m benchmarks.quantize_speed --json out.json`.
+"""Time, memory and error of the solvers: `python -m benchmarks.quantize_speed --json out.json`.
 
-The baseline is the alternation as it is published: for every weight the nearest of all levels, for every group the
-normal equations over all its weights. It runs on a share of the rows, and its time is scaled up.
+The baseline of binary coding is the alternation as it is published: for every weight the nearest of all levels, for
+every group the normal equations over all its weights. It runs on a share of the rows, and its time is scaled up.
+
+That of nested k-means, with `lowbit[bench]` installed, is flash1dkmeans, the package of the published code. Errors are
+weighed by squares of random numbers, as if they were gradients.
 """
 
 from __future__ import annotations
@@ -10,16 +13,19 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import lowbit as lb
 from benchmarks.harness import Row, main, row
 
 K = N = 4096
 BITS, GROUP, ROUNDS = 3, 128, 15
+LO, HI = 3, 8
 SHARE = 16
 """One row in so many is given to the baseline."""
 
@@ -64,7 +70,7 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure() -> Iterator[Row]:
+def binary() -> Iterator[Row]:
     w = jax.block_until_ready(jax.random.normal(jax.random.key(0), (K, N)))
     fmt = lb.bcq(BITS, group=GROUP)
     # Memory first: the peak of a process only grows. The first call compiles, which counts here.
@@ -83,5 +89,82 @@ def measure() -> Iterator[Row]:
     yield row("bcq3_greedy_mse", float(jnp.mean((lb.dequantize(greedy) - w) ** 2)), "per weight", "alternating", error)
 
 
+def published_nested() -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """The published loop over rows, on all cores, around the two functions of flash1dkmeans: of w and its weights, both
+    float32 [n, k], codes uint8 [n, k] and entries float32 [n, widths, 2**HI]."""
+    import numba
+    from flash1dkmeans import numba_kmeans_1d_k_cluster as seed
+    from flash1dkmeans import numba_kmeans_1d_two_cluster as split
+
+    @numba.njit
+    def one(w: np.ndarray, f: np.ndarray, number: int, codes: np.ndarray, tables: np.ndarray) -> None:
+        order = np.argsort(w)
+        x, g = w[order], f[order].astype(np.float64)
+        y = x.astype(np.float64)
+        s, sx, sxx = np.cumsum(g), np.cumsum(g * y), np.cumsum(g * y * y)
+        entries, edges = seed(x, 1 << LO, 50, s, sx, sxx, 0, len(x), number)
+        tables[0, : 1 << LO] = entries
+        for b in range(LO, HI):
+            new, cuts = np.repeat(entries, 2), np.repeat(edges, 2)[:-1]
+            for c in range(1 << b):
+                if edges[c] < edges[c + 1]:
+                    both, at = split(x, s, sx, edges[c], edges[c + 1])
+                    new[2 * c : 2 * c + 2], cuts[2 * c + 1] = both, at[1]
+            entries, edges = new, cuts
+            tables[b + 1 - LO, : 2 << b] = entries
+        for c in range(1 << HI):
+            codes[order[edges[c] : edges[c + 1]]] = c
+
+    @numba.njit(parallel=True)
+    def solve(w: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        codes, tables = np.empty(w.shape, np.uint8), np.empty((len(w), HI - LO + 1, 1 << HI), np.float32)
+        for r in numba.prange(len(w)):
+            one(w[r], f[r], r, codes[r], tables[r])
+        return codes, tables
+
+    solved: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] = solve
+    return solved
+
+
+def inertia(w: np.ndarray, f: np.ndarray, decoded: np.ndarray) -> float:
+    return float((f * (w.astype(np.float64) - decoded) ** 2).mean())
+
+
+def nested() -> Iterator[Row]:
+    rng = np.random.default_rng(0)
+    w, gradient = (jnp.asarray(rng.standard_normal((K, N), np.float32)) for _ in range(2))
+    quantize = partial(lb.quantize_array, w, lb.any_precision(LO, HI, table_dtype="float32"))
+    weighed = partial(quantize, importance=gradient**2)
+    start = time.perf_counter()
+    array = jax.block_until_ready(weighed())
+    first = time.perf_counter() - start
+    ours, plain = seconds(weighed), seconds(quantize)
+    if find_spec("flash1dkmeans") is None:
+        print("flash1dkmeans is not installed, so it is not compared: pip install 'lowbit[bench]'")
+        yield row("nested3to8_first_call", first, "s", "after it", ours)
+        yield row("nested3to8_unweighed", plain, "s", "weighed", ours)
+        return
+    rows, f, name = np.asarray(w).T.copy(), np.square(np.asarray(gradient)).T.copy(), "flash1dkmeans"
+    solve, start = published_nested(), time.perf_counter()
+    codes, tables = solve(rows, f)
+    theirs_first = time.perf_counter() - start
+    theirs = seconds(lambda: solve(rows, f))
+    yield row("nested3to8_first_call", first, "s", f"{name}, compiled", theirs_first)
+    yield row("nested3to8", ours, "s", name, theirs)
+    yield row("nested3to8_unweighed", plain, "s", f"{name}, weighed", theirs)
+    for b in range(LO, HI + 1):
+        read = np.asarray(lb.dequantize(lb.QuantArray(array.fields, array.type.at(b)))).T
+        base = np.take_along_axis(tables[:, b - LO], (codes >> (HI - b)).astype(np.intp), 1)
+        yield row(f"nested3to8_error{b}", inertia(rows, f, read), "per weight", name, inertia(rows, f, base))
+
+
+def measure() -> Iterator[Row]:
+    yield from binary()
+    yield from nested()
+
+
 if __name__ == "__main__":
-    main(f"Binary coding of {K}x{N}, {BITS} bits, groups of {GROUP}, {ROUNDS} rounds", lambda: list(measure()))
+    main(
+        f"Solvers on {K}x{N}: {BITS} planes in groups of {GROUP}, {ROUNDS} rounds; nested {LO} to {HI} bits",
+        lambda: list(measure()),
+    )

@@ -148,11 +148,11 @@ def _plain(rows: _Rows, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
 
 
 def _seed(rows: _Rows, count: int) -> np.ndarray:
-    """Greedy k-means++: from the mean on, of 2 + log(count) weights drawn by their squared distance the best one.
+    """Greedy k-means++: from the mean on, of some weights drawn by their squared distance the one that helps most.
 
-    All rows draw the same numbers.
+    All rows draw the same numbers: twice as many as usual, 2 + log(count), which is cheap here and makes up for that.
     """
-    trials = 2 + int(math.log(count))
+    trials = 2 * (2 + int(math.log(count)))
     whole = np.stack([rows.first, rows.first + rows.size], 1)
     centroids = _means(rows, whole, np.zeros((len(whole), 1)))
     for uniform in np.random.default_rng(0).random((count - 1, trials)):
@@ -197,14 +197,17 @@ def _lloyd(rows: _Rows, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split(rows: _Rows, edges: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Edges and means of twice as many clusters. Equal weights stay on one side, the left one if they are all there is;
-    so do those of a cluster where a single one counts, unless it has two: they part."""
+    """Edges and means of twice as many clusters.
+
+    Equal weights stay together. If one value is all that counts, everything goes left, unless the cluster has two
+    weights: they part.
+    """
     start, stop = edges[:, :-1], edges[:, 1:]
     plain = np.where(stop - start <= 2, rows.sums.size - rows.x.size, _plain(rows, start, stop))
     cut = _cut(rows, start, stop, plain)
     total = _take(rows.sums, np.stack([start, cut, stop]) + plain).real
     nothing = (total[0] == total[1]) | (total[1] == total[2])
-    alike = _take(rows.x, start) == _take(rows.x, stop - 1)
+    alike = _take(rows.x, cut - 1) == _take(rows.x, cut)
     cut = np.where((nothing | alike) & (start < stop), stop, cut)
     both = np.stack([start, cut], 2).reshape(len(edges), -1)
     edges = np.concatenate([both, edges[:, -1:]], 1)

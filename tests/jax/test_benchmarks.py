@@ -46,11 +46,17 @@ def test_gradients() -> None:
 
 
 def test_solver_is_as_good_as_the_published_one() -> None:
-    found = named(list(quantize_speed.measure()))
+    found = named(list(quantize_speed.binary()))
     assert 0.02 < found["bcq3_alternating_mse"]["value"] < 0.04
     # Half of the rows each: the two errors differ by what the halves differ.
     assert found["bcq3_alternating_mse"]["ratio"] == pytest.approx(1, abs=0.05)
     assert found["bcq3_greedy_mse"]["ratio"] > 1
+
+
+def test_nested_k_means_beside_the_published_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize_speed, "find_spec", lambda name: None)
+    found = named(list(quantize_speed.nested()))
+    assert found["nested3to8_unweighed"]["value"] > 0
 
 
 def test_rows_are_written_where_json_says(
