@@ -18,7 +18,7 @@ from flax import nnx
 import lowbit as lb
 from lowbit.formats.nested_fp import REBUILD, split_bytes
 from lowbit.formats.row_codes import CODES, LARGEST, SCALE, e4m3_rows
-from lowbit.ir import Call, DimError, cost, evaluate, param
+from lowbit.ir import Bitcast, Call, DimError, cost, evaluate, param
 from lowbit.ir.dtypes import short
 from lowbit.ir.expr import Expr
 from lowbit.ir.order import contraction_order
@@ -212,6 +212,15 @@ def test_plans_say_what_activations_become() -> None:
     assert "dense    refused: it multiplies x as it is, and nested_fp(width=8) turns it into e4m3" in said
     assert "e4m3_rows" in str(lb.plan((3, 45), TYPE.at(8)).term)
     assert lb.explain(lb.testing.random_array(TYPE), 3).startswith("x[3, k] @ ")
+
+
+@lb.register_format("fp8_rows_with_scales", activations=e4m3_rows)
+def fp8_rows(n: int, k: int) -> Expr:
+    return Bitcast(param("code", "u8", n=n, k=k), "e4m3") * param("scale", "f32", n=n)
+
+
+def test_encoded_activations_reach_the_gradients_of_scales() -> None:
+    lb.testing.check_format(fp8_rows(), shapes=[(3, 20)])
 
 
 def test_an_encoding_keeps_the_dims_of_activations() -> None:
