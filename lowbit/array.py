@@ -102,10 +102,10 @@ class QuantArray:
 
 def _check_finite(arrays: Mapping[str, jax.Array], t: QuantType) -> None:
     for name, read_as in float_words(t).items():
-        if not isinstance(a := arrays[name], jax.core.Tracer):
-            bad = int((~jnp.isfinite(jax.lax.bitcast_convert_type(a, numpy_dtype(read_as)))).sum())
-            if bad:
-                raise ValueError(f"{name!r} holds {bad} codes among {a.size} that are NaN or inf, read as {read_as}")
+        floats = jax.lax.bitcast_convert_type(arrays[name], numpy_dtype(read_as))
+        bad = (~jnp.isfinite(floats)).sum()
+        if not isinstance(bad, jax.core.Tracer) and bad:
+            raise ValueError(f"{name!r} holds {bad} codes among {floats.size} that are NaN or inf, read as {read_as}")
 
 
 def _stack(shape: tuple[int, ...], leaf: Param) -> tuple[int, ...]:

@@ -65,6 +65,7 @@ def nested_fp(n: int, k: int, width: int = 16) -> Expr:
     return Call(REBUILD, (upper, param("lower", "u8", n=n, k=k)))
 
 
+@jax.jit
 def split_bytes(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Upper and lower byte, uint8, of float16 weights. From 1.875 on `upper` is a NaN; from 1.9375 on, no bytes are
     right."""

@@ -26,17 +26,28 @@ class SplitBytes:
         return {"upper": upper, "lower": lower}
 
     def examine(self, w: jax.Array, name: str) -> None:
-        half = w.astype(jnp.float16)
-        if float(jnp.abs(half).max()) > LARGEST:
-            largest = f"{float(jnp.abs(w).max()):.4g}"
-            raise IneligibleError(f"{name} has |w| up to {largest}, and {LARGEST} is the limit: it has to stay dense")
-        wide = jnp.promote_types(w.dtype, jnp.float32)
-        off = jnp.abs(half.astype(wide) - w.astype(wide)) / jnp.where(w == 0, 1, jnp.abs(w.astype(wide)))
-        if changed := int((off > 0).sum()):
+        """Logs what the cast loses; raises IneligibleError for a weight beyond the limit. Traced ones are not seen."""
+        seen = _cast(w)
+        if isinstance(seen[0], jax.core.Tracer):
+            return
+        largest, largest_half, changed, off = map(float, seen)
+        if largest_half > LARGEST:
+            held = f"{LARGEST} is the limit: it has to stay dense"
+            raise IneligibleError(f"{name} has |w| up to {largest:.4g}, and {held}")
+        if changed:
             logging.warning(
                 "lowbit: the cast from %s to float16 changes %d of the %d weights of %s, by at most %.2g of their size",
-                w.dtype, changed, w.size, name, float(off.max()),
+                w.dtype, changed, w.size, name, off,
             )  # fmt: skip
+
+
+@jax.jit
+def _cast(w: jax.Array) -> tuple[jax.Array, ...]:
+    """Of the cast to float16: the largest |w| before and after, how many change, and the largest relative change."""
+    half = jax.lax.optimization_barrier(w.astype(jnp.float16))  # or XLA may leave the cast and its inverse out
+    size = jnp.abs(w).astype(jnp.promote_types(w.dtype, jnp.float32))
+    off = jnp.abs(jnp.abs(half).astype(size.dtype) - size) / jnp.where(size == 0, 1, size)
+    return size.max(), jnp.abs(half).max(), (off > 0).sum(), off.max()
 
 
 set_default_quantizer("nested_fp", SplitBytes())

@@ -28,7 +28,7 @@ Quantizer = Callable[[jax.Array, Format], Fields]
 
 One with `takes_importance = True` is given a third argument where there are statistics: positive weights of squared
 errors, [k] or [n, k], the product of the fields of `LayerStats` that its `weighs_by` names, or else "second_moment".
-One with a method `examine(w, name)` is shown the whole weight first, [*stack, k, n] or [*stack, n, k], unless it is
+One with a method `examine(w, name)` is shown the whole weight first, [*stack, k, n] or [*stack, n, k], which may be
 traced: to raise IneligibleError for one that its format cannot hold, and to log what is lost.
 """
 
@@ -164,7 +164,7 @@ def quantize_array(
     stack, shape = w.shape[:-2], w.shape[-2:]
     type_ = QuantType(tuple(zip(dims, shape, strict=True)), short(w.dtype), fmt)
     solver = quantizer or default_quantizer(fmt)
-    if hasattr(solver, "examine") and not isinstance(w, jax.core.Tracer):
+    if hasattr(solver, "examine"):
         solver.examine(w, name)
     if importance is None or not getattr(solver, "takes_importance", False):
         weights = None

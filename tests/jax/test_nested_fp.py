@@ -289,6 +289,24 @@ def test_layers_in_both_widths(logged: list[str], tmp_path: Path) -> None:
     assert y.shape == (2, 4) and np.array_equal(y, nnx.jit(lambda m, x: m(x))(again, x))
 
 
+def test_an_abstract_model_is_quantized_without_its_weights(logged: list[str]) -> None:
+    dense = model(jnp.float32)
+    for abstract in (
+        nnx.eval_shape(lambda m: lb.quantize(m, lb.nested_fp()), dense),
+        nnx.eval_shape(lambda: lb.quantize(dense, lb.nested_fp())),  # whose weights are known, and traced nevertheless
+    ):
+        assert abstract.layers[0].kernel.upper.shape == (8, 16)
+    assert not logged
+
+
+def test_a_stack_is_held_or_not_as_a_whole() -> None:
+    stack = jnp.full((3, 4, 2), 0.5).at[1, 2, 0].set(1.8)
+    with pytest.raises(lb.quantizers.IneligibleError, match=r"^the weight has \|w\| up to 1.8, and 1.75 is the limit"):
+        lb.quantize_array(stack, FORMAT)
+    held = lb.quantize_array(stack / 2, lb.nested_fp(8))
+    assert held.stack == (3,) and np.array_equal(lb.dequantize(held)[0], stack[0] / 2)
+
+
 def test_without_scales_the_biases_train() -> None:
     small = lb.quantize(model(), lb.nested_fp(8))
     gradients = nnx.grad(lambda m, x: (m(x) ** 2).sum())(small, jnp.ones((2, 16), jnp.float16))
