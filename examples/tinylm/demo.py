@@ -12,6 +12,8 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import groupby
+from math import prod
 from typing import Any
 
 import jax
@@ -27,6 +29,7 @@ from examples.tinylm.adapt import STEPS, fit, schedule
 from examples.tinylm.evaluate import bits_per_byte
 from examples.tinylm.generate import generate
 from examples.tinylm.model import TinyLM
+from lowbit.ir import cost
 
 EVERY = {"code": 10, "topics": 2}
 """Each variant is measured on every n-th window of the held-out text: about 17 KB, so that all fit in three minutes."""
@@ -39,12 +42,18 @@ RATES = {"alpha": 1.5e-3, "full": 5e-4}
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to quantize: a method, and its format at some number of bits."""
+    """One way to quantize: a method, and its format at some number of bits.
+
+    Attributes:
+      quantizer: the format's default if None.
+      alone: of one width of a nested array, the method that makes an array of that width alone.
+    """
 
     method: str
     bits: int
     format: lb.Format
-    quantizer: Any
+    quantizer: Any = None
+    alone: str | None = None
 
     @property
     def name(self) -> str:
@@ -53,6 +62,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Result:
+    """What was measured of one variant.
+
+    Attributes:
+      bits_per_weight: what a product reads, scales and tables included: of a nested array, one width of it.
+      bytes: what is stored, all widths and the float embedding included.
+    """
+
     name: str
     method: str
     bits_per_weight: float
@@ -68,8 +84,19 @@ def variants() -> Iterable[Variant]:
         yield Variant("RTN", bits, lb.uniform(bits, group=GROUP, scale_dtype="float16"), lb.round_to_nearest())
         yield Variant("bcq greedy", bits, plain, lb.greedy())
         yield Variant("bcq alternating", bits, plain, lb.alternating())
-        yield Variant("bcq+offset greedy", bits, offset, lb.greedy())
         yield Variant("bcq+offset alternating", bits, offset, lb.alternating())
+    for bits in (4, 3):  # the least width is that of binary coding alone
+        fmt = lb.any_bcq(2, 4, group=GROUP, scale_dtype="float16")
+        yield Variant("any_bcq", bits, fmt.at(bits), alone="bcq alternating")
+    for bits in (4, 3):
+        yield Variant("any_precision", bits, lb.any_precision(2, 8).at(bits), alone="any_precision alone")
+    for bits in (4, 3):
+        yield Variant("any_precision alone", bits, lb.any_precision(bits, bits))
+    for m, vec in ((1, 4), (2, 8)):
+        fmt = lb.codebook(m, 8, vec=vec, group=GROUP, scale_dtype="float16")
+        yield Variant(f"codebook m{m}v{vec}", 2, fmt, lb.residual_kmeans(rounds=10))
+    for bits in (16, 8):
+        yield Variant("nested_fp", bits, lb.nested_fp(bits))
 
 
 def quantized(model: TinyLM, variant: Variant) -> TinyLM:
@@ -94,20 +121,37 @@ def on_sample(model: TinyLM, text: bytes, domain: str) -> float:
     return bits_per_byte(model, text, every=EVERY[domain])
 
 
+def bits_read(model: TinyLM) -> float:
+    types = [kernel.type for kernel in lb.nn.kernels(model).values()]
+    return 8 * sum(cost(t.decode).bytes for t in types) / sum(prod(t.shape) for t in types) if types else 32.0
+
+
 def measure(name: str, method: str, model: TinyLM, text: bytes) -> Result:
-    report = lb.report(model)
-    layers = [r for r in report.rows if r.layer != "embed"]
-    bits = 8 * sum(r.bytes for r in layers) / sum(r.weights for r in layers)
-    return Result(name, method, bits, report.bytes, on_sample(model, text, "code"), ms_per_token(model))
+    stored = lb.report(model).bytes
+    return Result(name, method, bits_read(model), stored, on_sample(model, text, "code"), ms_per_token(model))
 
 
 def sweep(model: TinyLM, text: bytes, show: Callable[[Result], None]) -> list[Result]:
     results = [measure("fp32", "fp32", model, text)]
     show(results[0])
-    for variant in variants():
-        results.append(measure(variant.name, variant.method, quantized(model, variant), text))
-        show(results[-1])
+    for _, same in groupby(
+        variants(), lambda v: (v.method, v.format.at(v.format.widths[-1]) if v.format.widths else v)
+    ):
+        first, *others = same
+        small = quantized(model, first)
+        for variant in (first, *others):  # the widths of one nested array
+            read = lb.at_width(small, variant.bits) if others else small
+            results.append(measure(variant.name, variant.method, read, text))
+            show(results[-1])
     return results
+
+
+def nested(results: list[Result]) -> Iterable[tuple[Result, Result]]:
+    """Each width of a nested array, and that width alone."""
+    named = {r.name: r for r in results}
+    for v in variants():
+        if v.alone and {v.name, f"{v.alone} {v.bits}-bit"} <= named.keys():
+            yield named[v.name], named[f"{v.alone} {v.bits}-bit"]
 
 
 @dataclass(frozen=True)
@@ -156,6 +200,10 @@ def rows(results: list[Result], tuned: Tuned, xz: float, whole: float) -> list[d
         out.append(_row(f"{r.name}: model size", r.bytes, "bytes", "fp32", base.bytes))
         out.append(_row(f"{r.name}: held-out code", r.bits_per_byte, "bits/byte", "fp32", base.bits_per_byte))
         out.append(_row(f"{r.name}: decode step", r.ms_per_token, "ms/token", "fp32", base.ms_per_token))
+    for r, alone in nested(results):
+        out.append(
+            _row(f"{r.name}: held-out code, nested", r.bits_per_byte, "bits/byte", alone.name, alone.bits_per_byte)
+        )
     out.append(_row("prose, 3-bit before tuning", tuned.before, "bits/byte", "fp32 before tuning", tuned.float_before))
     out.append(_row("prose, 3-bit alpha-tuned", tuned.after, "bits/byte", "3-bit before tuning", tuned.before))
     out.append(_row("prose, fp32 fully tuned", tuned.full, "bits/byte", "3-bit before tuning", tuned.before))
@@ -179,7 +227,14 @@ def plot(results: list[Result], path: pathlib.Path) -> None:
         points = sorted((r.bits_per_weight, r.bits_per_byte) for r in results if r.method == method)
         axes.plot(*zip(*points, strict=True), marker="o", label=method)
     axes.axhline(results[0].bits_per_byte, color="black", linestyle="--", label="fp32")
-    axes.set(xlabel="bits per weight, scales included", ylabel="bits per byte of held-out code", yscale="log")
+    axes.set(
+        xlabel="bits read per weight, scales and tables included",
+        ylabel="bits per byte of held-out code",
+        xscale="log",
+        yscale="log",
+    )
+    axes.set_xticks([2, 3, 4, 8, 16], ["2", "3", "4", "8", "16"], minor=False)
+    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -211,6 +266,10 @@ def main() -> None:
     say(f"\nEvery linear layer quantized in groups of {GROUP}; every {EVERY['code']}th window of the held-out code")
     results = sweep(model, code.text, lambda r: say(f"  {r.name:30} {r.bits_per_byte:.4f} bits/byte"))
     say(table(results))
+    say("\nOne width of a nested array, beside an array of that width alone:")
+    for r, alone in nested(results):
+        over = r.bits_per_byte - alone.bits_per_byte
+        say(f"  {r.name:22} {r.bits_per_byte:.4f}, {alone.name} {alone.bits_per_byte:.4f}: {over:+.4f} bits/byte")
     chosen = next(v for v in variants() if (v.method, v.bits) == ("bcq alternating", TUNED_BITS))
     for name, m in (("fp32", model), (chosen.name, quantized(model, chosen))):
         new = generate(m, PROMPT, 160, temperature=0.5)

@@ -18,7 +18,7 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def at_width(model: M, width: int | jax.Array | Mapping[str, int | jax.Array]) -> M:
-    """The model with its weights of several widths (`lb.any_precision`, `lb.any_bcq`) read at one; arrays are shared.
+    """The model with its weights of several widths, such as `lb.any_bcq` ones, read at one; the arrays are shared.
 
     Args:
       model: left as it is. Weights that are read at one width only stay as they are.

@@ -93,26 +93,29 @@ def decoded(code: expansion.NestedCode, i: int) -> np.ndarray:
     return np.einsum("rp,rpt->rt", alpha, signs) + (np.asarray(code.betas[i])[:, None] if code.betas else 0)
 
 
-def expanded(w: np.ndarray, f: np.ndarray, alpha: np.ndarray, signs: np.ndarray, rounds: int) -> tuple[Any, Any]:
-    """One more plane, weight by weight, in float64."""
+def expanded(w: np.ndarray, f: np.ndarray, theta: np.ndarray, signs: np.ndarray, rounds: int) -> tuple[Any, Any]:
+    """One plane after these, weight by weight, in float64; theta is alphas, then the offset if there is one."""
+    count, ones = len(signs), np.ones((len(theta) - len(signs), len(w)))
+    theta = np.insert(theta, count, 0)
     for _ in range(rounds):
-        new = np.where(w - alpha[: len(signs)] @ signs >= 0, 1.0, -1.0)
-        every = np.stack([*signs, new])
-        alpha = np.linalg.lstsq((every * np.sqrt(f)).T, w * np.sqrt(f), rcond=None)[0]
-    return alpha, every
+        left = w - theta[:count] @ signs - theta[count + 1 :].sum()
+        every = np.stack([*signs, np.where(left >= 0, 1.0, -1.0), *ones])
+        theta = np.linalg.lstsq((every * np.sqrt(f)).T, w * np.sqrt(f), rcond=None)[0]
+    return theta, every[: count + 1]
 
 
-@pytest.mark.parametrize("weighed", [False, True])
-def test_expansion_matches_the_oracle(weighed: bool) -> None:
+@pytest.mark.parametrize(("weighed", "offset"), [(False, False), (True, True)])
+def test_expansion_matches_the_oracle(weighed: bool, offset: bool) -> None:
     rng = np.random.default_rng(3)
-    values = jnp.asarray(rng.normal(size=(6, 64)), jnp.float32)
+    values = jnp.asarray(rng.normal(size=(6, 64)) + rng.exponential(3, (6, 64)), jnp.float32)
     f = jnp.asarray(rng.uniform(0.1, 10, (6, 64)), jnp.float32) if weighed else jnp.ones((6, 64))
-    code = expansion.solve(values, 2, 4, rounds=5, importance=f if weighed else None)
-    start = binary.solve(values, 2, rounds=5, importance=f if weighed else None)
+    given = {"rounds": 5, "offset": offset, "importance": f if weighed else None}
+    code, start = expansion.solve(values, 2, 4, **given), binary.solve(values, 2, **given)
     for row in range(6):
-        alpha, signs = np.asarray(start.alpha[row], np.float64), 2.0 * np.asarray(start.bits[row]) - 1
+        theta, signs = np.asarray(start.alpha[row], np.float64), 2.0 * np.asarray(start.bits[row]) - 1
+        theta = theta if start.beta is None else np.append(theta, start.beta[row])
         for width in (3, 4):
-            alpha, signs = expanded(np.asarray(values[row], np.float64), np.asarray(f[row]), alpha, signs, 5)
+            theta, signs = expanded(np.asarray(values[row], np.float64), np.asarray(f[row]), theta, signs, 5)
             assert np.array_equal(signs > 0, code.bits[row, :width] == 1)
 
 

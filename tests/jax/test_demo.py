@@ -60,6 +60,21 @@ def test_4_bits_are_close_to_float(bits: dict[str, float]) -> None:
 
 
 @pytest.mark.slow
+def test_nested_widths_cost_at_most_a_fiftieth_of_a_bit(model: TinyLM) -> None:
+    """Over arrays of that width alone, a byte; and every width of an array is stored in the same bytes."""
+    found = {}
+    for name in ("any_bcq 4-bit", "any_precision 4-bit"):
+        small = demo.quantized(model, VARIANTS[name])
+        for bits in (3, 4):
+            read = lb.at_width(small, bits)
+            found[name.replace("4", str(bits))] = demo.on_sample(read, TEXT, "code")
+            assert lb.report(read).bytes == lb.report(small).bytes
+    for name, nested in found.items():
+        alone = VARIANTS[f"{VARIANTS[name].alone} {VARIANTS[name].bits}-bit"]
+        assert nested < demo.on_sample(demo.quantized(model, alone), TEXT, "code") + 0.02
+
+
+@pytest.mark.slow
 def test_scales_alone_close_half_of_the_gap_to_full_tuning(model: TinyLM) -> None:
     held = corpus.match_listed("topics").text
     tuned = demo.tune(model, VARIANTS["bcq alternating 3-bit"], corpus.tune_prose(), held)
@@ -68,10 +83,13 @@ def test_scales_alone_close_half_of_the_gap_to_full_tuning(model: TinyLM) -> Non
 
 
 def test_figures_are_rows_with_a_baseline(tmp_path) -> None:
-    results = [demo.Result(n, n, b, 100, 1.5, 2.0) for n, b in (("fp32", 32.0), ("RTN", 3.0), ("RTN", 4.0))]
+    measured = {"fp32": 32.0, "any_bcq 3-bit": 3.5, "bcq alternating 3-bit": 3.4, "bcq alternating 4-bit": 4.5}
+    results = [demo.Result(n, n.rpartition(" ")[0] or n, b, 100, 1.5, 2.0) for n, b in measured.items()]
     tuned = demo.Tuned(3.0, 3.0, 2.5, 2.0, None, (10, 1000))  # type: ignore[arg-type]
     rows = json.loads(json.dumps(demo.rows(results, tuned, 2.0, 1.0)))
     assert all(set(r) == {"name", "value", "unit", "baseline", "ratio"} for r in rows)
+    (nested,) = (r for r in rows if r["name"].endswith("nested"))
+    assert (nested["name"], nested["baseline"]) == ("any_bcq 3-bit: held-out code, nested", "bcq alternating 3-bit")
     assert next(r for r in rows if r["name"] == "share of the gap closed")["value"] == 0.5
     demo.plot(results, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

@@ -91,6 +91,13 @@ def test_every_kind_of_layer_reads_at_its_width() -> None:
     assert lb.at_width(whole, jnp.int32(1)).embed.attend(X).shape == (4, 6)
 
 
+def test_widths_that_do_not_follow_one_another() -> None:
+    small = lb.quantize(Net(), lb.nested_fp())
+    low, high = (lb.at_width(small, width)(X) for width in (8, 16))
+    assert np.array_equal(high, small(X)) and not np.array_equal(low, high)
+    assert np.array_equal(lb.at_width(small, {"**": jnp.int32(8)})(X), low)
+
+
 def test_layers_in_a_scan() -> None:
     stacked = nnx.vmap(lambda key: nnx.Linear(16, 16, rngs=nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 2))
     small = lb.quantize(stacked, lb.any_bcq(1, 2))
