@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,14 @@ from lowbit.quantizers.quantizer import Fields, set_default_quantizer
 # Distances to centroids that are held at a time, and vectors for each centroid that a codebook is learned from.
 _BLOCK = 1 << 22
 _SAMPLE = 256
+
+
+class CodebookCode(NamedTuple):
+    """Integer codes [b, n, g, j], codebooks [b, c, v] and scales [n, g]."""
+
+    codes: jax.Array
+    books: jax.Array
+    scale: jax.Array
 
 
 class _Points(NamedTuple):
@@ -47,12 +55,9 @@ class ResidualKMeans:
 
     def __call__(self, w: jax.Array, fmt: Format, importance: jax.Array | None = None) -> Fields:
         """The stored arrays; with `importance` [k] or [n, k], squared errors count that much, all positive."""
-        if fmt.name != "codebook":
-            raise TypeError(f"{self} makes codebook, not {fmt}")
+        expect_codebook(fmt, self)
         f = jnp.ones((1, 1), jnp.float32) if importance is None else jnp.atleast_2d(importance)
-        codes, books, scale = _solve(w.astype(jnp.float32), f, fmt, self.rounds)
-        dtype = numpy_dtype(short(fmt["scale_dtype"]))
-        return {"codebooks": books.astype(dtype), "scale": scale.astype(dtype), **pack_codes(codes, fmt["bits"])}
+        return stored(solve(w.astype(jnp.float32), f, fmt, self.rounds), fmt)
 
 
 def residual_kmeans(rounds: int = 25, weighs_by: tuple[str, ...] = ("second_moment",)) -> ResidualKMeans:
@@ -70,9 +75,21 @@ def residual_kmeans(rounds: int = 25, weighs_by: tuple[str, ...] = ("second_mome
     return ResidualKMeans(rounds, weighs_by)
 
 
+def expect_codebook(fmt: Format, who: Any) -> None:
+    if fmt.name != "codebook":
+        raise TypeError(f"{who} makes codebook, not {fmt}")
+
+
+def stored(code: CodebookCode, fmt: Format) -> Fields:
+    """The format's arrays."""
+    dtype = numpy_dtype(short(fmt["scale_dtype"]))
+    floats = {"codebooks": code.books.astype(dtype), "scale": code.scale.astype(dtype)}
+    return floats | pack_codes(code.codes, fmt["bits"])
+
+
 @partial(jax.jit, static_argnums=(2, 3))
-def _solve(w: jax.Array, f: jax.Array, fmt: Format, rounds: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Codes [b, n, g, j], codebooks [b, c, v] and scales [n, g] for w [n, k] and f [n or 1, k or 1]."""
+def solve(w: jax.Array, f: jax.Array, fmt: Format, rounds: int) -> CodebookCode:
+    """Residual k-means of w [n, k] with the importance f [n or 1, k or 1]."""
     n, k = w.shape
     vec, j = fmt["vec"], vectors(k, fmt["vec"], fmt["group"])
     values, mask = to_groups(w, j * vec)
@@ -89,7 +106,7 @@ def _solve(w: jax.Array, f: jax.Array, fmt: Format, rounds: int) -> tuple[jax.Ar
         return left - book[code], (code, book)
 
     _, (codes, books) = lax.scan(one, points.u, jax.random.split(jax.random.key(0), fmt["m"]))
-    return codes.reshape(-1, *scale.shape, j), books, scale
+    return CodebookCode(codes.reshape(-1, *scale.shape, j), books, scale)
 
 
 def _root_mean_square(values: jax.Array, mask: jax.Array) -> jax.Array:
