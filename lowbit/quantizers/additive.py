@@ -24,11 +24,11 @@ import optax
 from jax import lax
 
 from lowbit.formats.format import Format
-from lowbit.quantizers.codebook import CodebookCode, ResidualKMeans, expect_codebook, solve, stored
+from lowbit.quantizers.codebook import CodebookCode, ResidualKMeans, expect_codebook, smallest, solve, stored
 from lowbit.quantizers.quantizer import Fields
 
 # Steps of Adam in a round, and their size: groups have the root mean square 1. Errors of candidates held at a time.
-_STEPS, _RATE = 100, 3e-3
+_STEPS, _RATE = 100, 1e-2
 _BLOCK = 1 << 22
 _ENOUGH = 0.01
 """A round that takes away a smaller share of the error is the last one."""
@@ -197,7 +197,7 @@ def _best(without, scale, own, change, book, quadratic):
         total = change[:, None] + scores - jnp.take_along_axis(scores, own[:, None], 1)
         flat = total.reshape(-1)
         if beam == 1:
-            at = flat.argmin()[None]
+            at = smallest(flat)[None]
             return flat[at], at
         least, at = lax.top_k(-flat, beam)
         return -least, at
