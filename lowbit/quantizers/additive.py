@@ -29,7 +29,7 @@ from lowbit.quantizers.quantizer import Fields
 
 # Steps of Adam in a round, and their size: groups have the root mean square 1. Errors of candidates held at a time.
 _STEPS, _RATE = 100, 1e-2
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 _ENOUGH = 0.01
 """A round that takes away a smaller share of the error is the last one."""
 

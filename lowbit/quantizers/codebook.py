@@ -26,7 +26,7 @@ from lowbit.quantizers.quantizer import Fields, set_default_quantizer
 
 # Distances to centroids that are held at a time, vectors for each centroid that a codebook is learned from, and
 # centroids up to which their sums are products.
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 _SAMPLE = 256
 _PRODUCT = 1024
 
