@@ -22,6 +22,7 @@ from lowbit.nn.kinds import KINDS, NAMES, QUANTIZED, dense_matrices, layers, ref
 from lowbit.nn.linen import Linen, opened
 from lowbit.nn.resume import Finished
 from lowbit.nn.rules import Rule, Rules, as_rules, assign, needed
+from lowbit.quant_type import QuantType, readings
 from lowbit.quantizers.checks import check_weight
 from lowbit.quantizers.quantizer import quantize_array
 
@@ -112,10 +113,16 @@ def _check(
 ) -> None:
     """What can be wrong, before any layer is freed, or solved for minutes."""
     keys = {joined(keys): keys for keys, _ in nnx.iter_modules(model)}
-    for path in chosen:
+    for path, rule in chosen.items():
+        assert rule.format is not None
         if reason := refusal(found[path]) or _fixed(model, keys[path]):
             raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
-        check_weight(dense_matrices(found[path]), f"layer {path!r}")
+        check_weight(dense := dense_matrices(found[path]), f"layer {path!r}")
+        dims = tuple(zip(KINDS[type(found[path])].view(found[path]).dims, dense.shape[-2:], strict=True))
+        try:
+            readings(QuantType(dims, "f32", rule.format))
+        except ValueError as err:
+            raise ValueError(f"layer {path!r} cannot be quantized: {err}") from err
     if unknown := sorted(stats.keys() - found.keys()):
         raise ValueError(f"stats has {unknown[0]!r}, which is no layer of this {type(model).__name__}: calibrate it")
     check_measured(stats, chosen, found)

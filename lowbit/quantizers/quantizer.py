@@ -16,7 +16,7 @@ from lowbit.formats.bcq import bcq
 from lowbit.formats.format import Format
 from lowbit.formats.planes import group_size, pack_planes
 from lowbit.ir.dtypes import numpy_dtype, short
-from lowbit.quant_type import QuantType
+from lowbit.quant_type import QuantType, readings
 from lowbit.quantizers.binary import BinaryCode, solve
 from lowbit.quantizers.checks import check_range, check_weight, damped, positive
 from lowbit.quantizers.groups import to_groups
@@ -175,6 +175,7 @@ def quantize_array(
     stack, shape = w.shape[:-2], w.shape[-2:]
     type_ = QuantType(tuple(zip(dims, shape, strict=True)), short(w.dtype), fmt)
     solver = quantizer or default_quantizer(fmt)
+    readings(type_)  # raises for what the format cannot store, before it is solved for
     weights = None
     if importance is not None and (takes_gram(solver) or getattr(solver, "takes_importance", False)):
         weights = (damped if takes_gram(solver) else positive)(importance, dims, w.shape, name)
