@@ -103,6 +103,8 @@ def solve(w: jax.Array, f: jax.Array, fmt: Format, rounds: int) -> CodebookCode:
     points = _Points(u.reshape(-1, vec), weights.reshape(-1, vec), mass.reshape(-1, 1))
 
     def one(left: jax.Array, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        if len(left) == 1 << fmt["bits"]:  # each vector is its own centroid
+            return jnp.zeros_like(left), (jnp.arange(len(left)), left)
         book = _lloyd(points._replace(u=left), 1 << fmt["bits"], rounds, key)
         code = _nearest(points._replace(u=left), book)
         return left - book[code], (code, book)
@@ -131,7 +133,7 @@ def _lloyd(points: _Points, count: int, rounds: int, key: jax.Array) -> jax.Arra
         weights, sums = _clusters(sample, book)
         return jnp.where(weights > 0, sums / jnp.where(weights > 0, weights, 1.0), book)
 
-    return lax.fori_loop(0, rounds if total > count else 0, turn, start)  # else each vector has its own centroid
+    return lax.fori_loop(0, rounds, turn, start)
 
 
 def _clusters(points: _Points, book: jax.Array) -> tuple[jax.Array, jax.Array]:

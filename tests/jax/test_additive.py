@@ -104,7 +104,10 @@ def test_a_stack_has_one_gram_or_one_each() -> None:
     ("gram", "message"),
     [
         (GRAM.at[3, 4].set(jnp.nan), f"has 1 NaN or inf among its {K * K} numbers: measure it on data for which all"),
-        (-GRAM, "is not symmetric and positive semidefinite, as x.T @ x is for any x [rows, k]: give the mean over rows"),
+        (
+            -GRAM,
+            "is not symmetric and positive semidefinite, as x.T @ x is for any x [rows, k]: give the mean over rows",
+        ),
         (GRAM.at[0, 1].set(50.0), "is not symmetric and positive semidefinite"),
         (GRAM * (1 - 2 * jnp.eye(K)[::-1]), "is not symmetric and positive semidefinite"),
     ],
@@ -118,8 +121,8 @@ def test_what_is_no_mean_of_products(gram: jax.Array, message: str) -> None:
 @pytest.mark.parametrize("shape", [(K,), (K, N), (2, K, K)])
 def test_an_importance_of_another_shape(shape: tuple[int, ...]) -> None:
     message = (
-        f"the weight has {K} inputs and the shape ({K}, {N}), but the importance has shape {shape}: this quantizer takes "
-        f"the mean of the products of each two inputs, [{K}, {K}]"
+        f"the weight has {K} inputs and the shape ({K}, {N}), but the importance has shape {shape}: this quantizer "
+        f"takes the mean of the products of each two inputs, [{K}, {K}]"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         lb.quantize_array(W, FMT, lb.additive_codebooks(), importance=jnp.ones(shape))

@@ -66,7 +66,7 @@ def test_additive_codebooks_are_weighed_by_products_of_inputs() -> None:
     assert all(np.array_equal(weighed.up.kernel.array.fields[f], a) for f, a in same.fields.items())
     with pytest.raises(ValueError, match=r"^'gram' of layer 'up' in stats is not symmetric and positive semidefinite"):
         lb.quantize(model, rules, stats={"up": LayerStats(None, None, 1, gram=-gram)})
-    with pytest.raises(ValueError, match=r"^stats has 'gram' of layer 'up' with the shape \(8, 8\), but the weight's is"):
+    with pytest.raises(ValueError, match=r"^stats has 'gram' of layer 'up' with the shape \(8, 8\), but the weight's"):
         lb.quantize(model, rules, stats={"up": LayerStats(None, None, 1, gram=jnp.eye(8))})
 
 
