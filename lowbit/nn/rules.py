@@ -13,7 +13,7 @@ from lowbit.formats import Format
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.quantizer import default_quantizer, takes_gram, weighs_by
 
-Statistic = Literal["second_moment", "largest", "gram", "gradient_square", "output_gradient"]
+Statistic = Literal["second_moment", "largest", "gradient_square", "output_gradient", "gram"]
 STATISTICS: tuple[str, ...] = get_args(Statistic)
 
 
