@@ -52,8 +52,9 @@ def quantize(
         also name the quantizer. Ordered, the first match wins.
       stats: what `lb.calibrate` measured. Binary-coding solvers then weigh the error of each input by its second
         moment, which is the expected error of the layer's output, or by what else they were told to (`lb.alternating`);
-        round to nearest has no use for it. A logged warning names layers of which it has nothing: they are not weighed.
-        Layers that share one quantized weight are weighed by the statistics of the first.
+        `lb.additive_codebooks` takes `gram`, and round to nearest has no use for any. A logged warning names layers of
+        which it has nothing: they are not weighed. Layers that share one quantized weight are weighed by the statistics
+        of the first.
       donate: free each dense weight of `model` as soon as it is quantized. The old model is unusable afterwards. A
         weight that a part left dense uses too is kept.
       progress: show a progress bar; by default when standard error is a terminal.
