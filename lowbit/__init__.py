@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lowbit.ops import matmul as matmul
     from lowbit.planning import plan as plan
     from lowbit.quant_type import QuantType as QuantType
+    from lowbit.quantizers import additive_codebooks as additive_codebooks
     from lowbit.quantizers import alternating as alternating
     from lowbit.quantizers import greedy as greedy
     from lowbit.quantizers import nested_kmeans as nested_kmeans
@@ -60,7 +61,8 @@ _HOME = {
     "CheckpointError": "io",
     "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "at_width": "nn", "calibrate": "nn", "compare": "nn",
     "explain": "nn", "load": "nn", "prepare": "nn", "quantize": "nn", "report": "nn", "save": "nn",
-    "alternating": "quantizers", "greedy": "quantizers", "nested_kmeans": "quantizers", "progressive": "quantizers",
+    "additive_codebooks": "quantizers", "alternating": "quantizers", "greedy": "quantizers",
+    "nested_kmeans": "quantizers", "progressive": "quantizers",
     "quantize_array": "quantizers", "residual_kmeans": "quantizers", "round_to_nearest": "quantizers",
     "set_default_quantizer": "quantizers", "to_bcq": "quantizers",
 }  # fmt: skip

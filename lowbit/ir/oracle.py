@@ -141,9 +141,12 @@ def _gather(e: Gather, table: Array, index: Array, dim: str) -> Array:
 def _bucket(e: Bucket, x: Array, index: Array) -> Array:
     full = union("bucket", e.x.dims, e.index.dims)
     shape = list(full.values())
-    hit = align(index, e.index.dims, full)[..., None] == np.arange(e.size)
-    picked = np.where(hit, np.broadcast_to(align(x, e.x.dims, full), shape)[..., None], 0)
-    return np.asarray(picked.sum(axis=tuple(i for i, k in enumerate(full) if k in e.over)))
+    kept = {k: n for k, n in full.items() if k not in e.over}
+    out = np.zeros([*kept.values(), e.size], x.dtype)
+    places = [align(np.arange(n), {k: n}, full) for k, n in kept.items()]
+    at = np.broadcast_to(align(index, e.index.dims, full), shape)
+    np.add.at(out, (*places, at), np.broadcast_to(align(x, e.x.dims, full), shape))
+    return out
 
 
 def _contract(e: Contract, values: list[Array]) -> Array:

@@ -39,6 +39,8 @@ class LayerStats:
         (Kim et al., ICML 2024) weighs errors if each batch is one sequence. A numpy array, on the host.
       output_gradient: float32 [n], the mean over rows of (dL/dy) squared for each output, L being the loss of the row's
         batch: GuidedQuant's weights (Kim et al., ICML 2025), averaged over rows.
+      gram: float32 [k, k], the mean over rows of the products of each two inputs, x^T x: what an error costs that
+        others can make up for. Its diagonal is the second moment.
 
     Of a stack of matrices each slice has its own, with its axes before k or n; k and n run as in the quantized layer.
     The experts of a mixture are measured together.
@@ -49,6 +51,7 @@ class LayerStats:
     rows: int
     gradient_square: np.ndarray[Any, np.dtype[np.float32]] | None = None
     output_gradient: jax.Array | None = None
+    gram: jax.Array | None = None
 
 
 def calibrate(
@@ -79,9 +82,10 @@ def calibrate(
     Returns the statistics by layer path, as in rules. Layers that never ran, and embeddings that are only looked up,
     have none: they are left out.
 
-    The device holds the model, what running one batch needs, [k] and [n] numbers a layer, and the gradient of *one*
-    weight at a time: its square is sent to the host as soon as it is made. There all squares together are as large as
-    the model in float32: in memory without `resume`; with it in two files a layer, of which one layer's is held.
+    The device holds the model, what running one batch needs, [k] and [n] numbers a layer, for `gram` also [k, k], and
+    the gradient of *one* weight at a time: its square is sent to the host as soon as it is made. There all squares
+    together are as large as the model in float32: in memory without `resume`; with it in two files a layer, of which
+    one layer's is held.
 
     Raises ValueError when there are no batches or no layers, for two layers of one name, for rules that need no
     statistics, for gradients without `loss`, and for a folder of another model, other statistics or other batches;
@@ -176,4 +180,4 @@ def _stats(p: Probe, means: Means, owner: str) -> LayerStats:
     seen = {name: getattr(p, name).get_value() for name in p.wanted - {"gradient_square"}}
     square = means.mean(owner) if "gradient_square" in p.wanted else None
     rows = int(p.rows.get_value().max())
-    return LayerStats(seen.get("second_moment"), seen.get("largest"), rows, square, seen.get("output_gradient"))
+    return LayerStats(seen.pop("second_moment", None), seen.pop("largest", None), rows, square, **seen)

@@ -14,14 +14,14 @@ from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.kinds import KINDS, statistic_shape, weight
 from lowbit.nn.probe import SIDE
 from lowbit.nn.rules import Rule, needed
-from lowbit.quantizers.checks import check_importance
+from lowbit.quantizers.checks import check_gram, check_importance
 
 
 def importance(stats: Mapping[str, LayerStats], path: str, rule: Rule, layer: Any) -> jax.Array | None:
     """How much each squared error in a layer's matrices counts, as `quantize_array` takes it.
 
-    If only the inputs matter [*stack, k], with 1 for the axes of a stack that shares its rows, or else of the matrices'
-    shape. None for a layer without statistics, and for a quantizer that needs none.
+    If only the inputs matter [*stack, k], or [*stack, k, k] for `gram`, with 1 for the axes of a stack that shares its
+    rows, or else of the matrices' shape. None for a layer without statistics, and for a quantizer that needs none.
     """
     names = needed(rule)
     if path not in stats or not names:
@@ -30,9 +30,8 @@ def importance(stats: Mapping[str, LayerStats], path: str, rule: Rule, layer: An
     view = kind.view(layer)
     values = {name: jnp.asarray(getattr(stats[path], name)) for name in names}
     if kind.shares:
-        ones = tuple(range(-1 - len(view.stack), -1))
-        values = {name: jnp.expand_dims(v, ones) if name in SIDE else v for name, v in values.items()}
-    if all(SIDE.get(name) == "k" for name in names):
+        values = {name: _unshared(v, len(view.stack), name) for name, v in values.items()}
+    if all(SIDE.get(name) in ("k", "kk") for name in names):
         return reduce(mul, values.values())
     placed = [
         jnp.expand_dims(v, -1 - view.dims.index(SIDE[name])) if name in SIDE else view.matrices(v)
@@ -40,6 +39,12 @@ def importance(stats: Mapping[str, LayerStats], path: str, rule: Rule, layer: An
     ]
     lead = view.lead(weight(layer).get_value())
     return jnp.broadcast_to(reduce(mul, placed), (*lead, *view.sizes(view.stack), *map(view.size, view.dims)))
+
+
+def _unshared(value: jax.Array, stack: int, name: str) -> jax.Array:
+    """With 1 for each axis of the stack, before those of the statistic."""
+    own = len(SIDE.get(name, ""))
+    return jnp.expand_dims(value, tuple(range(-own - stack, -own))) if own else value
 
 
 def check_measured(stats: Mapping[str, LayerStats], rules: Mapping[str, Rule], layers: Mapping[str, Any]) -> None:
@@ -58,4 +63,5 @@ def check_measured(stats: Mapping[str, LayerStats], rules: Mapping[str, Rule], l
                     f"stats has {name!r} of layer {path!r} with the shape {value.shape}, but the weight's is {shape}: "
                     "calibrate this model"
                 )
-            check_importance(value, f"{name!r} of layer {path!r} in stats")
+            check = check_gram if name == "gram" else check_importance
+            check(value, f"{name!r} of layer {path!r} in stats")

@@ -97,12 +97,12 @@ def dense_matrices(layer: Any) -> Any:
     return KINDS[type(layer)].view(layer).matrices(jnp.asarray(weight(layer).get_value()))
 
 
-def statistic_shape(layer: Any, dim: str) -> tuple[int, ...]:
-    """Of a statistic that has a number for each input, dim "k", or output, "n", of a dense layer: [*stack, size]."""
+def statistic_shape(layer: Any, dims: str) -> tuple[int, ...]:
+    """[*stack, *dims], of a statistic of each input of a dense layer, "k", each two inputs, "kk", or output, "n"."""
     kind = KINDS[type(layer)]
     view = kind.view(layer)
     lead = view.lead(weight(layer).get_value())
-    return (*lead, *(() if kind.shares else view.sizes(view.stack)), view.size(dim))
+    return (*lead, *(() if kind.shares else view.sizes(view.stack)), *map(view.size, dims))
 
 
 def refusal(layer: Any) -> str | None:

@@ -14,8 +14,8 @@ from lowbit.nn.around import Around
 from lowbit.nn.kernel import joined
 from lowbit.nn.kinds import KINDS, statistic_shape, weight
 
-SIDE = {"second_moment": "k", "largest": "k", "output_gradient": "n"}
-"""The dim of a statistic that has one number for each input or output; the others have the weight's shape."""
+SIDE = {"second_moment": "k", "largest": "k", "gram": "kk", "output_gradient": "n"}
+"""The dims of a statistic: a number for each input, pair of inputs or output. The others have the weight's shape."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -46,8 +46,8 @@ class Probe(Around):
         lead = view.lead(self.weight.get_value())
         self.stack = () if self.kind.shares else view.sizes(view.stack)
         self.rows = Seen(jnp.zeros(lead, jnp.float32))
-        for name, dim in SIDE.items():
-            shape = statistic_shape(layer, dim) if name in wanted else (*lead, 0)
+        for name, dims in SIDE.items():
+            shape = statistic_shape(layer, dims) if name in wanted else (*lead, 0)
             setattr(self, name, Seen(jnp.zeros(shape, jnp.float32)))
         self.sink = Seen(jnp.zeros_like(self.output_gradient.get_value()))
 
@@ -70,6 +70,9 @@ class Probe(Around):
             self.move(self.second_moment, (rows**2).sum(-2), count, self.rows.get_value())
         if "largest" in self.wanted:
             self.largest.set_value(jnp.maximum(self.largest.get_value(), jnp.abs(rows).max(-2, initial=0.0)))
+        if "gram" in self.wanted:
+            products = jnp.matmul(rows.mT, rows, precision=jax.lax.Precision.HIGHEST)
+            self.move(self.gram, products, count, self.rows.get_value())
         self.rows.set_value(self.rows.get_value() + count)
         if "output_gradient" not in self.wanted:
             return y

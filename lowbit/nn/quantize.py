@@ -22,6 +22,7 @@ from lowbit.nn.kinds import KINDS, NAMES, QUANTIZED, dense_matrices, layers, ref
 from lowbit.nn.linen import Linen, opened
 from lowbit.nn.resume import Finished
 from lowbit.nn.rules import Rule, Rules, as_rules, assign, needed
+from lowbit.quant_type import QuantType, readings
 from lowbit.quantizers.checks import IneligibleError, check_weight
 from lowbit.quantizers.quantizer import quantize_array
 
@@ -51,8 +52,9 @@ def quantize(
         also name the quantizer. Ordered, the first match wins.
       stats: what `lb.calibrate` measured. Binary-coding solvers then weigh the error of each input by its second
         moment, which is the expected error of the layer's output, or by what else they were told to (`lb.alternating`);
-        round to nearest has no use for it. A logged warning names layers of which it has nothing: they are not weighed.
-        Layers that share one quantized weight are weighed by the statistics of the first.
+        `lb.additive_codebooks` takes `gram`, and round to nearest has no use for any. A logged warning names layers of
+        which it has nothing: they are not weighed. Layers that share one quantized weight are weighed by the statistics
+        of the first.
       donate: free each dense weight of `model` as soon as it is quantized. The old model is unusable afterwards. A
         weight that a part left dense uses too is kept.
       progress: show a progress bar; by default when standard error is a terminal.
@@ -116,10 +118,16 @@ def _check(
 ) -> None:
     """What can be wrong, before any layer is freed, or solved for minutes."""
     keys = {joined(keys): keys for keys, _ in nnx.iter_modules(model)}
-    for path in chosen:
+    for path, rule in chosen.items():
+        assert rule.format is not None
         if reason := refusal(found[path]) or _fixed(model, keys[path]):
             raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
-        check_weight(dense_matrices(found[path]), f"layer {path!r}")
+        check_weight(dense := dense_matrices(found[path]), f"layer {path!r}")
+        dims = tuple(zip(KINDS[type(found[path])].view(found[path]).dims, dense.shape[-2:], strict=True))
+        try:
+            readings(QuantType(dims, "f32", rule.format))
+        except ValueError as err:
+            raise ValueError(f"layer {path!r} cannot be quantized: {err}") from err
     if unknown := sorted(stats.keys() - found.keys()):
         raise ValueError(f"stats has {unknown[0]!r}, which is no layer of this {type(model).__name__}: calibrate it")
     check_measured(stats, chosen, found)

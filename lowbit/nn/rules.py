@@ -11,9 +11,9 @@ from typing import Literal, get_args
 
 from lowbit.formats import Format
 from lowbit.quantizers import Quantizer
-from lowbit.quantizers.quantizer import default_quantizer, weighs_by
+from lowbit.quantizers.quantizer import default_quantizer, takes_gram, weighs_by
 
-Statistic = Literal["second_moment", "largest", "gradient_square", "output_gradient"]
+Statistic = Literal["second_moment", "largest", "gradient_square", "output_gradient", "gram"]
 STATISTICS: tuple[str, ...] = get_args(Statistic)
 
 
@@ -102,7 +102,8 @@ def needed(rule: Rule) -> tuple[str, ...]:
     """The statistics that a rule's quantizer weighs errors by. Raises ValueError for a format without a quantizer, and
     for what is no statistic."""
     assert rule.format is not None
-    names = weighs_by(rule.quantizer or default_quantizer(rule.format))
-    if isinstance(names, str) or not set(names) <= set(STATISTICS):
-        raise ValueError(f"rule {rule.path!r}: weighs_by={names!r} must be a tuple of some of {', '.join(STATISTICS)}")
+    quantizer = rule.quantizer or default_quantizer(rule.format)
+    names, known = weighs_by(quantizer), [name for name in STATISTICS if takes_gram(quantizer) or name != "gram"]
+    if isinstance(names, str) or not set(names) <= set(known):
+        raise ValueError(f"rule {rule.path!r}: weighs_by={names!r} must be a tuple of some of {', '.join(known)}")
     return names

@@ -1,5 +1,7 @@
 """From dense weights to stored arrays."""
 
+from lowbit.quantizers.additive import AdditiveCodebooks as AdditiveCodebooks
+from lowbit.quantizers.additive import additive_codebooks as additive_codebooks
 from lowbit.quantizers.checks import IneligibleError as IneligibleError
 from lowbit.quantizers.codebook import ResidualKMeans as ResidualKMeans
 from lowbit.quantizers.codebook import residual_kmeans as residual_kmeans

@@ -7,6 +7,10 @@ import jax.numpy as jnp
 
 from lowbit.array import QuantArray
 
+_FINITE = "measure it on data for which all values of the model are finite"
+_NEAR = 1e-2
+"""How far a matrix of correlations may be from symmetric and positive semidefinite: rounding, and a wide margin."""
+
 
 class IneligibleError(ValueError):
     """A weight that a format cannot hold: `lb.quantize` leaves its layer dense, and says why."""
@@ -28,14 +32,45 @@ def positive(importance: jax.Array, dims: tuple[str, str], shape: tuple[int, ...
     return each if importance.shape == shape else jnp.broadcast_to(each, (*stack, k))
 
 
+def damped(gram: jax.Array, dims: tuple[str, str], shape: tuple[int, ...], name: str) -> jax.Array:
+    """[*stack, k, k], with 1 for axes of the stack that share it. As in `positive`, no weight counts for nothing."""
+    stack, k = shape[:-2], shape[dims.index("k") - 2]
+    own = (1,) * (len(stack) + 2 - gram.ndim) + gram.shape
+    fits = len(own) == len(stack) + 2 and all(size in (1, of) for size, of in zip(own, stack, strict=False))
+    if not fits or own[-2:] != (k, k):
+        raise ValueError(
+            f"{name} has {k} inputs and the shape {shape}, but the importance has shape {gram.shape}: this quantizer "
+            f"takes the mean of the products of each two inputs, {[*stack, k, k]}"
+        )
+    check_gram(gram, f"the importance of {name}")
+    moments = gram.reshape(own).diagonal(axis1=-2, axis2=-1)
+    least = 1e-4 * moments.mean(axis=-1)[..., None, None] + jnp.finfo(jnp.float32).tiny
+    return gram.reshape(own) + least * jnp.eye(k).reshape((1,) * len(stack) + (k, k))
+
+
+def check_gram(gram: jax.Array, what: str) -> None:
+    """Raises ValueError unless [..., k, k] may be a mean of products of each two inputs; traced ones are not seen."""
+    if isinstance(gram, jax.core.Tracer):
+        return
+    if bad := int((~jnp.isfinite(gram)).sum()):
+        raise ValueError(f"{what} has {bad} NaN or inf among its {gram.size} numbers: {_FINITE}")
+    moments = gram.diagonal(axis1=-2, axis2=-1)
+    size = jnp.sqrt(jnp.where(moments == 0, 1.0, moments))
+    correlation = gram / size[..., None] / size[..., None, :]
+    symmetric = jnp.abs(correlation - correlation.mT).max() <= 2 * _NEAR
+    eye = jnp.eye(gram.shape[-1]).reshape((1,) * (gram.ndim - 2) + gram.shape[-2:])
+    if not (symmetric and jnp.isfinite(jnp.linalg.cholesky(correlation + _NEAR * eye)).all()):
+        raise ValueError(
+            f"{what} is not symmetric and positive semidefinite, as x.T @ x is for any x [rows, k]: give the mean over "
+            "rows of the products of each two inputs"
+        )
+
+
 def check_importance(importance: jax.Array, what: str) -> None:
     """Raises ValueError for NaN, inf and negative numbers, which can weigh no error; traced ones are not seen."""
     bad = (~(jnp.isfinite(importance) & (importance >= 0))).sum()
     if not isinstance(bad, jax.core.Tracer) and bad:  # traced, also of known arrays, wherever jax.jit traces
-        raise ValueError(
-            f"{what} has {bad} NaN, inf or negative numbers among its {importance.size}: measure it on data for which "
-            "all values of the model are finite"
-        )
+        raise ValueError(f"{what} has {bad} NaN, inf or negative numbers among its {importance.size}: {_FINITE}")
 
 
 def check_weight(w: jax.Array, name: str) -> None:

@@ -16,9 +16,9 @@ from lowbit.formats.bcq import bcq
 from lowbit.formats.format import Format
 from lowbit.formats.planes import group_size, pack_planes
 from lowbit.ir.dtypes import numpy_dtype, short
-from lowbit.quant_type import QuantType
+from lowbit.quant_type import QuantType, readings
 from lowbit.quantizers.binary import BinaryCode, solve
-from lowbit.quantizers.checks import check_range, check_weight, positive
+from lowbit.quantizers.checks import check_range, check_weight, damped, positive
 from lowbit.quantizers.groups import to_groups
 from lowbit.quantizers.uniform import rtn, to_binary
 
@@ -28,6 +28,7 @@ Quantizer = Callable[[jax.Array, Format], Fields]
 
 One with `takes_importance = True` is given a third argument where there are statistics: positive weights of squared
 errors, [k] or [n, k], the product of the fields of `LayerStats` that its `weighs_by` names, or else "second_moment".
+One with `takes_gram = True` is given the field `gram`, [k, k].
 One with a method `examine(w, name)` is shown the whole weight first, [*stack, k, n] or [*stack, n, k], which may be
 traced: to raise IneligibleError for one that its format cannot hold, and to log what is lost.
 """
@@ -147,11 +148,14 @@ def quantize_array(
       dims: the order of w's last two dims: n outputs (or rows), k summed inputs.
       name: what errors call the weight.
       importance: nonnegative, how much the squared error of each input counts: [k], or for a stack what broadcasts to
-        [*stack, k]; or of w's shape, that of each weight. Only binary-coding solvers, and quantizers with
-        `takes_importance = True`, are given it.
+        [*stack, k]; or of w's shape, that of each weight. For `lb.additive_codebooks`, and quantizers with
+        `takes_gram = True`, the mean of the products of each two inputs instead, [k, k], or what broadcasts to
+        [*stack, k, k]. A quantizer with neither this nor `takes_importance = True`, such as `lb.round_to_nearest`, is
+        not given it.
 
     Raises TypeError for a weight that is not floating, ValueError for NaN or inf, one that is not a matrix, one that
-    the format cannot hold (an IneligibleError), or an importance that is NaN, inf, negative or of another shape.
+    the format cannot hold (an IneligibleError), or an importance that is NaN, inf, negative, not positive semidefinite
+    or of another shape.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> lb.quantize_array(jnp.ones((256, 4)), lb.bcq(3, group=128)).type
@@ -164,15 +168,15 @@ def quantize_array(
     stack, shape = w.shape[:-2], w.shape[-2:]
     type_ = QuantType(tuple(zip(dims, shape, strict=True)), short(w.dtype), fmt)
     solver = quantizer or default_quantizer(fmt)
+    readings(type_)  # raises for what the format cannot store, before it is solved for
     if hasattr(solver, "examine"):
         solver.examine(w, name)
-    if importance is None or not getattr(solver, "takes_importance", False):
-        weights = None
-    else:
-        weights = positive(importance, dims, w.shape, name)
+    weights = None
+    if importance is not None and (takes_gram(solver) or getattr(solver, "takes_importance", False)):
+        weights = (damped if takes_gram(solver) else positive)(importance, dims, w.shape, name)
 
     def one(at: tuple[int, ...]) -> QuantArray:
-        f = None if weights is None else weights[at]
+        f = None if weights is None else weights[tuple(i % size for i, size in zip(at, weights.shape, strict=False))]
         return _quantize(w[at], type_, solver, f, f"{name}, slice {list(at)}," if at else name)
 
     slices = [one(at) for at in np.ndindex(stack)]
@@ -229,8 +233,15 @@ def expect_format(fmt: Format, names: str | tuple[str, ...], who: Any) -> None:
 def weighs_by(quantizer: Quantizer) -> tuple[str, ...]:
     """The statistics of a layer, fields of `LayerStats`, whose product a quantizer weighs errors by; none if it takes
     no importance."""
+    if takes_gram(quantizer):
+        return ("gram",)
     takes = getattr(quantizer, "takes_importance", False)
     return getattr(quantizer, "weighs_by", ("second_moment",)) if takes else ()
+
+
+def takes_gram(quantizer: Quantizer) -> bool:
+    """Whether the importance that a quantizer takes is that of each two inputs."""
+    return getattr(quantizer, "takes_gram", False)
 
 
 @partial(jax.jit, static_argnums=1)

@@ -20,6 +20,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "K", 256)
         monkeypatch.setattr(module, "N", 256)
     monkeypatch.setattr(quantize_speed, "SHARE", 2)
+    monkeypatch.setattr(quantize_speed, "LAYER", 128)
 
 
 def named(rows: list[harness.Row]) -> dict[str, harness.Row]:
@@ -51,6 +52,7 @@ def test_solver_is_as_good_as_the_published_one() -> None:
     # Half of the rows each: the two errors differ by what the halves differ.
     assert found["bcq3_alternating_mse"]["ratio"] == pytest.approx(1, abs=0.05)
     assert found["bcq3_greedy_mse"]["ratio"] > 1
+    assert found["m2v8_kmeans_error"]["ratio"] > 1
 
 
 def test_nested_k_means_beside_the_published_code(monkeypatch: pytest.MonkeyPatch) -> None:

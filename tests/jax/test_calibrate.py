@@ -11,7 +11,7 @@ from flax import nnx
 import lowbit as lb
 from lowbit.nn import LayerStats
 from lowbit.nn.kinds import NAMES
-from lowbit.testing.tolerance import gamma
+from lowbit.testing.tolerance import assert_within, gamma
 from tests.models import Net, arrays, assert_same
 
 BCQ = lb.bcq(2, group=16)
@@ -39,6 +39,35 @@ def test_moments_over_batches_of_any_size() -> None:
     exact = (seen**2).mean(0)
     np.testing.assert_allclose(up.second_moment, exact, rtol=gamma(2 + 12 + 3 * 4, "f32"))
     np.testing.assert_array_equal(up.largest, np.abs(seen).max(0).astype(np.float32))
+
+
+def test_products_of_inputs_over_batches_of_any_size() -> None:
+    batches = [rows(3), rows(9, seed=2).reshape(3, 3, 32)]
+    stats = lb.calibrate(pair(), batches, up_alone, statistics=["gram", "second_moment"])["up"]
+    seen = np.concatenate([b.reshape(-1, 32) for b in batches]).astype(np.float64)
+    # A product and a sum of at most 9, then a mean and one update (4 operations) for each of 2 batches.
+    bound = gamma(10 + 1 + 2 * 4, "f32") * (np.abs(seen).T @ np.abs(seen)) / 12
+    assert_within(stats.gram, seen.T @ seen / 12, bound)
+    moments = np.asarray(stats.second_moment)
+    np.testing.assert_allclose(np.diagonal(stats.gram), moments, rtol=2 * gamma(2 + 12 + 2 * 4, "f32"))
+
+
+def test_additive_codebooks_are_weighed_by_products_of_inputs() -> None:
+    model, fmt = pair(), lb.codebook(1, 4, vec=2)
+    mixed = rows(64) @ rows(32, seed=1)
+    rules = [lb.Rule("up", fmt, lb.additive_codebooks()), lb.Rule("down", None)]
+    stats = lb.calibrate(model, [mixed], up_alone, rules=rules)
+    assert stats["up"].second_moment is None and stats["up"].gram.shape == (32, 32)
+    weighed, plain = (lb.quantize(model, rules, stats=s) for s in (stats, None))
+    exact = model.up(mixed)
+    assert float(jnp.mean((weighed.up(mixed) - exact) ** 2)) < 0.5 * float(jnp.mean((plain.up(mixed) - exact) ** 2))
+    dense, gram = model.up.kernel[...], stats["up"].gram
+    same = lb.quantize_array(dense, fmt, lb.additive_codebooks(), importance=gram)
+    assert all(np.array_equal(weighed.up.kernel.array.fields[f], a) for f, a in same.fields.items())
+    with pytest.raises(ValueError, match=r"^'gram' of layer 'up' in stats is not symmetric and positive semidefinite"):
+        lb.quantize(model, rules, stats={"up": LayerStats(None, None, 1, gram=-gram)})
+    with pytest.raises(ValueError, match=r"^stats has 'gram' of layer 'up' with the shape \(8, 8\), but the weight's"):
+        lb.quantize(model, rules, stats={"up": LayerStats(None, None, 1, gram=jnp.eye(8))})
 
 
 def test_the_model_is_left_as_it_is() -> None:
@@ -145,7 +174,7 @@ def test_layers_without_statistics_are_named(caplog: pytest.LogCaptureFixture) -
     assert caplog.messages == ["lowbit: stats has nothing of down: all their errors weigh the same"]
 
 
-@pytest.mark.parametrize("names", ["second_moment", ("second_moment", "rows")], ids=repr)
+@pytest.mark.parametrize("names", ["second_moment", ("second_moment", "rows"), ("gram",)], ids=repr)
 def test_a_quantizer_that_weighs_by_what_is_no_statistic(names: tuple[str, ...]) -> None:
     rules = [lb.Rule("up", BCQ, lb.alternating(weighs_by=names))]
     with pytest.raises(

@@ -7,10 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import lowbit as lb
+from lowbit import io
 from lowbit.ir import Contract, Gather, evaluate, text, topo
 from lowbit.quant_type import QuantType
+from lowbit.testing.checks import random_rows
 from lowbit.testing.tolerance import assert_within, gamma
 
 
@@ -83,6 +88,59 @@ def test_the_kit(fmt, n, k):
     assert {"product decode", "product table", "gradients", "vmap", "export", "quantizer"} <= set(passed)
 
 
+def of_width(bits: int) -> tuple[lb.Format, int, int]:
+    """A format, and a size (n, k) that is as large as its codebook."""
+    return lb.codebook(1, bits, vec=2), 1 << (bits + 1) // 2, 1 << (bits + 2) // 2
+
+
+@pytest.mark.parametrize("bits", range(4, 17))
+def test_every_width_against_the_oracle(bits):
+    fmt, n, k = of_width(bits)
+    w = lb.testing.random_array(type_of(fmt, n, k))
+    lb.testing.check_decode(w)
+    lb.testing.check_product(random_rows(1, k), w)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 6, 7, *range(9, 17)])
+def test_the_kit_at_every_width(bits):
+    fmt, n, k = of_width(bits)
+    assert "quantizer" in lb.testing.check_format(fmt, shapes=[(n, k)]).passed[f"n={n} k={k}"]
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("bits", range(4, 17))
+def test_no_stored_code_selects_what_is_not_there(bits):
+    """Words and planes hold exactly the codes from 0 to 2**bits - 1, so no file can hold another one."""
+    codes = type_of(*of_width(bits)).fields
+    (leaf,) = (f for name, f in codes.items() if name in ("codes", "planes"))
+    width = {"u8": 8, "u16": 16}[leaf.dtype]
+    assert leaf.within is None and (leaf.dims.get("p", width) == bits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda a: a.astype(np.int32),
+            r"'w/codes' of layer 'w' is int32\[1, 8, 1, 64\], but was saved as uint8\[",
+        ),
+        (lambda a: a[..., 1:], r"'w/codes' of layer 'w' is uint8\[1, 8, 1, 63\], but was saved as uint8\["),
+    ],
+    ids=["dtype", "shape"],
+)
+def test_a_file_with_other_codes(tmp_path, change, message):
+    path = tmp_path / "w.safetensors"
+    io.write(path, {"w": lb.testing.random_array(type_of(lb.codebook(1, 8, vec=2), 8, 128))})
+    with safe_open(path, framework="np") as f:
+        tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
+    save_file({**tensors, "w/codes": np.ascontiguousarray(change(tensors["w/codes"]))}, path, metadata)
+    with pytest.raises(lb.CheckpointError, match=message):
+        io.read(path)
+
+
 # ---------------------------------------------------------------- forms
 
 
@@ -150,6 +208,14 @@ def test_codebooks_larger_than_the_weight():
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         lb.quantize_array(weights(64, 30), lb.codebook(2, 8, vec=8))
+    with pytest.raises(ValueError, match=f"^layer 'up' cannot be quantized: {re.escape(message)}$"):
+        lb.quantize(nnx.Dict(up=nnx.Linear(64, 30, rngs=nnx.Rngs(0))), lb.codebook(2, 8, vec=8))
+
+
+@pytest.mark.parametrize("quantizer", [lb.residual_kmeans(), lb.additive_codebooks()], ids=repr)
+def test_weights_that_are_not_finite(quantizer):
+    with pytest.raises(ValueError, match=r"^the weight has 1 NaN or inf among its 3840 entries: repair it, or "):
+        lb.quantize_array(W.at[3, 4].set(jnp.nan), lb.codebook(1, 4, vec=4), quantizer)
 
 
 # ---------------------------------------------------------------- residual k-means

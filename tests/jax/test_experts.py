@@ -14,6 +14,7 @@ from jax import export, lax
 
 import lowbit as lb
 from lowbit.array import QuantArray
+from lowbit.nn.importance import importance
 from tests.models import fast, inputs, whole, wholes
 
 ONE = lb.bcq(1, group=4)
@@ -152,6 +153,14 @@ def test_experts_are_measured_together() -> None:
     one = lb.quantize_array(model.moe.kernel[1], lb.bcq(1), lb.greedy(), importance=stats["moe"].second_moment)
     np.testing.assert_array_equal(q.moe.kernel.alpha[1], one.fields["alpha"])
     assert [r.layer for r in lb.compare(model, q, x, run).rows] == ["moe", "(output)"]
+
+
+def test_experts_share_the_products_of_inputs() -> None:
+    model, x, fmt = nnx.Dict(moe=lb.nn.Experts(2, 8, 8, rngs=nnx.Rngs(0))), wholes(10, 8), lb.codebook(1, 4, vec=2)
+    rule = lb.Rule("moe", fmt, lb.additive_codebooks(1))
+    stats = lb.calibrate(model, [x], lambda m, x: m.moe(x, jnp.array([4, 6])), rules=[rule])
+    np.testing.assert_array_equal(stats["moe"].gram, x.T @ x / 10)
+    np.testing.assert_array_equal(importance(stats, "moe", rule, model.moe), (x.T @ x / 10)[None])
 
 
 def test_experts_stacked_by_vmap_and_run_by_scan() -> None:

@@ -248,6 +248,8 @@ def test_calibrating_a_scanned_model_measures_each_slice() -> None:
     second = nnx.relu(x @ weights + bias.reshape(1, -1))
     np.testing.assert_array_equal(stats["blocks"].second_moment[1], (second**2).mean(0))
     lb.quantize(model, fast(ONE), stats=stats)
+    gram = lb.calibrate(model, [x], statistics=["gram"])["blocks"].gram
+    np.testing.assert_array_equal(gram[1], second.T @ second / 4)
 
 
 def test_gradient_statistics_of_each_slice() -> None:
