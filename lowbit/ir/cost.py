@@ -43,7 +43,8 @@ class Cost:
       fma: multiply-adds, additions included.
       dot: those of them inside matrix products, which hardware runs far faster than the rest.
       moved: elements of the operands of batched matrix products, whose batch has to be brought outermost.
-      lookups: elements gathered.
+      lookups: elements gathered from more than two entries.
+      selected: elements gathered from two.
       scattered: elements added into buckets.
       fields: elements made by Unpack, Bitcast and Cast.
       table: bytes of the largest gathered table that is computed, not stored.
@@ -55,6 +56,7 @@ class Cost:
     dot: int = 0
     moved: int = 0
     lookups: int = 0
+    selected: int = 0
     scattered: int = 0
     fields: int = 0
     table: int = 0
@@ -74,7 +76,7 @@ def cost(root: Expr) -> Cost:
     ({'f32': 64, 'f16': 48}, 48, 48)
     """
     read: dict[DType, int] = {}
-    fma = dot = moved = lookups = scattered = fields = table = largest = 0
+    fma = dot = moved = lookups = selected = scattered = fields = table = largest = 0
     for e in topo(root):
         n = prod(e.dims.values())
         match e:
@@ -82,8 +84,12 @@ def cost(root: Expr) -> Cost:
                 read[e.dtype] = read.get(e.dtype, 0) + nbytes(e)
             case Const() | Split() | Merge() | Slice() | Pad() | Concat():
                 pass
+            case Gather(_, Const(shape=())):  # a slice of one
+                pass
             case Unpack() | Bitcast() | Cast():
                 fields += n
+            case Gather() if e.table.dims[e.dim] == 2:
+                selected += n
             case Gather():
                 lookups += n
                 stored = isinstance(e.table, Param | Const)
@@ -101,7 +107,7 @@ def cost(root: Expr) -> Cost:
                 assert_never(e)
         if not isinstance(e, Param | Const):
             largest = max(largest, nbytes(e))
-    return Cost(read, fma, dot, moved, lookups, scattered, fields, table, largest)
+    return Cost(read, fma, dot, moved, lookups, selected, scattered, fields, table, largest)
 
 
 def nbytes(e: Expr) -> int:

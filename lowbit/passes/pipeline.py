@@ -16,6 +16,7 @@ from lowbit.passes.fold import fold
 from lowbit.passes.hoist_merge import hoist_merge
 from lowbit.passes.hoist_slice import hoist_slice
 from lowbit.passes.join_planes import join_planes
+from lowbit.passes.split_index import split_index
 from lowbit.passes.tabulate import tabulate
 
 
@@ -38,6 +39,7 @@ HOIST = Pass("hoist_merge", (hoist_merge, hoist_slice))
 FLATTEN = Pass("flatten", (flatten,))
 TABULATE = Pass("tabulate", (tabulate,), top_down=True)
 JOIN = Pass("join_planes", (join_planes,))
+DIGITS = Pass("split_index", (split_index,))
 DISTRIBUTE = Pass("distribute", (distribute,))
 APART = Pass("distribute_stored", (distribute_stored,))
 COMMUTE = Pass("commute_gather", (commute_gather,))
@@ -52,6 +54,7 @@ PIPELINES: Mapping[str, Pipeline] = {
     "table": (APART, HOIST, TABULATE, DISTRIBUTE, COMMUTE, FOLD),
     "planes": (APART, HOIST, DISTRIBUTE, FLATTEN, TABULATE, COMMUTE, FOLD),
     "join": (APART, HOIST, JOIN, DISTRIBUTE, COMMUTE, FOLD),
+    "select": (APART, HOIST, JOIN, DIGITS, FOLD),
     "bucket": (APART, HOIST, JOIN, DISTRIBUTE, FOLD, BUCKET),
 }
 """The forms that `choose` compares: decode first; multiply by each part of a weight that is a sum, such as a low-rank

@@ -45,6 +45,7 @@ from lowbit.passes import (
     hoist_slice,
     join_planes,
     run,
+    split_index,
     tabulate,
 )
 from lowbit.passes.choose import TIE
@@ -64,9 +65,10 @@ PASSES: dict[str, tuple[Pass, tuple[Pass, ...], float]] = {
     "commute_gather": (Pass("commute_gather", (commute_gather,)), (HOIST, TABULATE), 0.2),
     "bucket": (Pass("bucket", (bucket,)), (HOIST, JOIN), 0.1),
     "flatten": (Pass("flatten", (flatten,)), (HOIST, DISTRIBUTE), 0.05),
+    "split_index": (Pass("split_index", (split_index,)), (HOIST, JOIN), 0.05),
     "fold": (Pass("fold", (fold,)), (), 0.0),
 }
-MACHINE = Machine("test", 1, 1, 1, 1, 1, 1, 1, 1, 1 << 20)
+MACHINE = Machine("test", 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 << 20)
 
 
 def same(before: Expr, after: Expr, seed: int) -> None:
