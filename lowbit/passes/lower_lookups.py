@@ -84,8 +84,14 @@ def align(a: jax.Array, have: Dims, want: Dims) -> jax.Array:
 def _select(table: Operand, index: Operand, dim: str) -> tuple[jax.Array, Dims]:
     entries = [table.at(dim, i) for i in (0, 1)]
     have = union("select", index.dims, entries[0].dims)
-    first, second = (align(entry.value, entry.dims, have) for entry in entries)
+    first, second = (align(_floats(entry.value), entry.dims, have) for entry in entries)
     return jnp.where(align(index.value != 0, index.dims, have), second, first), have
+
+
+def _floats(entries: jax.Array) -> jax.Array:
+    """Smaller floats as float32: there are fewer of them before they are selected than after."""
+    small = jnp.issubdtype(entries.dtype, jnp.floating) and entries.dtype.itemsize < 4
+    return entries.astype(np.float32) if small else entries
 
 
 def _gather(table: jax.Array, t: Dims, index: jax.Array, i: Dims, dim: str) -> tuple[jax.Array, Dims]:

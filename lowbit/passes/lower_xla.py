@@ -76,7 +76,7 @@ def _value(e: Expr, env: Mapping[str, jax.Array], val: dict[Expr, jax.Array], st
             return jnp.asarray(e.values)
         case Unpack() | Gather():
             found = operand(e, val)
-            return align(found.value, found.dims, e.dims)
+            return align(found.value, found.dims, e.dims).astype(numpy_dtype(e.dtype))
         case Bitcast():
             return _bitcast(e, val[e.x])
         case Bucket():

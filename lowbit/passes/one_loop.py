@@ -6,9 +6,10 @@ terms are not summed step by step.
 
 from __future__ import annotations
 
+from lowbit.ir.cost import is_select
 from lowbit.ir.dims import Dims, union
 from lowbit.ir.dtypes import is_float
-from lowbit.ir.expr import Const, Contract, Expr, Gather, Unpack
+from lowbit.ir.expr import Contract, Gather, Unpack
 from lowbit.ir.order import Step, dots, has_vector, slot_dims
 from lowbit.ir.walk import topo
 
@@ -22,14 +23,11 @@ def one_loop(e: Contract) -> Step | None:
         return None
     if any(not _of_selects(e, step) for step in dots(e).values()):
         return None
-    full = union("product", *(f.dims for f in e.factors))
+    # What is added up first is what a compiler knows the place of: fields of words, then planes and codebooks.
+    looked_up = sorted(e.factors, key=lambda f: not isinstance(f, Gather))
+    full = union("product", *(f.dims for f in looked_up))
     fields = {n.dim: full[n.dim] for n in topo(e) if isinstance(n, Unpack) and n.dim in e.over}
-    return Step(tuple(range(len(e.factors))), {**fields, **full}, e.dims)  # a compiler knows where fields lie
-
-
-def is_select(e: Expr) -> bool:
-    """Whether it is a look-up of one of two entries, or of one that is known."""
-    return isinstance(e, Gather) and (e.table.dims[e.dim] == 2 or (isinstance(e.index, Const) and not e.index.dims))
+    return Step(tuple(range(len(e.factors))), {**fields, **full}, e.dims)
 
 
 def _of_selects(e: Contract, step: Step) -> bool:
@@ -38,8 +36,8 @@ def _of_selects(e: Contract, step: Step) -> bool:
 
 
 def short_dim(step: Step) -> str | None:
-    """The first summed dim of several terms that is short enough for additions."""
-    return next((k for k, n in step.full.items() if k not in step.out and 1 < n <= UNROLL), None)
+    """The first summed dim that is short enough for additions."""
+    return next((k for k, n in step.full.items() if k not in step.out and n <= UNROLL), None)
 
 
 def added_up(step: Step) -> Dims:

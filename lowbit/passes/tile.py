@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from lowbit.ir.cost import nbytes
+from lowbit.ir.cost import is_select, is_slice, nbytes
 from lowbit.ir.dims import Dims, RangeError, fresh
 from lowbit.ir.dtypes import bits
 from lowbit.ir.expr import Bitcast, Bucket, Call, Concat, Const, Contract, Expr, Gather, Merge, Pad, Param, Slice, Split
 from lowbit.ir.order import dots, slot_dims
 from lowbit.ir.walk import params, substitute, topo
-from lowbit.passes.one_loop import added_up, is_select, one_loop
+from lowbit.passes.one_loop import added_up, one_loop
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def written(e: Expr) -> int:
     nodes = topo(e)
     loops = {n: step for n in nodes if isinstance(n, Contract) and (step := one_loop(n))}
     fused = {f for n in loops for f in n.factors if isinstance(f, Gather)}
-    looked_up = (n for n in nodes if isinstance(n, Gather | Bucket) and not is_select(n))
+    looked_up = (n for n in nodes if isinstance(n, Gather | Bucket) and not (is_select(n) or is_slice(n)))
     found = [nbytes(n) for n in looked_up if n is not e and n not in fused]
     found += [_size(added_up(step), n) for n, step in loops.items()]
     for n in nodes:
