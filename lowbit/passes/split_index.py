@@ -10,8 +10,8 @@ from lowbit.ir.build import const
 from lowbit.ir.dims import fresh
 from lowbit.ir.expr import Const, Contract, Expr, Gather, Split
 
-ENTRIES = 64
-"""Most entries of a table: a look-up of one of n is n - 1 selects."""
+ENTRIES = 32
+"""Most entries of a table: one of n takes n - 1 selects, and the operands of more do not stay in registers."""
 
 
 def split_index(e: Expr) -> Expr | None:
