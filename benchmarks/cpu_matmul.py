@@ -24,14 +24,25 @@ FORMATS = {
     "bcq4_g128": lb.bcq(4, group=128),
     "uniform4_g128": lb.uniform(4, group=128),
 }
+LEARNED = {
+    "codebook_m1v4_g128": lb.codebook(1, 8, vec=4, group=128),
+    "codebook_m2v8_g128": lb.codebook(2, 8, vec=8, group=128),
+    "codebook_m2v8": lb.codebook(2, 8, vec=8),
+    "any_precision_8": lb.any_precision(3, 8),
+}
+"""Formats whose solvers take longer than all the products: timed on random codes and tables."""
+WIDTHS = (3, 4)
+"""At which the arrays of `any_precision_8` are read too."""
 
 
 def weights(k: int, n: int) -> dict[str, lb.QuantArray]:
     """One random matrix in every format. Greedy codes: how good they are does not change the time."""
     w = jax.random.normal(jax.random.key(0), (k, n))
-    return {
-        name: lb.quantize_array(w, fmt, lb.greedy() if fmt.name == "bcq" else None) for name, fmt in FORMATS.items()
-    }
+    out = {name: lb.quantize_array(w, fmt, lb.greedy() if fmt.name == "bcq" else None) for name, fmt in FORMATS.items()}
+    dims = (("k", k), ("n", n))
+    out |= {name: lb.testing.random_array(lb.QuantType(dims, "f32", fmt)) for name, fmt in LEARNED.items()}
+    nested = out["any_precision_8"]
+    return out | {f"any_precision_{b}_of_8": lb.QuantArray(nested.fields, nested.type.at(b)) for b in WIDTHS}
 
 
 def programs(k: int, n: int, batch: int, quantized: dict[str, lb.QuantArray]) -> dict[str, Callable[[], Any]]:

@@ -32,11 +32,13 @@ WATCH: ContextVar[Callable[[jax.Array, QuantArray], None] | None] = ContextVar("
 FORCED = jax.make_user_context(None)
 """What `lowering` asks for: part of every jit cache key, also of functions that were traced before."""
 
-# name, byte, dot, pointwise, moved, field, lookup, far_lookup, scatter, cache, style
+# name, byte, dot, pointwise, moved, field, lookup, far_lookup, select, scatter, cache, style
 MACHINES = {
-    "cpu": Machine("cpu", 0.05, 0.0075, 0.03, 2.5, 0.03, 0.3, 1.2, 20, 1 << 20, Style(1 << 22, sums_as_dots=True)),
-    "gpu": Machine("gpu", 4e-4, 3e-6, 5e-5, 2e-3, 5e-5, 2e-3, 2e-2, 0.05, 1 << 15, Style(vectors_as_loops=True)),
-    "tpu": Machine("tpu", 6e-4, 5e-6, 2e-4, 2e-3, 2e-4, 0.5, 5, 5, 1 << 15, Style(vectors_as_loops=True)),
+    "cpu": Machine(
+        "cpu", 0.05, 0.0075, 0.03, 2.5, 0.03, 0.3, 1.2, 0.01, 20, 1 << 20, Style(1 << 22, sums_as_dots=True)
+    ),
+    "gpu": Machine("gpu", 4e-4, 3e-6, 5e-5, 2e-3, 5e-5, 2e-3, 2e-2, 5e-5, 0.05, 1 << 15, Style(vectors_as_loops=True)),
+    "tpu": Machine("tpu", 6e-4, 5e-6, 2e-4, 2e-3, 2e-4, 0.5, 5, 2e-4, 5, 1 << 15, Style(vectors_as_loops=True)),
 }
 """Coarse costs by platform: for a CPU fitted to times on 2 cores, for the others estimates, not yet measured."""
 

@@ -219,8 +219,9 @@ def index_of(s: Source, depth: int) -> Expr:
     if kind == 1:
         return bits(s)
     if kind == 2:  # joined digits
-        fields = Unpack(leaf(s.pick(("u8", "u16")), s.names(2)), s.pick((1, 2)), "q", 2)
-        return contract((fields, const([1, 4], "i32", "q")), ("q",))
+        width = s.pick((1, 2))
+        fields = Unpack(leaf(s.pick(("u8", "u16")), s.names(2)), width, "q", 2)
+        return contract((fields, const(s.pick(([1, 1 << width], [4, 1])), "i32", "q")), ("q",))
     x = integer(s, depth)
     return x if x.bounds and 0 <= x.bounds[0] and x.bounds[1] < 64 else leaf("u8", s.names(2), (1, 6))
 

@@ -30,7 +30,7 @@ from lowbit.ir.expr import (
     Split,
     Unpack,
 )
-from lowbit.ir.order import contraction_order, dots, slot_dims
+from lowbit.ir.order import contraction_order, dots, has_vector, slot_dims
 from lowbit.ir.walk import topo
 
 
@@ -43,7 +43,8 @@ class Cost:
       fma: multiply-adds, additions included.
       dot: those of them inside matrix products, which hardware runs far faster than the rest.
       moved: elements of the operands of batched matrix products, whose batch has to be brought outermost.
-      lookups: elements gathered.
+      lookups: elements gathered from more than two entries, and operands of matrix products gathered from two.
+      selected: elements gathered from two, which a loop over the elements does as it goes.
       scattered: elements added into buckets.
       fields: elements made by Unpack, Bitcast and Cast.
       table: bytes of the largest gathered table that is computed, not stored.
@@ -55,6 +56,7 @@ class Cost:
     dot: int = 0
     moved: int = 0
     lookups: int = 0
+    selected: int = 0
     scattered: int = 0
     fields: int = 0
     table: int = 0
@@ -73,14 +75,18 @@ def cost(root: Expr) -> Cost:
     >>> c.read, c.fma, c.dot
     ({'f32': 64, 'f16': 48}, 48, 48)
     """
-    fma = dot = moved = lookups = scattered = fields = table = largest = 0
+    fma = dot = moved = lookups = selected = scattered = fields = table = largest = 0
     for e in topo(root):
         n = prod(e.dims.values())
         match e:
             case Param() | Const() | Split() | Merge() | Slice() | Pad() | Concat():
                 pass
+            case Gather() if is_slice(e):
+                pass
             case Unpack() | Bitcast() | Cast():
                 fields += n
+            case Gather() if is_select(e):
+                selected += n
             case Gather():
                 lookups += n
                 stored = isinstance(e.table, Param | Const)
@@ -91,6 +97,7 @@ def cost(root: Expr) -> Cost:
                 fma += n
             case Contract():
                 every, products, copied = contraction_work(e)
+                lookups += _selected_operands(e)
                 fma, dot, moved = fma + every, dot + products, moved + copied
             case Call(name, operands):
                 fma += call_spec(name).operations(*(o.type for o in operands))
@@ -98,7 +105,7 @@ def cost(root: Expr) -> Cost:
                 assert_never(e)
         if not isinstance(e, Param | Const):
             largest = max(largest, nbytes(e))
-    return Cost(_read(root), fma, dot, moved, lookups, scattered, fields, table, largest)
+    return Cost(_read(root), fma, dot, moved, lookups, selected, scattered, fields, table, largest)
 
 
 def _read(root: Expr) -> dict[DType, int]:
@@ -127,3 +134,20 @@ def contraction_work(e: Contract) -> tuple[int, int, int]:
         if a.keys() & b.keys() & step.out.keys():
             moved += prod(a.values()) + prod(b.values())
     return sum(step.fma for step in contraction_order(e)), sum(step.fma for step in products), moved
+
+
+def is_slice(e: Expr) -> bool:
+    """Whether it is a look-up of one entry that is known."""
+    return isinstance(e, Gather) and isinstance(e.index, Const) and not e.index.dims
+
+
+def is_select(e: Expr) -> bool:
+    """Whether it is a look-up of one of two entries."""
+    return isinstance(e, Gather) and e.table.dims[e.dim] == 2 and not is_slice(e)
+
+
+def _selected_operands(e: Contract) -> int:
+    """Elements of the factors made by selects that have to be written, for a product with more than one vector."""
+    dims, made = slot_dims(e), {at for at, f in enumerate(e.factors) if is_select(f)}
+    matrices = (step for step in dots(e).values() if not has_vector(*(dims[s] for s in step.slots)))
+    return sum(prod(dims[s].values()) for step in matrices for s in made.intersection(step.slots))

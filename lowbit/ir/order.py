@@ -37,6 +37,11 @@ class Step:
         return bool(a - b) and bool(b - a)
 
 
+def has_vector(a: Dims, b: Dims) -> bool:
+    """Whether one operand of a matrix product has a single row."""
+    return prod(drop(a, b).values()) == 1 or prod(drop(b, a).values()) == 1
+
+
 def slot_dims(e: Contract) -> list[Dims]:
     """The dims of every slot: the factors, then the results of the steps."""
     return [*(f.dims for f in e.factors), *(step.out for step in contraction_order(e))]

@@ -16,4 +16,5 @@ from lowbit.passes.join_planes import join_planes as join_planes
 from lowbit.passes.pipeline import PIPELINES as PIPELINES
 from lowbit.passes.pipeline import Pass as Pass
 from lowbit.passes.pipeline import run as run
+from lowbit.passes.split_index import split_index as split_index
 from lowbit.passes.tabulate import tabulate as tabulate

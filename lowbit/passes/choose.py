@@ -25,6 +25,7 @@ class Machine:
       field: an element unpacked or converted.
       lookup: an element gathered from a computed table of at most `cache` bytes, or from a stored one.
       far_lookup: the same from a larger table.
+      select: an element chosen from two.
       scatter: an element added into a bucket.
       cache: bytes.
       style: how to write a term for its compiler.
@@ -38,6 +39,7 @@ class Machine:
     field: float
     lookup: float
     far_lookup: float
+    select: float
     scatter: float
     cache: int
     style: Style = PLAIN
@@ -48,6 +50,7 @@ class Machine:
         moved_bytes = c.bytes + (0 if near else c.table)  # a table that no cache holds is written to memory
         arithmetic = c.dot * self.dot + (c.fma - c.dot) * self.pointwise + c.moved * self.moved + c.fields * self.field
         looked_up = c.lookups * (self.lookup if near else self.far_lookup)
+        looked_up += c.selected * self.select
         return moved_bytes * self.byte + arithmetic + looked_up + c.scattered * self.scatter
 
 

@@ -36,9 +36,10 @@ from lowbit.ir.expr import (
     Unpack,
 )
 from lowbit.ir.walk import topo
+from lowbit.passes.lower_lookups import align as align
+from lowbit.passes.lower_lookups import operand
 from lowbit.passes.lower_parts import in_parts
-from lowbit.passes.lower_products import align as align
-from lowbit.passes.lower_products import contract, gather
+from lowbit.passes.lower_products import contract
 from lowbit.passes.style import PLAIN, Style
 from lowbit.passes.tile import tile
 
@@ -73,12 +74,11 @@ def _value(e: Expr, env: Mapping[str, jax.Array], val: dict[Expr, jax.Array], st
             return _leaf(e, env)
         case Const():
             return jnp.asarray(e.values)
-        case Unpack(x, width, _, count):
-            return _unpack(val[x], width, count).astype(numpy_dtype(e.dtype))
+        case Unpack() | Gather():
+            found = operand(e, val)
+            return align(found.value, found.dims, e.dims).astype(numpy_dtype(e.dtype))
         case Bitcast():
             return _bitcast(e, val[e.x])
-        case Gather(table, index, dim):
-            return align(*gather(val[table], table.dims, val[index], index.dims, dim), e.dims)
         case Bucket():
             return _bucket(e, val[e.x], val[e.index])
         case Add(a, b):
@@ -121,11 +121,6 @@ def _leaf(e: Param, env: Mapping[str, jax.Array]) -> jax.Array:
     if v.shape != tuple(e.dims.values()) or v.dtype != numpy_dtype(e.dtype):
         raise ValueError(f"param {e.name!r} is {e.type}, but the array is {v.dtype}{list(v.shape)}")
     return v
-
-
-def _unpack(word: jax.Array, width: int, count: int) -> jax.Array:
-    shift = (jnp.arange(count, dtype=word.dtype) * width).astype(word.dtype).reshape([1] * word.ndim + [count])
-    return (word[..., None] >> shift) & jnp.asarray((1 << width) - 1, word.dtype)
 
 
 def _concat(dim: str, parts: list[tuple[jax.Array, Dims]]) -> jax.Array:

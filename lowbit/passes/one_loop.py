@@ -6,10 +6,12 @@ terms are not summed step by step.
 
 from __future__ import annotations
 
+from lowbit.ir.cost import is_select
 from lowbit.ir.dims import Dims, union
 from lowbit.ir.dtypes import is_float
-from lowbit.ir.expr import Contract, Gather
-from lowbit.ir.order import Step, dots
+from lowbit.ir.expr import Contract, Gather, Unpack
+from lowbit.ir.order import Step, dots, has_vector, slot_dims
+from lowbit.ir.walk import topo
 
 UNROLL = 8
 """Terms up to which a sum over one dim is written as additions: planes are few."""
@@ -19,9 +21,18 @@ def one_loop(e: Contract) -> Step | None:
     """The whole product as one step, if a factor of it is looked up and no pair of factors makes a matrix product."""
     if not (e.over and is_float(e.acc) and any(isinstance(f, Gather) for f in e.factors)):
         return None
-    if dots(e):
+    if any(not _of_selects(e, step) for step in dots(e).values()):
         return None
-    return Step(tuple(range(len(e.factors))), union("product", *(f.dims for f in e.factors)), e.dims)
+    # What is added up first is what a compiler knows the place of: fields of words, then planes and codebooks.
+    looked_up = sorted(e.factors, key=lambda f: not isinstance(f, Gather))
+    full = union("product", *(f.dims for f in looked_up))
+    fields = {n.dim: full[n.dim] for n in topo(e) if isinstance(n, Unpack) and n.dim in e.over}
+    return Step(tuple(range(len(e.factors))), {**fields, **full}, e.dims)
+
+
+def _of_selects(e: Contract, step: Step) -> bool:
+    """Whether it is the product of one vector and weights that are selected, one of two entries at a time."""
+    return any(map(is_select, e.factors)) and has_vector(*(slot_dims(e)[s] for s in step.slots))
 
 
 def short_dim(step: Step) -> str | None:

@@ -16,16 +16,22 @@ from lowbit.passes.fold import fold
 from lowbit.passes.hoist_merge import hoist_merge
 from lowbit.passes.hoist_slice import hoist_slice
 from lowbit.passes.join_planes import join_planes
+from lowbit.passes.split_index import split_index
 from lowbit.passes.tabulate import tabulate
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One or two identities applied wherever they match, until none does."""
+    """One or two identities applied wherever they match, until none does.
+
+    Attributes:
+      defining: where it changes nothing, its pipeline does not either: the form would be another one, badly named.
+    """
 
     name: str
     rules: tuple[Rule, ...]
     top_down: bool = False
+    defining: bool = False
 
     def __call__(self, e: Expr) -> Expr:
         def first(n: Expr) -> Expr | None:
@@ -38,6 +44,7 @@ HOIST = Pass("hoist_merge", (hoist_merge, hoist_slice))
 FLATTEN = Pass("flatten", (flatten,))
 TABULATE = Pass("tabulate", (tabulate,), top_down=True)
 JOIN = Pass("join_planes", (join_planes,))
+DIGITS = Pass("split_index", (split_index,), defining=True)
 DISTRIBUTE = Pass("distribute", (distribute,))
 APART = Pass("distribute_stored", (distribute_stored,))
 COMMUTE = Pass("commute_gather", (commute_gather,))
@@ -52,11 +59,13 @@ PIPELINES: Mapping[str, Pipeline] = {
     "table": (APART, HOIST, TABULATE, DISTRIBUTE, COMMUTE, FOLD),
     "planes": (APART, HOIST, DISTRIBUTE, FLATTEN, TABULATE, COMMUTE, FOLD),
     "join": (APART, HOIST, JOIN, DISTRIBUTE, COMMUTE, FOLD),
+    "select": (APART, HOIST, DIGITS),
     "bucket": (APART, HOIST, JOIN, DISTRIBUTE, FOLD, BUCKET),
 }
 """The forms that `choose` compares: decode first; multiply by each part of a weight that is a sum, such as a low-rank
-adapter; look partial sums up; the same with zero points and place values as terms and factors of their own; or make one
-index of the planes, for weights or partial sums (and add up the activations that share it)."""
+adapter; look partial sums up; the same with zero points and place values as terms and factors of their own; make one
+index of the planes, for weights or partial sums; select by each plane, where they are an index already; or add up the
+activations that share an index."""
 
 
 def run(e: Expr, pipeline: Pipeline, dump: Callable[[str], None] | None = None) -> Expr:
@@ -71,9 +80,12 @@ def run(e: Expr, pipeline: Pipeline, dump: Callable[[str], None] | None = None) 
     %2 = param w                     : f32[n=3 g=2 t=4]
     %3 = sum[g t] %1 * %2            : f32[n=3]
     """
+    start = e
     for step in pipeline:
         new = step(e)
         if dump is not None:
             dump(f"-- {step.name}" + (f"\n{text(new, short=True)}" if new is not e else ": no change"))
+        if step.defining and new is e:
+            return start
         e = new
     return e

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 from lowbit.ir.call import call_spec
-from lowbit.ir.cost import nbytes
+from lowbit.ir.cost import is_select, is_slice, nbytes
 from lowbit.ir.dims import Dims, RangeError, fresh
 from lowbit.ir.dtypes import bits
 from lowbit.ir.expr import Bitcast, Bucket, Call, Concat, Const, Contract, Expr, Gather, Merge, Pad, Param, Slice, Split
@@ -77,10 +77,11 @@ def written(e: Expr) -> int:
     nodes = topo(e)
     loops = {n: step for n in nodes if isinstance(n, Contract) and (step := one_loop(n))}
     fused = {f for n in loops for f in n.factors if isinstance(f, Gather)}
-    found = [nbytes(n) for n in nodes if isinstance(n, Gather | Bucket) and n is not e and n not in fused]
+    looked_up = (n for n in nodes if isinstance(n, Gather | Bucket) and not (is_select(n) or is_slice(n)))
+    found = [nbytes(n) for n in looked_up if n is not e and n not in fused]
     found += [_size(added_up(step), n) for n, step in loops.items()]
     for n in nodes:
-        if isinstance(n, Contract):
+        if isinstance(n, Contract) and n not in loops:
             dims = slot_dims(n)
             for at, step in dots(n).items():
                 computed = [s for s in step.slots if s >= len(n.factors) or n.factors[s].args]
@@ -93,7 +94,7 @@ def largest_operand(e: Expr) -> Expr | None:
     """The largest operand of a matrix product that is computed, before it is merely reshaped; None without one."""
     found: list[Expr] = []
     for n in topo(e):
-        if isinstance(n, Contract):
+        if isinstance(n, Contract) and one_loop(n) is None:
             factors = (s for step in dots(n).values() for s in step.slots if s < len(n.factors))
             found += [_unshaped(n.factors[s]) for s in factors]
     return max((f for f in found if f.args), key=nbytes, default=None)

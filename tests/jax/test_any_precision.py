@@ -74,6 +74,14 @@ def test_a_width_reads_its_own_planes_alone(w: lb.QuantArray, product: Any) -> N
     assert lowered.compile().as_text().count(" conditional(") == 1
 
 
+@pytest.mark.parametrize(
+    ("width", "rows", "name"), [(2, 1, "select"), (4, 1, "select"), (8, 1, "decode"), (3, 64, "decode")]
+)
+def test_the_form_that_is_cheaper_runs(width: int, rows: int, name: str) -> None:
+    wide = lb.QuantType((("k", 4096), ("n", 4096)), "f32", lb.any_precision(2, 8, width))
+    assert lb.plan((rows, 4096), wide, "cpu").forms[0].name == name
+
+
 def test_gradients_reach_the_table_of_the_width(w: lb.QuantArray, product: Any) -> None:
     gradient = jax.grad(lambda w, b: product(X, w, b).sum(), allow_int=True)
     for width in FORMAT.widths:

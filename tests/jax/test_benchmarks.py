@@ -35,6 +35,7 @@ def named(rows: list[harness.Row]) -> dict[str, harness.Row]:
 def test_products() -> None:
     found = named(list(cpu_matmul.measure()))
     assert {"bcq3_g128_batch3", "uniform4_g128_256x384_batch3", "dense_batch3"} <= set(found)
+    assert {"codebook_m2v8_batch3", "any_precision_3_of_8_batch3", "any_precision_8_256x384_batch3"} <= set(found)
     assert all(r["value"] > 0 for r in found.values())
     assert found["dense_batch3"]["ratio"] == 1
 

@@ -8,10 +8,10 @@ from typing import get_args
 import jax
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from lowbit.formats import bcq
+from lowbit.formats import Format, any_precision, bcq, codebook
 from lowbit.ir import (
     Bitcast,
     Bucket,
@@ -90,6 +90,7 @@ def test_random_products_in_every_form():
     changed: Counter[str] = Counter()
 
     @given(matmuls(), st.sampled_from([*PIPELINES]), st.integers(0, 9))
+    @example(contract((param("x", "f32", None, m=2, k=16), any_precision(2, 3).decode(3, 16)), ("k",)), "select", 0)
     def property_(e: Expr, name: str, seed: int) -> None:
         form = run(e, PIPELINES[name])
         changed[name] += form is not e
@@ -125,13 +126,27 @@ def test_parts_that_do_not_divide_the_whole(rows: int):
     assert check(e, values(e), limit=10 * 4 * 8 * 4)
 
 
-def test_a_sum_of_looked_up_terms_is_a_product_with_ones():
-    e = run(
-        contract((param("x", "f32", None, m=1, k=128), bcq(3, group=64).decode(48, 128)), ("k",)), PIPELINES["table"]
-    )
-    program = jax.jit(lambda env: emit(e, env, Style(sums_as_dots=True))).lower(values(e)).as_text()
-    assert len(re.findall(r"= \"?stablehlo.gather", program)) == 3  # one a plane, added up before the sum
+@pytest.mark.parametrize(
+    ("fmt", "parts"), [(bcq(3, group=64), 3), (codebook(2, 4, vec=8), 2)], ids=["planes", "codebooks of a row"]
+)
+def test_a_sum_of_looked_up_terms_is_a_product_with_ones(fmt: Format, parts: int):
+    x = param("x", "f32", None, m=1, k=1024)
+    form = run(contract((x, fmt.decode(48, 1024)), ("k",)), PIPELINES["table" if parts == 3 else "join"])
+    program = jax.jit(lambda env: emit(form, env, Style(sums_as_dots=True))).lower(values(form)).as_text()
+    assert len(re.findall(r"= \"?stablehlo.gather", program)) == parts  # one each, added up before the sum
     assert "stablehlo.reduce" not in program
+
+
+@pytest.mark.parametrize("table_dtype", ["float16", "float32"])
+def test_a_vector_times_selected_weights_writes_no_weights(table_dtype: str):
+    n, k = 64, 1024
+    fmt = any_precision(2, 4, width=3, table_dtype=table_dtype)
+    decode = contract((param("x", "f32", None, m=1, k=k), fmt.decode(n, k)), ("k",))
+    e = run(decode, PIPELINES["select"])
+    assert check(e, values(e), decode)
+    program = jax.jit(lambda env: emit(e, env, Style(sums_as_dots=True))).lower(values(e))
+    assert "stablehlo.gather" not in program.as_text()
+    assert program.compile().memory_analysis().temp_size_in_bytes < n * k  # an eighth of the weights in float32 and x
 
 
 def test_float64_needs_x64():

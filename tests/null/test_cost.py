@@ -22,6 +22,7 @@ from lowbit.ir import (
     Split,
     Unpack,
     cast,
+    const,
     contract,
     cost,
     param,
@@ -72,6 +73,16 @@ def test_a_table_costs_its_bytes_only_when_it_is_computed() -> None:
     assert cost(Gather(stored, CODES, "c")) == Cost({"f32": 48, "u8": 24}, lookups=24, largest=96)
     computed = Gather(stored + 1, CODES, "c")
     assert cost(computed) == Cost({"f32": 48, "u8": 24}, fma=12, lookups=24, table=48, largest=96)
+
+
+def test_a_look_up_of_one_of_two_is_a_select_and_of_a_known_one_is_free() -> None:
+    table, bits = param("table", "f32", n=3, c=2), param("bits", "u8", (0, 1), n=3, k=8)
+    chosen = Gather(table, bits, "c")
+    assert cost(chosen) == Cost({"f32": 24, "u8": 24}, selected=24, largest=96)
+    assert cost(Gather(table, const(1, "i32"), "c")) == Cost({"f32": 24}, largest=12)
+    for rows, written in ((1, 0), (2, 24)):  # one vector meets each weight as it is chosen, a matrix product reads it
+        found = cost(contract((param("x", "f32", m=rows, k=8), chosen), ("k",)))
+        assert (found.selected, found.lookups) == (24, written)
 
 
 def test_a_bucket_counts_what_it_scatters() -> None:

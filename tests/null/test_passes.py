@@ -45,6 +45,7 @@ from lowbit.passes import (
     hoist_slice,
     join_planes,
     run,
+    split_index,
     tabulate,
 )
 from lowbit.passes.choose import TIE
@@ -64,9 +65,10 @@ PASSES: dict[str, tuple[Pass, tuple[Pass, ...], float]] = {
     "commute_gather": (Pass("commute_gather", (commute_gather,)), (HOIST, TABULATE), 0.2),
     "bucket": (Pass("bucket", (bucket,)), (HOIST, JOIN), 0.1),
     "flatten": (Pass("flatten", (flatten,)), (HOIST, DISTRIBUTE), 0.05),
+    "split_index": (Pass("split_index", (split_index,)), (HOIST, JOIN), 0.1),
     "fold": (Pass("fold", (fold,)), (), 0.0),
 }
-MACHINE = Machine("test", 1, 1, 1, 1, 1, 1, 1, 1, 1 << 20)
+MACHINE = Machine("test", 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 << 20)
 
 
 def same(before: Expr, after: Expr, seed: int) -> None:
@@ -102,7 +104,12 @@ def test_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in PIPELINES if len(PIPELINES[n]) > 1])
 def test_pipeline(name: str) -> None:
-    assert against_oracle(lambda e: run(e, PIPELINES[name])) >= 0.5
+    assert against_oracle(lambda e: run(e, PIPELINES[name])) >= (0.05 if name == "select" else 0.5)
+
+
+def test_a_pipeline_whose_defining_pass_changes_nothing_gives_no_form() -> None:
+    e = contract((param("a", "f32", k=8), Merge(param("w", "f32", n=3, g=2, j=4), ("g", "j"), "k")), ("k",))
+    assert HOIST(e) is not e and run(e, PIPELINES["select"]) is e
 
 
 def test_choose_takes_the_cheapest_form() -> None:
@@ -130,6 +137,7 @@ def x(within: tuple[int, int] | None = None, /, **dims: int) -> Expr:
 
 T, CODE = param("t", "f32", c=4, c_1=4, v=8), param("i", "u8", (0, 3), n=3)
 TWO, FEW = Slice(param("w", "u8", (1, 2), p=3, n=40), "n", 0, 39), const([100, 0], "i32", "k")
+TRITS = param("trits", "u8", (0, 2), p=2, n=3)
 INDEX = contract((x((0, 1)), param("y", "i32", (0, 3)) + -3), ()) + 3
 # Terms that once broke a pass; whether it applies.
 EXAMPLES_OF: list[tuple[str, bool, Expr]] = [
@@ -148,6 +156,10 @@ EXAMPLES_OF: list[tuple[str, bool, Expr]] = [
     # words below the range of a word mean nothing
     ("join_planes", True, contract((x(p=3), cast(TWO - 1, "u8")), ("p",))),
     ("join_planes", True, contract((x(p=3), Gather(const([1.0, 2.0], "f32", "c"), TWO - 1, "c")), ("p",))),
+    # digits of any base, in any order, but each entry of the table has one spelling
+    ("split_index", True, Gather(x(n=3, p=4, c=9), contract((TRITS, const([3, 1], "i32", "p")), ("p",)), "c")),
+    ("split_index", False, Gather(x(n=3, c=9), contract((TRITS, const([2, 1], "i32", "p")), ("p",)), "c")),
+    ("split_index", False, Gather(x(n=3, c=12), contract((TRITS, const([3, 1], "i32", "p")), ("p",)), "c")),
 ]
 
 
