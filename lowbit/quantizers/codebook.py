@@ -65,8 +65,9 @@ class ResidualKMeans:
 def residual_kmeans(rounds: int = 25, weighs_by: tuple[str, ...] = ("second_moment",)) -> ResidualKMeans:
     """Residual k-means, the default for `codebook`: `rounds` rounds of Lloyd's algorithm for each codebook.
 
-    Deterministic: centroids start from vectors drawn with a fixed key. A codebook of large weights is learned from 256
-    vectors an entry, drawn likewise. Where `lb.quantize` is given `stats`, errors are weighed as by `lb.alternating`.
+    Centroids start from vectors drawn with a fixed key: it is deterministic, on a GPU only up to 1024 entries, beyond
+    which sums are made there in any order. A codebook of large weights is learned from 256 vectors an entry, drawn
+    likewise. Where `lb.quantize` is given `stats`, errors are weighed as by `lb.alternating`.
 
     >>> import jax, lowbit as lb
     >>> w = jax.random.normal(jax.random.key(0), (64, 64))
