@@ -35,4 +35,5 @@ def any_precision(
     b = chosen_width(lo, hi, width)
     powers = const([1 << (b - 1 - p) for p in range(b)], "i32", "p")
     code = contract((plane_bits(b, n, k, None, hi), powers), ("p",))
-    return ungroup(Gather(param(f"table{b}", scale_type(table_dtype), n=n, c=1 << b), code, "c"), k, None)
+    table = param(f"table{b}", scale_type(table_dtype, "table_dtype"), n=n, c=1 << b)
+    return ungroup(Gather(table, code, "c"), k, None)

@@ -40,9 +40,9 @@ def chosen_width(lo: int, hi: int, width: int | None) -> int:
     return b
 
 
-def scale_type(scale_dtype: str) -> DType:
+def scale_type(scale_dtype: str, option: str = "scale_dtype") -> DType:
     if scale_dtype not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"scale_dtype must be 'float32', 'float16' or 'bfloat16', not {scale_dtype!r}")
+        raise ValueError(f"{option} must be 'float32', 'float16' or 'bfloat16', not {scale_dtype!r}")
     return short(scale_dtype)
 
 

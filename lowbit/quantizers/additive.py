@@ -25,8 +25,9 @@ import optax
 from jax import lax
 
 from lowbit.formats.format import Format
-from lowbit.quantizers.codebook import CodebookCode, ResidualKMeans, expect_codebook, smallest, solve, stored
-from lowbit.quantizers.quantizer import Fields
+from lowbit.quantizers.codebook import CodebookCode, ResidualKMeans, smallest, solve, stored
+from lowbit.quantizers.groups import check_rounds
+from lowbit.quantizers.quantizer import Fields, expect_format
 
 # Steps of Adam in a round, and the first one's size: groups have the root mean square 1. Later ones shrink to nothing.
 _STEPS, _RATE = 100, 1e-2
@@ -73,14 +74,13 @@ class AdditiveCodebooks:
     takes_gram: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if type(self.rounds) is not int or self.rounds < 0:
-            raise ValueError(f"rounds must be an int, 0 or more, not {self.rounds!r}")
+        check_rounds(self.rounds)
         if type(self.beam) is not int or self.beam < 1:
             raise ValueError(f"beam must be a positive int, the hypotheses kept for each row, not {self.beam!r}")
 
     def __call__(self, w: jax.Array, fmt: Format, importance: jax.Array | None = None) -> Fields:
         """The stored arrays; `importance` [k, k] is the mean of the products of each two inputs, else identity."""
-        expect_codebook(fmt, self)
+        expect_format(fmt, "codebook", self)
         gram = jnp.eye(w.shape[1]) if importance is None else importance
         return stored(_solve(w.astype(jnp.float32), gram, fmt, self.beam, self.rounds), fmt)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowbit.quantizers.groups import check_rows, in_blocks
+from lowbit.quantizers.groups import check_rounds, check_rows, in_blocks
 
 # Relative to the diagonal of the normal equations. Large against float32 rounding, so that equal planes stay solvable.
 _RIDGE = 1e-6
@@ -80,8 +80,7 @@ def solve(
     ([2.0, 1.0], [[0, 0, 1, 1], [0, 1, 0, 1]])
     """
     check_rows(values, bits, importance)
-    if rounds < 0:
-        raise ValueError(f"rounds must be 0 (greedy) or more, got {rounds}")
+    check_rounds(rounds)
     return in_blocks(lambda w, f: _solve_block(w, f, bits, rounds, offset), values, importance, 2**bits)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ from jax import lax
 from lowbit.formats.codebook import pack_codes, vectors
 from lowbit.formats.format import Format
 from lowbit.ir.dtypes import numpy_dtype, short
-from lowbit.quantizers.groups import to_groups
-from lowbit.quantizers.quantizer import Fields, set_default_quantizer
+from lowbit.quantizers.groups import check_rounds, to_groups
+from lowbit.quantizers.quantizer import Fields, expect_format, set_default_quantizer
 
 # Distances to centroids that are held at a time, vectors for each centroid that a codebook is learned from, and
 # centroids up to which their sums are products.
@@ -55,9 +55,12 @@ class ResidualKMeans:
     weighs_by: tuple[str, ...] = field(default=("second_moment",), repr=False)
     takes_importance: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        check_rounds(self.rounds)
+
     def __call__(self, w: jax.Array, fmt: Format, importance: jax.Array | None = None) -> Fields:
         """The stored arrays; with `importance` [k] or [n, k], squared errors count that much, all positive."""
-        expect_codebook(fmt, self)
+        expect_format(fmt, "codebook", self)
         f = jnp.ones((1, 1), jnp.float32) if importance is None else jnp.atleast_2d(importance)
         return stored(solve(w.astype(jnp.float32), f, fmt, self.rounds), fmt)
 
@@ -76,11 +79,6 @@ def residual_kmeans(rounds: int = 25, weighs_by: tuple[str, ...] = ("second_mome
     True
     """
     return ResidualKMeans(rounds, weighs_by)
-
-
-def expect_codebook(fmt: Format, who: Any) -> None:
-    if fmt.name != "codebook":
-        raise TypeError(f"{who} makes codebook, not {fmt}")
 
 
 def stored(code: CodebookCode, fmt: Format) -> Fields:

@@ -22,7 +22,7 @@ from jax import lax
 from lowbit.formats.format import Format
 from lowbit.quantizers import binary
 from lowbit.quantizers.binary import Fit, Group
-from lowbit.quantizers.groups import check_rows, in_blocks
+from lowbit.quantizers.groups import check_rounds, check_rows, in_blocks
 from lowbit.quantizers.quantizer import Fields, expect_format, grouped, pack, scale_fields, set_default_quantizer
 
 
@@ -97,8 +97,7 @@ def solve(
     Raises ValueError for rounds below 1: without one a plane would add nothing.
     """
     check_rows(values, hi, importance)
-    if rounds < 1:
-        raise ValueError(f"rounds must be 1 or more, got {rounds}")
+    check_rounds(rounds, 1)
     return in_blocks(lambda w, f: _solve_block(w, f, lo, hi, rounds, offset), values, importance, 2**hi)
 
 

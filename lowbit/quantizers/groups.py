@@ -63,6 +63,11 @@ def check_rows(values: jax.Array, bits: int, weights: jax.Array | None) -> None:
         )
 
 
+def check_rounds(rounds: int, least: int = 0) -> None:
+    if type(rounds) is not int or rounds < least:
+        raise ValueError(f"rounds must be an int, {least} or more, not {rounds!r}")
+
+
 def in_blocks(
     solve: Callable[[jax.Array, jax.Array | None], T], values: jax.Array, weights: jax.Array | None, levels: int
 ) -> T:

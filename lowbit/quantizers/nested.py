@@ -20,7 +20,7 @@ from lowbit.formats.format import Format
 from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.quantizers.checks import check_range, check_weight, positive
 from lowbit.quantizers.kmeans import nested_kmeans_rows
-from lowbit.quantizers.quantizer import Fields, set_default_quantizer
+from lowbit.quantizers.quantizer import Fields, expect_format, set_default_quantizer
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class NestedKMeans:
 
     def __call__(self, w: jax.Array, fmt: Format, importance: jax.Array | None = None) -> Fields:
         """The stored arrays; with `importance` [k] or [n, k], nonnegative, squared errors count that much."""
-        if fmt.name != "any_precision":
-            raise TypeError(f"{self} makes any_precision, not {fmt}")
+        expect_format(fmt, "any_precision", self)
         given = [a.astype(jnp.float32) for a in (w, importance) if a is not None]
         if not any(isinstance(a, jax.core.Tracer) for a in given):
             return {name: jnp.asarray(a) for name, a in _solve(fmt, *given).items()}

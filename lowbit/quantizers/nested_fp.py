@@ -11,7 +11,7 @@ from absl import logging
 from lowbit.formats.format import Format
 from lowbit.formats.nested_fp import LARGEST, split_bytes
 from lowbit.quantizers.checks import IneligibleError
-from lowbit.quantizers.quantizer import Fields, set_default_quantizer
+from lowbit.quantizers.quantizer import Fields, expect_format, set_default_quantizer
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class SplitBytes:
     """
 
     def __call__(self, w: jax.Array, fmt: Format) -> Fields:
+        expect_format(fmt, "nested_fp", self)
         upper, lower = split_bytes(jnp.clip(w, -LARGEST, LARGEST).astype(jnp.float16))
         return {"upper": upper, "lower": lower}
 

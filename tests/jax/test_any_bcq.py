@@ -187,5 +187,5 @@ def test_what_the_quantizer_refuses() -> None:
         lb.quantize_array(W, lb.bcq(2), lb.progressive())
     with pytest.raises(TypeError, match=r"^BinarySolver\(rounds=15\) makes bcq, not any_bcq"):
         lb.quantize_array(W, FORMAT, lb.alternating())
-    with pytest.raises(ValueError, match=r"^rounds must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"^rounds must be an int, 1 or more, not 0$"):
         lb.quantize_array(W, FORMAT, lb.progressive(0))

@@ -272,3 +272,9 @@ def test_other_formats_are_refused():
     message = "ResidualKMeans(rounds=25) makes codebook, not bcq(bits=2)"
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         lb.quantize_array(W, lb.bcq(2), lb.residual_kmeans())
+
+
+@pytest.mark.parametrize("rounds", [-1, 1.5])
+def test_rounds_that_cannot_be(rounds: float):
+    with pytest.raises(ValueError, match=f"^rounds must be an int, 0 or more, not {rounds}$"):
+        lb.residual_kmeans(rounds)

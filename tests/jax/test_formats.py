@@ -159,6 +159,11 @@ def test_bad_scale_dtype(make, dtype):
         make(3, scale_dtype=dtype)
 
 
+def test_a_bad_dtype_is_named_by_its_option():
+    with pytest.raises(ValueError, match=r"^table_dtype must be 'float32', 'float16' or 'bfloat16', not 'f16'$"):
+        lb.any_precision(3, 4, table_dtype="f16")
+
+
 def test_unknown_and_missing_options():
     with pytest.raises(TypeError, match="unexpected keyword argument 'bites'"):
         lb.bcq(3, bites=3)

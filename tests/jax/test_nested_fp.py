@@ -307,6 +307,11 @@ def test_a_stack_is_held_or_not_as_a_whole() -> None:
     assert held.stack == (3,) and np.array_equal(lb.dequantize(held)[0], stack[0] / 2)
 
 
+def test_other_formats_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"^SplitBytes\(\) makes nested_fp, not bcq\(bits=2\)$"):
+        lb.quantize_array(jnp.ones((8, 4)), lb.bcq(2), lb.quantizers.SplitBytes())
+
+
 def test_without_scales_the_biases_train() -> None:
     small = lb.quantize(model(), lb.nested_fp(8))
     gradients = nnx.grad(lambda m, x: (m(x) ** 2).sum())(small, jnp.ones((2, 16), jnp.float16))
