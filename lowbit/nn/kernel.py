@@ -31,7 +31,8 @@ class Frozen(nnx.Variable[jax.Array]):
 
 class Stats(nnx.Variable[jax.Array]):
     """float32 [*stack, 2]: the squared error of quantization and the squared norm of the weight, in units of its
-    largest magnitude, summed over each slice when it was made. Not counted in reports."""
+    largest magnitude, summed over each slice when it was made. NaN once `lb.at_width` reads it at another width. Not
+    counted in reports."""
 
 
 class Width(nnx.Variable[jax.Array]):

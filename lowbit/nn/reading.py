@@ -62,10 +62,16 @@ def at_width(model: M, width: int | jax.Array | Mapping[str, int | jax.Array]) -
 def _read(kernel: Kernel, width: Any, path: str) -> None:
     if isinstance(width, int):
         try:
-            kernel.type = kernel.type.at(width)
+            read = kernel.type.at(width)
         except ValueError as err:
             raise ValueError(f"layer {path!r}: {err}") from err
+        same = kernel.width is None and read.decode == kernel.type.decode
+        kernel.type = read
         if kernel.width is not None:
             del kernel.width
     else:
+        same = False
         kernel.width = Width(jnp.broadcast_to(one_integer(width), kernel.array.stack))
+    stats = kernel.stats.get_value()
+    if not same and isinstance(stats, jax.Array):
+        kernel.stats.set_value(jnp.full_like(stats, jnp.nan))  # no error was measured at this width

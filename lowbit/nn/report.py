@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import inf, log10, prod
+from math import inf, isnan, log10, prod
 from typing import Any
 
 import jax
@@ -29,7 +29,8 @@ class Row:
       weights: entries of the dense matrix.
       bits_per_weight: everything stored for it (codes, scales, padding) over `weights`.
       bytes: of everything stored for it.
-      relative_error: Frobenius norm of the error over that of the weight, when it was quantized; None if dense.
+      relative_error: Frobenius norm of the error over that of the weight, when it was quantized; None if dense, and
+        for what `lb.at_width` reads at another width than then.
       sqnr_db: the same as a signal-to-noise ratio in dB.
     """
 
@@ -89,7 +90,8 @@ def report(model: nnx.Module) -> Report:
     """What a model stores: a row for each quantized weight, each dense layer, and each other module with a matrix.
 
     Bits are counted from the stored types, so sub-byte codes, scales and padding are all in. Errors are those measured
-    when `lb.quantize` ran; training the scales afterwards does not change them.
+    when `lb.quantize` ran; training the scales afterwards does not change them, and weights that
+    `lb.at_width` reads at another width have none.
 
     >>> from flax import nnx
     >>> import lowbit as lb
@@ -116,8 +118,9 @@ def _quantized_row(layer: str, kernel: Kernel) -> Row:
     relative = sqnr = None
     if not isinstance(stats, jax.ShapeDtypeStruct | jax.core.Tracer):
         error, norm = (float(v) for v in stats.reshape(-1, 2).sum(0))
-        ratio = error / norm if norm else 0.0
-        relative, sqnr = ratio**0.5, (-10 * log10(ratio) if ratio else inf)
+        if not isnan(error):
+            ratio = error / norm if norm else 0.0
+            relative, sqnr = ratio**0.5, (-10 * log10(ratio) if ratio else inf)
     size, count = prod(kernel.shape), prod(kernel.array.stack)
     return Row(layer, t.encoding, size, t.bits_per_weight, count * t.bits // 8, relative, sqnr)
 
@@ -141,7 +144,8 @@ def explain(layer: Any, batch: int = 1, platform: str | None = None, dtype: Any 
     cannot run, with the reason.
 
     Args:
-      layer: a quantized layer (of an `lb.nn.Embed` its `attend`), its kernel, or a QuantArray. Of a stack, one slice.
+      layer: a quantized layer (of an `lb.nn.Embed` its `attend`), its kernel, or a QuantArray. Of a stack, one slice;
+        of one whose width may change, every width.
       batch: rows of activations.
       platform: "cpu", "gpu" or "tpu"; the default backend's if None.
       dtype: of the activations; if None that which the layer computes in, or else that of its weight.
@@ -159,4 +163,6 @@ def explain(layer: Any, batch: int = 1, platform: str | None = None, dtype: Any 
     if not isinstance(array, QuantArray):
         raise TypeError(f"{type(layer).__name__} is not a quantized layer or array: nothing to explain")
     given = dtype or getattr(layer, "dtype", None) or array.dtype
-    return str(plan((batch, dict(array.type.dims)["k"]), array.type, platform, given))
+    changes = isinstance(held, Kernel) and held.width is not None
+    types = [array.type.at(width) for width in array.type.format.widths] if changes else [array.type]
+    return "\n\n".join(str(plan((batch, dict(t.dims)["k"]), t, platform, given)) for t in types)

@@ -58,6 +58,22 @@ def test_a_static_width_is_another_type_over_the_same_arrays(model: Any) -> None
     assert "any_bcq(group=8, hi=3, lo=1, width=2)" in str(lb.report(low))
 
 
+def test_reports_leave_out_errors_of_another_width(model: Any) -> None:
+    def errors(of: Any) -> list[Any]:
+        return [r.relative_error for r in lb.report(of).rows]
+
+    assert errors(lb.at_width(model, 3)) == errors(model) and None not in errors(model)
+    assert errors(lb.at_width(model, {"first": 2})) == [None, errors(model)[1]]
+    assert errors(lb.at_width(lb.at_width(model, jnp.int32(3)), 3)) == [None, None]
+    abstract = nnx.eval_shape(lambda: lb.quantize(Net(), lb.any_bcq(1, 3, group=8)))
+    assert isinstance(lb.at_width(abstract, 2).first.kernel.stats.get_value(), jax.ShapeDtypeStruct)
+
+
+def test_a_width_that_may_change_is_explained_at_every_width(model: Any) -> None:
+    text = lb.explain(lb.at_width(model, jnp.int32(2)).first, batch=2)
+    assert text == "\n\n".join(lb.explain(lb.at_width(model, b).first, batch=2) for b in (1, 2, 3))
+
+
 def test_a_width_in_an_array_may_change_within_one_compiled_function(model: Any) -> None:
     run = nnx.jit(lambda m, x, width: lb.at_width(m, width)(x))
     held = nnx.jit(lambda m, x: m(x))
@@ -132,7 +148,7 @@ def loss(model: Any) -> jax.Array:
 def changed(before: Any, after: Any) -> set[str]:
     old, new = arrays(before), arrays(after)
     assert old.keys() == new.keys()
-    return {name for name in old if not np.array_equal(old[name], new[name])}
+    return {name for name in old if not np.array_equal(old[name], new[name], equal_nan=True)}
 
 
 @pytest.mark.parametrize("which", ["first", "all"])
@@ -146,7 +162,7 @@ def test_tuning_a_width_changes_its_scales_alone(model: Any, which: Any) -> None
         optimizer.update(tuning.model, nnx.grad(loss, argnums=nnx.DiffState(0, lb.Scale))(tuning.model))
     assert loss(tuning.model) < before
     folded = lb.tune.fold(tuning.model)
-    assert changed(model, folded) == {"first/kernel/alpha2", "second/kernel/alpha2"}
+    assert changed(lb.at_width(model, 2), folded) == {"first/kernel/alpha2", "second/kernel/alpha2"}
     assert np.array_equal(lb.at_width(folded, 3)(X), lb.at_width(model, 3)(X))
     other = lb.tune.alpha_tuning(lb.at_width(tuning.model, 1))  # goes on with another width
     assert changed(folded, lb.tune.fold(other.model)) == set()
