@@ -82,7 +82,7 @@ def matmul(
     Args:
       width: for a format that is read at several, such as `lb.any_precision`; that of w's type if None. An integer in
         an array may change from call to call of one compiled function, which computes only what that width needs;
-        beyond the widths there are it is the nearest of them. Under `jax.vmap` it may not be batched.
+        one that there is not is the nearest of them. Under `jax.vmap` it may not be batched.
       differentiable: "vjp", the default, for reverse mode (`jax.grad`): gradients are terms of their own and never hold
         a dense weight. "jvp" for forward mode too (`jax.jvp`, `jax.hessian`): JAX differentiates the product's program,
         in reverse mode with whatever memory that takes.

@@ -18,7 +18,7 @@ def any_precision(
     """Nested codes: `any_precision(3, 8)` stores 8 bits a weight that are read at any width from 3 to 8.
 
     The code of a width is the leading bits of the code of hi, so a product at width b reads b planes and one table.
-    `fmt.at(b)`, `type.at(b)` and `lb.matmul(..., width=b)` choose the width.
+    `fmt.at(b)`, `type.at(b)`, `lb.matmul(..., width=b)` and `lb.at_width(model, b)` choose the width.
 
     Stored: `planes` u8 [hi, n, 1, ceil(k / 8)], the most significant bit first, and for each width b from lo to hi
     `table<b>` [n, 2**b]. Bits per weight: hi + t sum_b 2**b / k for entries of t bits.

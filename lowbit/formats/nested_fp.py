@@ -42,8 +42,8 @@ def nested_fp(n: int, k: int, width: int = 16) -> Expr:
 
     At width 16 a product has the weights that were stored, bit for bit. At width 8 it reads `upper` only, the e4m3
     nearest to 256 w, and rounds its activations to e4m3 too, each row under a scale of its own that takes its largest
-    entry to 448; their gradients go straight through that rounding. `fmt.at(8)`, `type.at(8)` and
-    `lb.matmul(..., width=8)` choose the width, also with an integer on the device.
+    entry to 448; their gradients go straight through that rounding. `fmt.at(8)`, `type.at(8)`,
+    `lb.matmul(..., width=8)` and `lb.at_width(model, 8)` choose the width.
 
     Stored: `upper` u8 [n, k], `lower` u8 [n, k]: 16 bits a weight, no scales. Weights are at most 1.75 in magnitude:
     `lb.quantize` leaves a layer with a larger one dense, and says so. `upper` is never 0x7F or 0xFF, the NaNs of e4m3.

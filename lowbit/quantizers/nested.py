@@ -70,7 +70,7 @@ def refit_tables(
     """The same codes with the tables that are best for a weight: at every width, the mean of what each code stands for.
 
     This minimizes sum_k f_k (w_k - table_b[code_k >> (hi - b)])^2 over each table_b. Use it for codes that were not
-    made from w: after w was tuned, or by a method that chooses codes alone.
+    made from w: after w was tuned, or by a method that chooses codes alone. It runs on the host, outside of `jax.jit`.
 
     Args:
       array: of the format `any_precision`; its own tables are kept where no weight has the code.
