@@ -15,7 +15,9 @@ import pytest
 from benchmarks import gpu_matmul, gpu_micro, gpu_plot, gpu_results, gpu_timing, needs
 from benchmarks.gpu_cases import COPY, Case, canonical, groups, targets
 from benchmarks.gpu_results import ASSUMED, Results, Target, middle, newest, opened, part, peaks
+from lowbit.ir.build import param
 from lowbit.testing.checks import random_array, random_rows
+from lowbit.testing.terms import kernel_term
 
 MACHINE = {"device": ASSUMED, "jax": "0.11.2", "jaxlib": "0.11.2", "source": "abc", "date": "2026-01-01"}
 SMALL = [[Case("halves", 128, 256, 2, "bfloat16", None)], [Case("bcq3", 128, 256, 2, "float16", "decode")]]
@@ -326,6 +328,7 @@ def test_the_product_in_8_bits_is_checked_with_encoded_activations() -> None:
     case = Case("nested_fp8", 192, 512, 8, "float16", "fp8")
     own, x = random_array(canonical(case.what, case.n, case.k)), random_rows(8, 512, dtype="float16") / np.float16(64)
     y = gpu_matmul.lb.matmul(jnp.asarray(x), own, lowering="decode")
+    assert kernel_term(8, own.type, "f16") is own.type.product(param("x", "f16", None, m=8, k=512))
     gpu_matmul.check(case, jax.device_get(own), x, y)
     with pytest.raises(AssertionError, match=r"y \[m, n\]: 4 of 64 differ; at \(\d, 15\)"):
         gpu_matmul.check(case, jax.device_get(own), x, y.at[:, -1].add(100))
