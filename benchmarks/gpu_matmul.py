@@ -57,14 +57,14 @@ def listing(cases: Sequence[Case], results: Results) -> Iterator[str]:
     copied = measured_copy(results.rows)
     speed = f"{copied / 1e12:.2f} TB/s" if copied else "not measured"
     yield f"{results.machine['device']}: {of.memory / 1e12:.2f} TB/s, {of.products / 1e12:.0f} TFLOP/s; copy {speed}"
-    yield f"{'product [out x in]':44} {'stored':>12} {'at peak':>9} {'at copy':>13} {'predicted':>10} {'measured':>13}"
+    yield f"{'product [out x in]':48} {'stored':>12} {'at peak':>9} {'at copy':>13} {'predicted':>10} {'measured':>13}"
     for case in cases:
         at_copy = f"{1e6 * case.roofline(replace(of, memory=copied)):.1f}" if copied else "not measured"
         guess = case.predicted().get(case.lowering or "")
         row = results.rows.get(case.name)
         took = f"{1e6 * row['seconds']:.1f}" if row else "not measured"
         said = f"{1e6 * guess:.1f}" if guess else "-"
-        yield f"{case.name:44} {case.stored:>12,} {1e6 * case.roofline(of):>9.1f} {at_copy:>13} {said:>10} {took:>13}"
+        yield f"{case.name:48} {case.stored:>12,} {1e6 * case.roofline(of):>9.1f} {at_copy:>13} {said:>10} {took:>13}"
 
 
 def promises(rows: dict[str, Row]) -> Iterator[str]:
@@ -84,32 +84,28 @@ def copy(cupti: bool) -> Row:
     return {"name": COPY, "bytes": 2 * COPIED, **row}
 
 
-def rotation(first: Case) -> tuple[Any, list[Any]]:
+def rotation(group: Sequence[Case]) -> tuple[Any, list[Any]]:
     """The weight of a group of cases on the host, and different ones on the device to use in turn."""
-    count = copies(first.stored)
+    first, count = group[0], copies(min(case.stored for case in group))
     if first.what == HALVES:
         made = [jax.random.normal(jax.random.key(i), (first.n, first.k), jnp.bfloat16) for i in range(count)]
         return np.asarray(made[0]), made
     own = random_array(canonical(first.what, first.n, first.k))
     laid = jax.jit(laid_out)(own)
-    return jax.device_get(own), [laid, *(_varied(laid, jnp.uint8(i % 256)) for i in range(1, count))]
+    return jax.device_get(own), [laid, *(_varied(laid, jnp.int32(i)) for i in range(1, count))]
 
 
 @jax.jit
 def _varied(w: QuantArray, i: jax.Array) -> QuantArray:
-    """Other codes and scales: any bits of a code are one."""
-
-    def other(a: jax.Array) -> jax.Array:
-        return a ^ i.astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.integer) else a * (1 + i / 256).astype(a.dtype)
-
-    return jax.tree.map(other, w)
+    """The same codes and scales elsewhere: all are valid, also those that are read as floats."""
+    return jax.tree.map(lambda a: jnp.roll(a, i), w)
 
 
 def products(case: Case, x: jax.Array, weights: Sequence[Any]) -> list[jax.Array]:
     """One product with each of the weights."""
     if case.what == HALVES:
         return [jnp.einsum("mk,nk->mn", x, w) for w in weights]
-    return [lb.matmul(x, w, lowering=case.lowering) for w in weights]
+    return [lb.matmul(x, QuantArray(w.fields, case.type), lowering=case.lowering) for w in weights]
 
 
 def measure(case: Case, host: Any, weights: Sequence[Any], of: Peaks, cupti: bool) -> Row:
@@ -139,17 +135,20 @@ def check(case: Case, host: Any, x: Any, y: jax.Array) -> None:
         bound = dot_tolerance(case.k, "float32", case.dtype) * size + tiny(case.dtype)
         assert_within(got, exact, bound, case.name)
         return
-    few = sampled(host, columns)
-    form = lb.plan(some.shape, few.type, "gpu", some.dtype).choice(case.lowering) if case.lowering != "mma" else None
+    few = sampled(host, columns, canonical(case.what, case.n, case.k))
+    kernel = case.lowering in ("mma", "fp8")  # which take no array in its format's own layout
+    form = None if kernel else lb.plan(some.shape, few.type, "gpu", some.dtype).choice(case.lowering)
     term = form.term if isinstance(form, Form) else kernel_term(len(some), few.type, short(some.dtype))
     assert_product(got, some, few, term)
 
 
-def sampled(w: QuantArray, columns: Any) -> QuantArray:
-    """Some outputs of a weight on the host."""
-    leaves = w.type.fields
-    fields = {name: np.take(a, columns, list(leaves[name].dims).index("n")) for name, a in w.fields.items()}
-    return QuantArray(fields, w.type.resized(n=len(columns)))
+def sampled(w: QuantArray, columns: Any, read_as: lb.QuantType) -> QuantArray:
+    """Some outputs of a weight on the host. What all outputs share stays as it is."""
+    dims = {name: list(leaf.dims) for name, leaf in read_as.fields.items()}
+    fields = {
+        name: np.take(a, columns, dims[name].index("n")) if "n" in dims[name] else a for name, a in w.fields.items()
+    }
+    return QuantArray(fields, read_as.resized(n=len(columns)))
 
 
 def run(chosen: Sequence[Sequence[Case]], results: Results, seconds: float) -> int:
@@ -162,7 +161,7 @@ def run(chosen: Sequence[Sequence[Case]], results: Results, seconds: float) -> i
         todo = [case for case in group if not results.done(case.name)]
         if not todo or time.monotonic() - start > seconds or in_a_row >= FAILURES:
             continue
-        host, weights = rotation(group[0])
+        host, weights = rotation(group)
         for case in todo:
             if time.monotonic() - start > seconds or in_a_row >= FAILURES:
                 break

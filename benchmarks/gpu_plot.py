@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when it is run as a file
 
-from benchmarks.gpu_cases import BATCHES, COPY, DTYPES, FORMATS, HALVES, PREFILL, SHAPES, Case
+from benchmarks.gpu_cases import BATCHES, COPY, DTYPES, FORMATS, HALVES, SHAPES, Case, ways
 from benchmarks.gpu_results import Results, Row, newest, peaks
 
 
@@ -29,8 +29,7 @@ def curves(results: Results) -> dict[str, list[tuple[float, float]]]:
     for what in (HALVES, *FORMATS):
         points = []
         for m in sorted(BATCHES):
-            ways = [None] if what == HALVES else ["mma", "dense"][: 1 + (m >= PREFILL)]
-            cases = [Case(what, *SHAPES[0], m, DTYPES[0], way) for way in ways]
+            cases = [Case(what, *SHAPES[0], m, DTYPES[0], way) for way in ways(what, m)]
             found = [point(case, results.rows[case.name]) for case in cases if case.name in results.rows]
             points += [max(found, key=lambda p: p[1])] if found else []
         if points:

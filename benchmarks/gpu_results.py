@@ -60,7 +60,8 @@ def hopper(parser: argparse.ArgumentParser) -> Any:
 def source() -> str:
     """A digest of the code that is measured."""
     folder = Path(lowbit.__file__).parent
-    files = [*sorted(folder.glob("kernels/*.py")), folder / "ops.py"]
+    files = [*sorted(folder.glob("kernels/*.py")), *sorted(folder.glob("formats/*.py"))]
+    files += [folder / "by_kernel.py", folder / "ops.py"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from lowbit.kernels.alu import HALVES
-from lowbit.kernels.lanes import Program, in_numpy, order, tables_in_numpy
 from lowbit.passes.pointwise import Pointwise, code_width
 from lowbit.passes.scalar import Element, Node, Number, Product, Scalar, Sum
 
@@ -46,13 +44,3 @@ def weights(of: Pointwise, env: Mapping[str, Array], n: int, k: int) -> Array:
     entries = [value(x, lambda e: element(e, env).astype(np.float64)) for x in of.entries]
     out: Array = np.choose(code, [np.broadcast_to(v, (n, k)) for v in entries])
     return out
-
-
-def staged(p: Program, words: Sequence[Array], *stored: Array, books: Array | None = None) -> Array:
-    """A stage as the kernel decodes it, tables of whole rows made beforehand, its inputs in their order."""
-    if p.decoder.shared and books is None:
-        books = np.stack(stored).astype(HALVES[p.kind])
-    made = in_numpy(p, words, *(tables_in_numpy(p, *stored) if p.of_rows else stored), table=books)
-    turned = order(p.decoder.consecutive)
-    blocks = made.reshape(len(made), -1, len(turned))
-    return blocks[..., np.argsort(turned)].reshape(made.shape)

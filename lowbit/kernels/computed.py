@@ -17,7 +17,7 @@ from lowbit.kernels.alu import AND, OR, Alu, Half, Register
 from lowbit.kernels.codes import lane_words
 from lowbit.kernels.decoders import COLUMNS, Decoder, SharedTable, Table, Tables
 from lowbit.kernels.tables import Builder
-from lowbit.passes.pointwise import Pointwise, UnsuitableError, code_width
+from lowbit.passes.pointwise import BITCAST, Pointwise, UnsuitableError, code_width
 from lowbit.passes.scalar import Element, Lookup, Node, Product, Scalar, Step, Sum
 
 QUADS = 4
@@ -36,7 +36,8 @@ class Books(Decoder):
         self.lookups, self.scale = _sum_of_lookups(weights.entries[0])
         self.bits, self.grain, self.columns, self.consecutive = weights.bits, weights.grain, columns, weights.grain
         if self.grain not in VECTORS:
-            raise UnsuitableError(f"its codes stand for {self.grain} inputs, and a lane loads {VECTORS}")
+            what = f"{self.lookups[0].table.name!r} is a table of all rows with vectors of {self.grain}"
+            raise UnsuitableError(f"{what}, and a lane loads vectors of {', '.join(map(str, VECTORS))}")
         if self.bits * columns % (COLUMNS * self.grain):
             raise UnsuitableError(f"{self.bits} bits for {self.grain} inputs do not fill the words of a lane")
         self.widths = [sum(code_width(e) for e, _ in lookup.code) for lookup in self.lookups]
@@ -86,7 +87,8 @@ class Bytes(Decoder):
         (_, step), self.bits = weights.entries[0], weights.bits
         if not isinstance(step, Step) or any(code_width(e) != 8 for e in step.codes):
             raise UnsuitableError("a weight is more than one step, of whole bytes")
-        if (program := call_spec(step.name).lanes) is None:
+        program = None if step.name.startswith(BITCAST) else call_spec(step.name).lanes
+        if program is None:
             raise UnsuitableError(f"the step {step.name!r} has no lane program")
         self.program: LaneProgram = program
 

@@ -46,6 +46,8 @@ def layout(*readings: Expr) -> Layout:
             raise UnsuitableError(f"its codes of {more.bits} bits do not begin with those of {fewer.bits}")
     first = readings[0]
     made = Layout(first.dims["n"], first.dims["k"], weights)
+    decoder = made.decoder  # raises for what none decodes
+    del decoder
     if made.as_stored:
         _check_rows_of_bytes(made)
     elif taken := params(*readings).keys() & set(made.words):

@@ -57,6 +57,8 @@ CODE_BITS = 8
 COMPUTED_BITS = 4
 """Most bits of one whose values are computed: a table of 16 entries is what byte permutes look up. A table for more
 codes is looked up as it is stored, one for each row."""
+BITCAST = "bitcast_"
+"""How the name of a step begins that takes bytes for something else."""
 GRAIN = 32
 """Weights along k that one selector word covers: what is shared by a multiple of it is a parameter, not a code."""
 
@@ -80,8 +82,8 @@ class Pointwise:
 
     @property
     def grain(self) -> int:
-        """Consecutive inputs that have one code."""
-        return self.codes[0].span or 1
+        """Consecutive inputs that have one code, where a weight is one expression of it."""
+        return self.codes[0].span if self.computed else 1
 
     @property
     def computed(self) -> bool:
@@ -95,7 +97,7 @@ class Pointwise:
         number, step = (node.a, node.b) if isinstance(node, Product) else (Number(1.0), node)
         if not self.computed or not isinstance(number, Number) or not isinstance(step, Step):
             return None
-        return sign * number.value if step.name == "bitcast_e4m3" else None
+        return sign * number.value if step.name == f"{BITCAST}e4m3" else None
 
     @property
     def books(self) -> dict[str, Param]:
@@ -122,6 +124,8 @@ def pointwise(decode: Expr) -> Pointwise:
     codes = tuple(first.codes)
     widths = [code_width(c) for c in codes]
     if any(isinstance(e, Step | Lookup) for e in leaves(weight[1])):
+        if len({code.span for code in codes}) > 1:
+            raise UnsuitableError("its codes stand for different numbers of inputs")
         return Pointwise(codes, (weight,))
     if not 1 <= sum(widths) <= CODE_BITS:
         raise UnsuitableError(f"a weight's code has {sum(widths)} bits, and a kernel's table takes 1 to {CODE_BITS}")
@@ -195,7 +199,7 @@ class _Reader:
             case Call(name, args):
                 return 1, self._step(name, args, here)
             case Bitcast(x, dtype, None):
-                return 1, self._step(f"bitcast_{dtype}", (x,), here)
+                return 1, self._step(f"{BITCAST}{dtype}", (x,), here)
             case Bitcast() | Bucket() | Pad():
                 raise UnsuitableError(f"a step of its decode is a {type(e).__name__}")
             case _:

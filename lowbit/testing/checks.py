@@ -58,6 +58,8 @@ def random_array(t: QuantType, seed: int = 0) -> QuantArray:
     for name, read_as in float_words(t).items():
         for _ in range(DRAWS):
             bad = ~np.isfinite(fields[name].view(numpy_dtype(read_as)))
+            if not bad.any():
+                break
             low, high = t.fields[name].bounds or (0, 0)
             fields[name][bad] = rng.integers(low, high + 1, bad.sum())
     return QuantArray.of(fields, t)

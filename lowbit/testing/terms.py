@@ -25,7 +25,11 @@ def encoded(x: Array, t: QuantType) -> Array:
 
 
 def kernel_term(m: int, t: QuantType, dtype: Any) -> Expr:
-    """The product as kernels compute it: floats that are stored, and weights, are rounded to x's dtype."""
+    """The product as kernels compute it: floats that are stored, and weights, are rounded to x's dtype; but as the
+    formula has it where the format encodes activations."""
+    x = param("x", dtype, None, m=m, k=dict(t.dims)["k"])
+    if t.format.activations(x) is not x:
+        return product_term(m, t, dtype)
     floats = [leaf for leaf in params(t.decode).values() if is_float(leaf.dtype)]
     decode = substitute(t.decode, {leaf: cast(cast(leaf, dtype), leaf.dtype) for leaf in floats})
-    return contract((param("x", dtype, None, m=m, k=dict(t.dims)["k"]), cast(decode, dtype)), ("k",))
+    return contract((x, cast(decode, dtype)), ("k",))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -31,7 +31,23 @@ OTHERS = {
     "uniform2": lb.uniform(2, group=512),
     "uniform4_rows": lb.uniform(4),
     "from_outside": fp3_rows(),
+    "m1v4": lb.codebook(1, 8, vec=4, group=128, scale_dtype="float16"),
+    "m2v8": lb.codebook(2, 8, vec=8, group=128, scale_dtype="float16"),
+    "vectors_of_2": lb.codebook(1, 8, vec=2, group=128),
+    "vectors_of_16": lb.codebook(1, 8, vec=16),
+    "codes_of_10_bits": lb.codebook(1, 10, vec=4, group=64),
+    "nested_fp": lb.nested_fp(),
 }
+NESTED = {
+    "any_precision_from_2": lb.any_precision(2, 8),
+    "any_precision_from_3": lb.any_precision(3, 8),
+    "any_bcq": lb.any_bcq(2, 4, group=128, scale_dtype="float16"),
+    "any_bcq_offset": lb.any_bcq(2, 4, group=64, offset=True),
+}
+"""Read at every width."""
+WIDTHS = [(name, width) for name, fmt in NESTED.items() for width in fmt.widths]
+OWN = ("m1v4", "m2v8", "nested_fp")
+"""Of OTHERS, those whose kernels hold tables of all rows, or fetch bytes as they are stored."""
 HALVES = ("float16", "bfloat16")
 KERNEL = "mma"
 
@@ -39,6 +55,10 @@ KERNEL = "mma"
 @cache
 def prepared(fmt: Format, n: int, k: int) -> QuantArray:
     return jax.jit(laid_out)(random_array(lb.QuantType((("k", k), ("n", n)), "f32", fmt)))
+
+
+def at(width: int, w: QuantArray) -> QuantArray:
+    return QuantArray(w.fields, w.type.at(width))
 
 
 def rows(m: int, k: int, dtype: Any) -> Any:
@@ -58,10 +78,54 @@ def test_other_formats(name: str, dtype: str) -> None:
     check_product(rows(5, 1024, dtype), prepared(OTHERS[name], 192, 1024), KERNEL)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("name", "width"), WIDTHS)
+def test_every_width(name: str, width: int, dtype: str) -> None:
+    check_product(rows(5, 1024, dtype), at(width, prepared(NESTED[name], 192, 1024)), KERNEL)
+
+
+@pytest.mark.parametrize("name", ["any_precision_from_3", "any_bcq", "nested_fp"])
+def test_a_width_on_the_device(name: str) -> None:
+    """One compiled function; at each width the bits of the static one."""
+    w, x = prepared({**NESTED, **OTHERS}[name], 192, 1024), jnp.asarray(rows(5, 1024, "float16"))
+    product = partial(lb.matmul, lowering=(KERNEL, "fp8"))
+    traced = jax.jit(lambda x, w, width: product(x, w, width=width))
+    for width in w.type.format.widths:
+        static = jax.jit(partial(product, width=width))(x, w)
+        assert np.array_equal(traced(x, w, jnp.int32(width)), static), width
+
+
+@pytest.mark.parametrize("m", [1, 5, 64, 100, 512])
+@pytest.mark.parametrize("lowering", ["fp8", "decode"])
+def test_nested_floats_in_8_bits(lowering: str, m: int) -> None:
+    check_product(rows(m, 1024, "float16"), at(8, prepared(OTHERS["nested_fp"], 192, 1024)), lowering)
+
+
+@pytest.mark.parametrize("m", [64, 512])
+@pytest.mark.parametrize("name", OWN)
+def test_more_rows_of_other_formats(name: str, m: int) -> None:
+    check_product(rows(m, 1024, "float16"), prepared(OTHERS[name], 256, 1024), KERNEL)
+
+
 @pytest.mark.parametrize(("n", "k"), [(1, 128), (70, 300), (129, 1000), (200, 2049)])
 @pytest.mark.parametrize("name", FORMATS)
 def test_sizes_that_fit_no_tile(name: str, n: int, k: int) -> None:
     check_product(rows(3, k, "bfloat16"), prepared(FORMATS[name], n, k), KERNEL)
+
+
+@pytest.mark.parametrize(("n", "k"), [(70, 301), (200, 2049)])
+@pytest.mark.parametrize(("name", "width"), [(name, width) for name, width in WIDTHS if width in (3, 4, 8)])
+def test_widths_at_sizes_that_fit_no_tile(name: str, width: int, n: int, k: int) -> None:
+    check_product(rows(3, k, "bfloat16"), at(width, prepared(NESTED[name], n, k)), KERNEL)
+
+
+@pytest.mark.parametrize(("n", "k"), [(70, 301), (200, 2049)])
+@pytest.mark.parametrize("name", OWN)
+def test_other_formats_at_sizes_that_fit_no_tile(name: str, n: int, k: int) -> None:
+    w = prepared(OTHERS[name], n, k)
+    check_product(rows(3, k, "float16"), w, KERNEL)
+    if name == "nested_fp":
+        check_product(rows(3, k, "float16"), at(8, w), "fp8")
 
 
 @pytest.mark.parametrize("name", FORMATS)

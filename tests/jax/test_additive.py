@@ -11,7 +11,7 @@ import pytest
 import lowbit as lb
 from lowbit.quantizers.additive import _search, _Target
 from lowbit.quantizers.codebook import CodebookCode
-from lowbit.testing.checks import check_quantizer
+from lowbit.testing.quantizing import check_quantizer
 from lowbit.testing.tolerance import gamma
 
 K, N = 70, 20

@@ -53,6 +53,10 @@ def test_solver_is_as_good_as_the_published_one() -> None:
     # Half of the rows each: the two errors differ by what the halves differ.
     assert found["bcq3_alternating_mse"]["ratio"] == pytest.approx(1, abs=0.05)
     assert found["bcq3_greedy_mse"]["ratio"] > 1
+
+
+def test_additive_codebooks_are_better_than_what_they_start_from() -> None:
+    found = named(list(quantize_speed.additive()))
     assert found["m2v8_kmeans_error"]["ratio"] > 1
 
 

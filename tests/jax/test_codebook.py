@@ -79,7 +79,7 @@ def test_roles():
     ("fmt", "n", "k"),
     [
         (lb.codebook(2, 5, vec=2, group=16, scale_dtype="float16"), 5, 70),
-        (lb.codebook(2, 8, vec=8, group=32), 40, 141),
+        pytest.param(lb.codebook(2, 8, vec=8, group=32), 40, 141, marks=pytest.mark.slow),
     ],
     ids=str,
 )

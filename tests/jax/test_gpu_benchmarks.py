@@ -15,10 +15,17 @@ import pytest
 from benchmarks import gpu_matmul, gpu_micro, gpu_plot, gpu_results, gpu_timing, needs
 from benchmarks.gpu_cases import COPY, Case, canonical, groups, targets
 from benchmarks.gpu_results import ASSUMED, Results, Target, middle, newest, opened, part, peaks
+from lowbit.ir.build import param
 from lowbit.testing.checks import random_array, random_rows
+from lowbit.testing.terms import kernel_term
 
 MACHINE = {"device": ASSUMED, "jax": "0.11.2", "jaxlib": "0.11.2", "source": "abc", "date": "2026-01-01"}
 SMALL = [[Case("halves", 128, 256, 2, "bfloat16", None)], [Case("bcq3", 128, 256, 2, "float16", "decode")]]
+OTHERS = [
+    [Case(what, 128, 256, 2, "bfloat16", "decode") for what in ("any_precision4", "any_precision3")],
+    [Case("m1v4", 128, 256, 2, "bfloat16", "decode")],
+    [Case(what, 128, 256, 2, "float16", "decode") for what in ("nested_fp16", "nested_fp8")],
+]
 
 
 def rows_of(results: Results) -> dict[str, Any]:
@@ -35,17 +42,33 @@ def test_stored_bytes_are_those_of_the_report() -> None:
         assert case.bytes == case.stored + 2 * (8192 + 28672)
 
 
+def test_stored_bytes_of_a_width_are_those_that_it_reads() -> None:
+    for what, bits in (("any_precision4", 4 + 256 / 8192), ("any_precision3", 3 + 128 / 8192), ("nested_fp8", 8)):
+        case = Case(what, 28672, 8192, 1, "bfloat16", None)
+        assert case.stored == 28672 * 8192 * bits / 8 < case.type.bits / 8
+    codebook = Case("m1v4", 28672, 8192, 1, "bfloat16", "mma")
+    assert codebook.stored == 28672 * 8192 * (2 + 16 / 128) / 8 + 2 * 256 * 4 == codebook.type.bits / 8
+
+
+def test_widths_of_one_array_stand_together() -> None:
+    for group in groups():
+        assert len({(case.n, case.k) for case in group}) == 1
+        assert len({str(canonical(case.what, 64, 256).fields) for case in group if case.what != "halves"}) <= 1
+
+
 def test_roofline_is_of_memory_then_of_the_matrix_unit() -> None:
     of, one, many = peaks(ASSUMED), *(Case("halves", 4096, 4096, m, "float16", None) for m in (1, 2048))
     assert one.roofline(of) == one.bytes / 3.35e12
     assert many.roofline(of) == 2 * 2048 * 4096**2 / 989e12
+    assert Case("nested_fp8", 4096, 4096, 2048, "float16", "fp8").roofline(of) == many.roofline(of) / 2
 
 
 def test_every_shape_batch_format_and_dtype_is_a_case() -> None:
     named = {case.name: case for group in groups() for case in group}
-    assert len(named) == sum(map(len, groups())) == 4 * (2 * 8 + 4 * (2 * 8 + 2))
+    once = 4 * (2 * 8 + 4 * (2 * 8 + 2) + 4 * (8 + 2)) + 4 * (7 + 7 + 3 + 2 * 7)
+    assert len(named) == sum(map(len, groups())) == once
     promised = {need for target in targets() for need in target.needs} - {COPY}
-    assert promised == {case.name for group in groups()[:5] for case in group}
+    assert promised == {case.name for group in groups()[:15] for case in group}
 
 
 def test_peaks_of_an_unknown_device() -> None:
@@ -57,7 +80,7 @@ def test_peaks_of_an_unknown_device() -> None:
 
 def test_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_matmul, "newest", lambda name: Results(Path(), {"device": ASSUMED}))
-    assert gpu_matmul.main(["--list", "PART=2/25"]) == 0
+    assert gpu_matmul.main(["--list", "PART=2/51"]) == 0
     out = capsys.readouterr().out
     assert "3.35 TB/s, 989 TFLOP/s; copy not measured" in out
     (one,) = (line for line in out.splitlines() if line.startswith("uniform4 mma 28672x8192 m=1 bfloat16"))
@@ -145,7 +168,23 @@ def test_targets() -> None:
     assert "0.67, missed" in bandwidth.line(
         dict(zip(bandwidth.needs, ({"stored": 2e12, "seconds": 1.0}, copy), strict=True))
     )
-    assert speed.value({"seconds": 1.0}, {"seconds": 4.0}, {"seconds": 2.0}) == 0.5
+    rows = [{"what": what, "m": 8, "seconds": s} for what, s in (("halves", 1.0), ("bcq2", 4.0), ("bcq2", 2.0))]
+    assert speed.value(*rows) == 0.5
+
+
+def test_targets_over_several_batches() -> None:
+    few, many, fp8 = (target for target in targets() if "28672x5120" in target.name)
+    assert (few.limit, many.limit, fp8.limit) == (1.06, 1.2, 1.5)
+    assert len(few.needs) == 2 * 4 and len(many.needs) == len(fp8.needs) == 3 * 3
+    assert fp8.needs[3:5] == tuple(f"nested_fp8 {way} 28672x5120 m=512 float16" for way in ("fp8", "decode"))
+    times = {512: (4.0, 2.0, 1.0), 1024: (8.0, 8.0, 4.0), 2048: (9.0, 6.0, 12.0)}  # dense, and two ways
+    rows = [
+        {"what": what, "m": m, "seconds": s}
+        for m, seconds in times.items()
+        for what, s in zip(("halves", "ours", "ours"), seconds, strict=True)
+    ]
+    assert fp8.value(*rows) == pytest.approx(1.5)
+    assert many.value(*rows) == pytest.approx((1 / 4 + 1 / 2 + 2 / 3) / 3)
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,6 +243,21 @@ def test_a_run_measures_and_goes_on(
     assert row["clock"] == "host" and row["seconds"] > 0 and row["weights"] == 2 and "wrong" not in row
     monkeypatch.setattr(gpu_matmul, "measure", lambda *_: pytest.fail("it was measured before"))
     assert gpu_matmul.run(SMALL, cpu, 60.0) == 0
+
+
+def test_every_kind_of_weight_is_made_varied_and_checked(cpu: Results) -> None:
+    assert gpu_matmul.run(OTHERS, cpu, 60.0) == 0
+    assert [row["weights"] for name, row in cpu.rows.items() if name != COPY] == [2] * 5
+
+
+@pytest.mark.usefixtures("cpu")
+def test_weights_in_turn_differ_and_are_valid() -> None:
+    _, (first, *others) = gpu_matmul.rotation(OTHERS[2])
+    assert others
+    for w in others:
+        assert not np.array_equal(first.fields["upper"], w.fields["upper"])
+        assert np.isfinite(np.asarray(gpu_matmul.lb.dequantize(w), np.float32)).all()
+        assert not (np.asarray(w.fields["upper"]) & 0x7F == 0x7F).any()
 
 
 def test_a_case_that_fails_or_is_wrong_is_named(
@@ -268,6 +322,16 @@ def test_the_kernels_results_are_checked_on_some_columns() -> None:
     gpu_matmul.check(case, jax.device_get(own), x, y)
     with pytest.raises(AssertionError, match=r"y \[m, n\]: 4 of 64 differ; at \(\d, 15\)"):
         gpu_matmul.check(case, jax.device_get(own), x, y.at[:, -1].add(1e5))
+
+
+def test_the_product_in_8_bits_is_checked_with_encoded_activations() -> None:
+    case = Case("nested_fp8", 192, 512, 8, "float16", "fp8")
+    own, x = random_array(canonical(case.what, case.n, case.k)), random_rows(8, 512, dtype="float16") / np.float16(64)
+    y = gpu_matmul.lb.matmul(jnp.asarray(x), own, lowering="decode")
+    assert kernel_term(8, own.type, "f16") is own.type.product(param("x", "f16", None, m=8, k=512))
+    gpu_matmul.check(case, jax.device_get(own), x, y)
+    with pytest.raises(AssertionError, match=r"y \[m, n\]: 4 of 64 differ; at \(\d, 15\)"):
+        gpu_matmul.check(case, jax.device_get(own), x, y.at[:, -1].add(100))
 
 
 # ---------------------------------------------------------------- the plot

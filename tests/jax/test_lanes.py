@@ -25,7 +25,8 @@ from lowbit.passes.pointwise import pointwise
 from lowbit.passes.relayout import bit_positions
 from lowbit.passes.scalar import Element
 from tests.fp3 import fp3_rows
-from tests.weights import staged, value
+from tests.staged import staged
+from tests.weights import value
 
 Array = np.ndarray[Any, Any]
 FORMATS = {

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import lowbit as lb
 from lowbit import io
 from lowbit.array import QuantArray, laid_out, own
-from lowbit.ir import Concat, Expr, Gather, Slice, Unpack, const, merge, param
+from lowbit.ir import Bitcast, Concat, Expr, Gather, Slice, Unpack, const, merge, param
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.layout import Layout, layout
 from lowbit.kernels.product import shared_tables
@@ -32,7 +32,7 @@ from lowbit.quant_type import QuantType, kernel_layout, readings, type_from_json
 from lowbit.testing import random_array
 from tests.fp3 import fp3_rows
 from tests.models import arrays, assert_same, fast, inputs, whole, wholes
-from tests.weights import staged
+from tests.staged import staged
 
 Array = np.ndarray[Any, Any]
 GROUPS = [32, 64, 128, 256, 512, None]
@@ -216,7 +216,15 @@ REFUSED: dict[str, tuple[Callable[[], Expr], str]] = {
     "groups of 96": (lambda: lb.uniform(4, group=96).decode(N, 960), "groups of 96 inputs do not line up with 256"),
     "a table of all rows": (
         lambda: Gather(param("table", "f32", c=4), CODES, "c"),
-        "'table' has no dim that is that of the weight's rows",
+        "'table' is a table of all rows with vectors of 1, and a lane loads vectors of 2, 4, 8, 16",
+    ),
+    "halves as they are": (
+        lambda: Bitcast(param("codes", "u16", n=N, k=64), "f16"),
+        "a weight is more than one step, of whole bytes",
+    ),
+    "a step without a lane program": (
+        lambda: Bitcast(param("codes", "u8", n=N, k=64), "e4m3"),
+        "the step 'bitcast_e4m3' has no lane program",
     ),
     "codes of several rows": (
         lambda: merge(Unpack(param("pairs", "u8", i=N // 2, k=64), 4, "v", 2), "i", "v", into="n") * SCALE,

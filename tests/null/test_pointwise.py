@@ -165,8 +165,11 @@ def test_one_row_varies_along_its_inputs_alone() -> None:
 SCALE, CODES = param("scale", "f32", n=N), param("codes", "u8", (0, 3), n=N, k=64)
 FEW = param("few", "u8", (0, 3), n=N)
 REFUSED: dict[str, tuple[Expr, str]] = {
-    "no bits": (SCALE * param("rows", "f32", n=N) * const([1.0] * 64, "f32", "k"), "code has 0 bits, .* 1 to 4"),
-    "five bits": (uniform(5, 64, 32), "a weight's code has 5 bits, and a kernel's table takes 1 to 4"),
+    "no bits": (SCALE * param("rows", "f32", n=N) * const([1.0] * 64, "f32", "k"), "code has 0 bits, .* 1 to 8"),
+    "five bits": (
+        uniform(5, 64, 32),
+        "a weight's code has 5 bits, and with more than 4 its values must be",
+    ),
     "a byte": (SCALE * param("codes", "u8", n=N, k=64), "a weight's code has 8 bits"),
     "negative": (SCALE * param("codes", "i8", n=N, k=64), "codes 'codes' may be negative; store them from 0 up"),
     "a choice of codes": (
@@ -198,13 +201,16 @@ REFUSED: dict[str, tuple[Expr, str]] = {
         Concat((param("a", "f32", n=1), param("b", "f32", n=N - 1)), "n") * CODES,
         "its weights come from several arrays joined along 'n'",
     ),
-    "a Bitcast": (Bitcast(param("codes", "u16", n=N, k=64), "f16"), "a step of its decode is a Bitcast"),
+    "a Bitcast that joins": (
+        Bitcast(param("b", "u8", n=N, k=64, i=2), "f16", "i"),
+        "a step of its decode is a Bitcast",
+    ),
     "a Bucket": (
         Bucket(rename(CODES, {"n": "r"}), const([0, 1, 0], "u8", "r"), "n", N, frozenset({"r"})),
         "a step of its decode is a Bucket",
     ),
     "a Pad": (Pad(SCALE * CODES, "k", 0, 8), "a step of its decode is a Pad"),
-    "a Call": (Call("reverse", (SCALE * CODES,)), "a step of its decode is a Call"),
+    "a Call": (Call("reverse", (SCALE * CODES,)), "the step 'reverse' is not of stored codes alone"),
 }
 
 
