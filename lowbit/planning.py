@@ -82,7 +82,9 @@ class Plan:
         if found := [by_name[name] for name in names if name in by_name]:
             return found[0]
         asked = " or ".join(map(repr, names))
-        raise LoweringError(f"lowering {asked} cannot run {self.what}: {_options(by_name)}\n{self}")
+        listed = {k.name for k in self.kernels}
+        e4m3 = f"\n{'fp8':8} refused: it multiplies e4m3, and x stays as it is" if "fp8" in {*names} - listed else ""
+        raise LoweringError(f"lowering {asked} cannot run {self.what}: {_options(by_name)}\n{self}{e4m3}")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -173,21 +173,22 @@ def test_random_formats_and_sizes() -> None:
     property_()
 
 
-@lb.register_format("two_books")
-def two_books(n: int, k: int) -> Expr:
-    """Vectors of 4 from a table of 2 and one of 16."""
-    signs = Gather(param("two", "f32", c=2, v=4), param("first", "u8", (0, 1), n=n, j=k // 4), "c")
-    sizes = Gather(param("sixteen", "f32", c=16, v=4), param("second", "u8", (0, 15), n=n, j=k // 4), "c")
-    pad = Gather(param("eight", "f32", c=8, v=4), param("third", "u8", (0, 7), n=n, j=k // 4), "c")
-    return merge(signs + sizes + pad, "j", "v", into="k")
+@lb.register_format("three_books")
+def three_books(n: int, k: int) -> Expr:
+    """Sums of vectors from tables of 2, 16 and 8."""
+    first = Gather(param("two", "f32", c=2, t=4), param("first", "u8", (0, 1), n=n, j=k // 4), "c")
+    second = Gather(param("sixteen", "f32", c=16, t=4), param("second", "u8", (0, 15), n=n, j=k // 4), "c")
+    third = Gather(param("eight", "f32", c=8, t=4), param("third", "u8", (0, 7), n=n, j=k // 4), "c")
+    return merge(first + second + third, "j", "t", into="k")
 
 
 def test_tables_of_all_rows_may_have_different_sizes() -> None:
-    w = some(two_books(), 5, 64)
+    w = some(three_books(), 5, 64)
     there = laid_out(w)
     assert_same(*({n: np.asarray(a) for n, a in x.fields.items()} for x in (own(there), w)))
     rows = np.asarray(lb.dequantize(w)).T
     np.testing.assert_array_equal(by_lanes(there, "f16"), rows.astype(np.float64))
+    np.testing.assert_array_equal(take(there, jnp.array([4, 0])), rows[[4, 0]])
 
 
 def test_a_stack_is_laid_out_slice_by_slice() -> None:

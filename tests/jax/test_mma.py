@@ -316,6 +316,8 @@ def test_lowering_by_name_or_by_several() -> None:
     message = str(refused.value)
     assert message.startswith(f"lowering 'mma' cannot run x[5, k] @ {THERE.type}: use one of decode")
     assert "mma      refused: it is for GPUs" in message and "predicted" in message
+    with pytest.raises(planning.LoweringError, match="fp8      refused: it multiplies e4m3, and x stays as it is"):
+        lb.matmul(X, THERE, lowering=["mma", "fp8"])
     with pytest.raises(planning.LoweringError, match="lowering 'mma' or 'dense' cannot run"):
         lb.matmul(X, THERE, lowering=["mma", "dense"])
     with pytest.raises(planning.LoweringError, match=r"there is no lowering 'wgmma': use one of .*mma, fp8, dense"):
