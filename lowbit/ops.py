@@ -35,7 +35,7 @@ from lowbit.planning import (
     machine_of,
     planned,
 )
-from lowbit.quant_type import QuantType
+from lowbit.quant_type import QuantType, kernel_layout
 from lowbit.widths import at_width
 
 Mode = Literal["vjp", "jvp"]
@@ -193,8 +193,9 @@ def _rows(w: QuantArray, ids: jax.Array) -> jax.Array:
 
 def _row_of_tile(w: QuantArray, row: jax.Array) -> jax.Array:
     """A row [k] of an array in the kernels' layout: its tile alone is brought back."""
+    books = kernel_layout(w.type).books
     tile = {
-        name: jax.lax.dynamic_index_in_dim(a, row // ROWS, keepdims=True) if "t" in w.type.fields[name].dims else a
+        name: a if name in books else jax.lax.dynamic_index_in_dim(a, row // ROWS, keepdims=True)
         for name, a in w.fields.items()
     }
     size = min(ROWS, dict(w.type.dims)["n"])

@@ -82,7 +82,9 @@ class Plan:
         if found := [by_name[name] for name in names if name in by_name]:
             return found[0]
         asked = " or ".join(map(repr, names))
-        raise LoweringError(f"lowering {asked} cannot run {self.what}: {_options(by_name)}\n{self}")
+        listed = {k.name for k in self.kernels}
+        e4m3 = f"\n{'fp8':8} refused: it multiplies e4m3, and x stays as it is" if "fp8" in {*names} - listed else ""
+        raise LoweringError(f"lowering {asked} cannot run {self.what}: {_options(by_name)}\n{self}{e4m3}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -195,7 +197,8 @@ def planned(m: int, t: QuantType, dtype: Any, platform: str, plain: bool = False
     before += LAUNCH if machine.name == "gpu" else 0.0
     made = tuple(replace(f, nanoseconds=f.nanoseconds + before) for f in made)
     read = cost(t.decode).bytes if t.format.widths else stored  # of one width
-    mma, dense = kernel_choices(m, readings(t), read, t.layout, dtype, machine.name)
+    at = readings(t).index(t.decode)
+    mma, dense = kernel_choices(m, readings(t), at, read, t.layout, dtype, machine.name)
     kernels = (replace(mma, refused=mma.refused or no_kernels_here()), dense)
     encoded = x if plain else t.format.activations(x)
     if encoded is x:
@@ -203,7 +206,7 @@ def planned(m: int, t: QuantType, dtype: Any, platform: str, plain: bool = False
     code = min((e.dtype for e in topo(encoded) if "k" in e.dims), key=bits)
     refused = f"it multiplies x as it is, and {t.format} turns it into {code}"
     none = tuple(replace(k, refused=k.refused or refused) for k in kernels)
-    fp8 = fp8_choice(m, readings(t), readings(t).index(t.decode), read, t.layout, code, machine.name)
+    fp8 = fp8_choice(m, readings(t), at, read, t.layout, code, machine.name)
     fp8 = replace(fp8, refused=fp8.refused or no_kernels_here())
     return Plan(f"x[{m}, k] as {code} @ {t}", machine.name, made, (fp8, *none))
 

@@ -45,9 +45,9 @@ class KernelChoice:
 
 
 def kernel_choices(
-    m: int, readings: Sequence[Expr], stored: int, laid_out: str, dtype: DType, machine: str
+    m: int, readings: Sequence[Expr], at: int, stored: int, laid_out: str, dtype: DType, machine: str
 ) -> tuple[KernelChoice, ...]:
-    """Of x [m, k] in `dtype` by a weight of which `stored` bytes are read, in the layout `laid_out`."""
+    """Of x [m, k] in `dtype` by a weight in the layout `laid_out`: `stored` bytes of it, read as `readings[at]`."""
     n, k = readings[0].dims["n"], readings[0].dims["k"]
     nbytes, products = stored + 2 * m * k, 8 * ceil(m / 8) * n * k
     streamed = nbytes / BYTES_A_NANOSECOND
@@ -55,7 +55,7 @@ def kernel_choices(
     dense = 2 * LAUNCH + restoring(readings, stored, laid_out) + streamed + 4 * n * k / BYTES_A_NANOSECOND
     halves = None if machine == "gpu" and dtype in ("f16", "bf16") else _no_halves(dtype, machine)
     return (
-        KernelChoice("mma", halves or _no_layout(readings, laid_out), nbytes, fused),
+        KernelChoice("mma", halves or _no_decoder(readings, at, laid_out), nbytes, fused),
         KernelChoice("dense", halves, nbytes, dense + products / (PRODUCTS_A_NANOSECOND * MULTIPLYING)),
     )
 
@@ -91,6 +91,17 @@ def _no_halves(dtype: DType, machine: str) -> str:
     if machine != "gpu":
         return "it is for GPUs"
     return f"x is {dtype}, and it multiplies halves: cast x to bfloat16 or float16"
+
+
+def _no_decoder(readings: Sequence[Expr], at: int, laid_out: str) -> str | None:
+    if (why := _no_layout(readings, laid_out)) is not None:
+        return why
+    try:
+        decoder = layout(*readings).program("f16", at).decoder  # raises for what none decodes
+        del decoder
+    except UnsuitableError as err:
+        return str(err)
+    return None
 
 
 def _no_layout(readings: Sequence[Expr], laid_out: str) -> str | None:

@@ -17,7 +17,7 @@ from lowbit.kernels.alu import AND, OR, Alu, Half, Register
 from lowbit.kernels.codes import lane_words
 from lowbit.kernels.decoders import COLUMNS, Decoder, SharedTable, Table, Tables
 from lowbit.kernels.tables import Builder
-from lowbit.passes.pointwise import BITCAST, Pointwise, UnsuitableError, code_width
+from lowbit.passes.pointwise import BITCAST, CODE_BITS, Pointwise, UnsuitableError, code_width
 from lowbit.passes.scalar import Element, Lookup, Node, Product, Scalar, Step, Sum
 
 QUADS = 4
@@ -25,6 +25,8 @@ QUADS = 4
 VECTORS = (2, 4, 8, 16)
 SHARED_TABLES = 96 << 10
 """Bytes of shared memory for tables."""
+FEWEST = 4
+"""Entries of a table there, so that its copies are whole rows of what is copied at once."""
 
 
 class Books(Decoder):
@@ -38,6 +40,8 @@ class Books(Decoder):
         if self.grain not in VECTORS:
             what = f"{self.lookups[0].table.name!r} is a table of all rows with vectors of {self.grain}"
             raise UnsuitableError(f"{what}, and a lane loads vectors of {', '.join(map(str, VECTORS))}")
+        if self.bits > CODE_BITS * self.grain:
+            raise UnsuitableError(f"{self.bits} bits for {self.grain} inputs are more than {CODE_BITS} for each")
         if self.bits * columns % (COLUMNS * self.grain):
             raise UnsuitableError(f"{self.bits} bits for {self.grain} inputs do not fill the words of a lane")
         self.widths = [sum(code_width(e) for e, _ in lookup.code) for lookup in self.lookups]
@@ -84,9 +88,9 @@ class Bytes(Decoder):
     consecutive = 4
 
     def __init__(self, weights: Pointwise) -> None:
-        (_, step), self.bits = weights.entries[0], weights.bits
-        if not isinstance(step, Step) or any(code_width(e) != 8 for e in step.codes):
-            raise UnsuitableError("a weight is more than one step, of whole bytes")
+        (sign, step), self.bits = weights.entries[0], weights.bits
+        if sign < 0 or not isinstance(step, Step) or any(code_width(e) != 8 for e in step.codes):
+            raise UnsuitableError("a weight is not one step alone, of whole bytes")
         program = None if step.name.startswith(BITCAST) else call_spec(step.name).lanes
         if program is None:
             raise UnsuitableError(f"the step {step.name!r} has no lane program")
@@ -116,7 +120,7 @@ class Bytes(Decoder):
 
 def _shared_shape(lookups: Sequence[Lookup], grain: int) -> tuple[int, int, int, int]:
     """[look-up, entry, copy, vector]: with 128 bytes of copies no two lanes that load together meet in a bank."""
-    entries = max(list(lookup.table.dims.values())[lookup.axis] for lookup in lookups)
+    entries = max(FEWEST, *(list(lookup.table.dims.values())[lookup.axis] for lookup in lookups))
     size, copies = 2 * grain * entries * len(lookups), max(1, 64 // grain)
     if size > SHARED_TABLES:
         raise UnsuitableError(f"its tables take {size} bytes, and shared memory has {SHARED_TABLES} for them")
@@ -163,12 +167,12 @@ def _check_digits(lookup: Lookup) -> None:
 
 def _check_vector(lookup: Lookup, grain: int) -> None:
     """Input k is entry k mod grain of its vector."""
-    for axis, where in enumerate(lookup.at):
-        if axis != lookup.axis and where.shape[1] > 1:
-            inputs = np.arange(where.shape[1]) % grain
-            if axis == len(lookup.at) - 1 and np.array_equal(where.values[0], inputs):
-                return
-    raise UnsuitableError(f"the last dim of {lookup.table.name!r} is not that of {grain} inputs of a code")
+    *others, last = lookup.at
+    every, size = last.shape[1], list(lookup.table.dims.values())[-1]
+    if size != grain or every < grain or not np.array_equal(last.values[0], np.arange(every) % grain):
+        raise UnsuitableError(f"the last dim of {lookup.table.name!r} is not that of {grain} inputs of a code")
+    if any(where.shape[1] > 1 for where in others):
+        raise UnsuitableError(f"which vectors of {lookup.table.name!r} are looked up depends on the input")
 
 
 def _field(alu: Alu, words: Sequence[Register], at: int, width: int) -> Register:

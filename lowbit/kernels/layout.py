@@ -26,7 +26,7 @@ from lowbit.kernels.alu import Half
 from lowbit.kernels.decoders import ROWS, STAGE, Decoder
 from lowbit.kernels.lanes import LANES, Program, by_leaf
 from lowbit.passes.pointwise import COMPUTED_BITS, Pointwise, UnsuitableError, code_width, pointwise
-from lowbit.passes.scalar import Element
+from lowbit.passes.scalar import Element, Where
 
 WORDS = "words"
 WARPGROUPS = 2
@@ -46,6 +46,7 @@ def layout(*readings: Expr) -> Layout:
             raise UnsuitableError(f"its codes of {more.bits} bits do not begin with those of {fewer.bits}")
     first = readings[0]
     made = Layout(first.dims["n"], first.dims["k"], weights)
+    _check_widths(made)
     decoder = made.decoder  # raises for what none decodes
     del decoder
     if made.as_stored:
@@ -63,8 +64,25 @@ def layout(*readings: Expr) -> Layout:
     return made
 
 
+def _check_widths(made: Layout) -> None:
+    """That what is stored for the largest width is what the others read."""
+    if not made.nested:
+        return
+    if made.books or len({w.computed for w in made.weights}) > 1:
+        raise UnsuitableError("it has a look-up of all rows, or a step, and widths that are read in other ways")
+    if made.bits > COMPUTED_BITS and not made.as_stored and not made.shared:
+        raise UnsuitableError(f"weights of {COMPUTED_BITS} bits are computed, and those of more are stored in tables")
+    for weights in made.weights:
+        for name, own in by_leaf(weights).items():
+            if made.leaves[name][: len(own)] != tuple(own):
+                raise UnsuitableError(f"entries of {name!r} are read in another order at another width")
+
+
 def _check_rows_of_bytes(made: Layout) -> None:
+    everywhere = Where.of(np.arange(made.n)[:, None]), Where.of(np.arange(made.k)[None])
     for e in made.codes:
+        if e.at != everywhere:
+            raise UnsuitableError(f"bytes of {e.leaf.name!r} are not stored in the order of the weights")
         if tuple(e.leaf.dims.items()) != (("n", made.n), ("k", made.k)) or e.leaf.dtype != "u8":
             raise UnsuitableError(f"its codes {e.leaf.name!r} are {e.leaf.type}, not u8[n={made.n} k={made.k}]")
     if made.leaves:

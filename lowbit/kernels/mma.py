@@ -33,7 +33,7 @@ SMS = 132
 FILLING = 2
 """Steps that filling its pipeline costs a block, about."""
 MOST_DEEP = 8
-SHARED = 224 << 10
+SHARED = 226 << 10
 """Bytes of shared memory for buffers; barriers take the rest."""
 FEW = 16
 """Entries of a table that are fetched at a time."""
@@ -74,22 +74,27 @@ class Tuning:
 
 
 def deepest(shape: Shape, stage: Callable[[int], int], beside: int = 0) -> Tuning:
-    """As few steps as possible of the SM that has most of them, and as many stages in flight as fit.
+    """As few steps as possible of the SM that has most of them, and as many stages in flight as fit: so many columns
+    that two do.
 
     Args:
       stage: bytes of a stage's buffers for so many columns.
       beside: bytes of shared memory that are taken otherwise.
     """
-    columns = min(shape.m, COLUMNS_A_BLOCK)
+
+    def fit(columns: int) -> int:
+        return (SHARED - 4 * WARPGROUPS * ROWS * columns - beside) // stage(columns)
+
+    most = min(shape.m, COLUMNS_A_BLOCK)
+    columns = next(c for c in range(most, 0, -8) if shape.m % c == 0 and fit(c) >= 2)
     blocks = shape.rows // WARPGROUPS * ceil(shape.m / columns)
 
     def longest(parts: int) -> int:
         return ceil(blocks * parts / SMS) * (shape.stages // parts + FILLING)
 
     parts = min((p for p in range(1, shape.stages + 1) if shape.stages % p == 0), key=longest)
-    staging = 4 * WARPGROUPS * ROWS * columns + beside
-    fit = max(2, min(MOST_DEEP, (SHARED - staging) // stage(columns), shape.stages // parts))
-    return Tuning(columns, parts, 1 << fit.bit_length() - 1)  # a power of two: the loop divides by it
+    depth = max(2, min(MOST_DEEP, fit(columns), shape.stages // parts))
+    return Tuning(columns, parts, 1 << depth.bit_length() - 1)  # a power of two: the loop divides by it
 
 
 def tuning(shape: Shape, program: Program) -> Tuning:

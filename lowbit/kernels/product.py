@@ -78,5 +78,6 @@ def shared_tables(program: Program, decoder: Books, fields: Fields) -> jax.Array
         at = [int(w.values[0, 0]) for w in lookup.at]
         kept = {lookup.axis, len(at) - 1}
         entries = fields[lookup.table.name][tuple(slice(None) if i in kept else p for i, p in enumerate(at))]
-        each.append(entries.astype(HALVES[program.kind]))
+        ragged = decoder.shape[1] - len(entries)
+        each.append(jnp.pad(entries.astype(HALVES[program.kind]), ((0, ragged), (0, 0))))
     return jnp.broadcast_to(jnp.stack(each)[:, :, None], decoder.shape).reshape(program.table_shape)

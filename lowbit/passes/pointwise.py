@@ -33,6 +33,7 @@ from lowbit.ir.expr import (
     Split,
     Unpack,
 )
+from lowbit.ir.walk import params, topo
 from lowbit.passes.positions import Position, field_of, moved
 from lowbit.passes.positions import UnsuitableError as UnsuitableError
 from lowbit.passes.scalar import (
@@ -44,9 +45,9 @@ from lowbit.passes.scalar import (
     Product,
     Scalar,
     Step,
-    Sum,
     Where,
     elements,
+    leaves,
     number,
     plus,
     times,
@@ -124,8 +125,7 @@ def pointwise(decode: Expr) -> Pointwise:
     codes = tuple(first.codes)
     widths = [code_width(c) for c in codes]
     if any(isinstance(e, Step | Lookup) for e in leaves(weight[1])):
-        if len({code.span for code in codes}) > 1:
-            raise UnsuitableError("its codes stand for different numbers of inputs")
+        _check_all_are_taken(codes, weight[1])
         return Pointwise(codes, (weight,))
     if not 1 <= sum(widths) <= CODE_BITS:
         raise UnsuitableError(f"a weight's code has {sum(widths)} bits, and a kernel's table takes 1 to {CODE_BITS}")
@@ -141,9 +141,14 @@ def pointwise(decode: Expr) -> Pointwise:
     return Pointwise(codes, tuple(entries))
 
 
-def leaves(node: Node) -> list[Node]:
-    """What an expression is made of, from the left."""
-    return [*leaves(node.a), *leaves(node.b)] if isinstance(node, Sum | Product) else [node]
+def _check_all_are_taken(codes: tuple[Element, ...], node: Node) -> None:
+    taken: list[Element] = []
+    for e in leaves(node):
+        taken += e.codes if isinstance(e, Step) else [c for c, _ in e.code] if isinstance(e, Lookup) else []
+    if tuple(taken) != codes:
+        raise UnsuitableError("its steps and look-ups do not take each field of a code once, in order")
+    if len({code.span for code in codes}) > 1:
+        raise UnsuitableError("its codes stand for different numbers of inputs")
 
 
 def _is_of_a_row(entry: Scalar) -> bool:
@@ -231,13 +236,14 @@ class _Reader:
 
     def _lookup(self, table: Param, index: Expr, dim: str, here: Position) -> Lookup:
         inside = _Reader({})
-        inside.at(index, here)
+        zero = inside.at(index, here)
+        if not inside.codes or zero[1] != Number(0.0) or not all(map(_adds_up, topo(index))):
+            raise UnsuitableError(f"what is looked up in {table.name!r} is no sum of code bits alone")
         places = []
         for code in inside.codes:
             sign, value = _Reader({code: 1}).at(index, here)
-            if not isinstance(value, Number) or sign < 0:
-                raise UnsuitableError(f"what is looked up in {table.name!r} is made of parameters")
-            places.append((code, int(value.value)))
+            assert isinstance(value, Number)
+            places.append((code, int(sign * value.value)))
         self.codes |= inside.codes
         at = tuple(Where.of(np.zeros((1, 1), np.int64) if d == dim else here[d]) for d in table.dims)
         return Lookup(table, at, list(table.dims).index(dim), tuple(places))
@@ -257,6 +263,13 @@ class _Reader:
         for term in terms:
             total = plus(total, term)
         return total
+
+
+def _adds_up(e: Expr) -> bool:
+    """Whether a step of an index keeps it a sum of code bits, each times a number."""
+    if isinstance(e, Contract):
+        return e.ring != "gf2" and sum(bool(params(f)) for f in e.factors) < 2
+    return not isinstance(e, Gather)
 
 
 def _is_of_rows(table: Param, looked_up: str, here: Position) -> bool:

@@ -154,6 +154,11 @@ def times(x: Scalar, y: Scalar) -> Scalar:
     return sign, Product(a, b)
 
 
+def leaves(node: Node) -> list[Node]:
+    """What an expression is made of, from the left."""
+    return [*leaves(node.a), *leaves(node.b)] if isinstance(node, Sum | Product) else [node]
+
+
 def elements(*nodes: Node) -> dict[Element, None]:
     """The stored elements below that are no code, in order, each once."""
     out: dict[Element, None] = {}

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import lowbit as lb
 from lowbit import io
 from lowbit.array import QuantArray, laid_out, own
-from lowbit.ir import Bitcast, Concat, Expr, Gather, Slice, Unpack, const, merge, param
+from lowbit.ir import Bitcast, Call, Concat, Expr, Gather, Slice, Unpack, cast, const, merge, param, split
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.layout import Layout, layout
 from lowbit.kernels.product import shared_tables
@@ -173,6 +173,24 @@ def test_random_formats_and_sizes() -> None:
     property_()
 
 
+@lb.register_format("three_books")
+def three_books(n: int, k: int) -> Expr:
+    """Sums of vectors from tables of 2, 16 and 8."""
+    first = Gather(param("two", "f32", c=2, t=4), param("first", "u8", (0, 1), n=n, j=k // 4), "c")
+    second = Gather(param("sixteen", "f32", c=16, t=4), param("second", "u8", (0, 15), n=n, j=k // 4), "c")
+    third = Gather(param("eight", "f32", c=8, t=4), param("third", "u8", (0, 7), n=n, j=k // 4), "c")
+    return merge(first + second + third, "j", "t", into="k")
+
+
+def test_tables_of_all_rows_may_have_different_sizes() -> None:
+    w = some(three_books(), 5, 64)
+    there = laid_out(w)
+    assert_same(*({n: np.asarray(a) for n, a in x.fields.items()} for x in (own(there), w)))
+    rows = np.asarray(lb.dequantize(w)).T
+    np.testing.assert_array_equal(by_lanes(there, "f16"), rows.astype(np.float64))
+    np.testing.assert_array_equal(take(there, jnp.array([4, 0])), rows[[4, 0]])
+
+
 def test_a_stack_is_laid_out_slice_by_slice() -> None:
     slices = [some(lb.bcq(3, group=32), 5, 70, seed) for seed in range(2)]
     stack = jax.tree.map(lambda *a: jnp.stack(a), *slices)
@@ -207,6 +225,13 @@ def spread(e: Expr, size: int) -> Expr:
     return merge(e * const([1] * size, "i32", "t"), "g", "t", into="k")
 
 
+BOOK, VECTORS = param("book", "f16", c=256, v=8), param("vectors", "u8", n=N, g=2, j=4)
+BOOKS = [(param(f"book{i}", "f16", c=256, v=2), param(f"of{i}", "u8", n=N, j=32)) for i in range(3)]
+STEP = Call("rebuild_f16", (param("upper", "u8", n=N, k=64), param("lower", "u8", n=N, k=64)))
+BITS = [cast(param(f"bit{i}", "u8", (0, 1), n=N, k=64), "i32") for i in range(5)]
+ALPHA = param("alpha", "f32", n=N, a=3)
+
+
 REFUSED: dict[str, tuple[Callable[[], Expr], str]] = {
     "words": (lambda: SCALE * param("words", "u8", (0, 3), n=N, k=64), "it stores 'words' of its own"),
     "spans": (
@@ -220,11 +245,28 @@ REFUSED: dict[str, tuple[Callable[[], Expr], str]] = {
     ),
     "halves as they are": (
         lambda: Bitcast(param("codes", "u16", n=N, k=64), "f16"),
-        "a weight is more than one step, of whole bytes",
+        "a weight is not one step alone, of whole bytes",
     ),
     "a step without a lane program": (
         lambda: Bitcast(param("codes", "u8", n=N, k=64), "e4m3"),
         "the step 'bitcast_e4m3' has no lane program",
+    ),
+    "the negative of a step": (lambda: STEP * -1, "a weight is not one step alone, of whole bytes"),
+    "bytes in another order": (
+        lambda: merge(split(STEP, "k", a=8, b=8), "b", "a", into="k"),
+        "bytes of 'upper' are not stored in the order of the weights",
+    ),
+    "vectors of some inputs": (
+        lambda: merge(Gather(param("book", "f16", g=2, c=256, v=8), VECTORS, "c"), "g", "j", "v", into="k"),
+        "which vectors of 'book' are looked up depends on the input",
+    ),
+    "a part of each vector": (
+        lambda: merge(Slice(Gather(BOOK, VECTORS, "c"), "v", 0, 4), "g", "j", "v", into="k"),
+        "the last dim of 'book' is not that of 4 inputs of a code",
+    ),
+    "more bits than bytes": (
+        lambda: merge(sum((Gather(*b, "c") for b in BOOKS[1:]), Gather(*BOOKS[0], "c")), "j", "v", into="k"),
+        "24 bits for 2 inputs are more than 8 for each",
     ),
     "codes of several rows": (
         lambda: merge(Unpack(param("pairs", "u8", i=N // 2, k=64), 4, "v", 2), "i", "v", into="n") * SCALE,
@@ -251,6 +293,42 @@ def test_what_kernels_cannot_hold_is_refused(what: str) -> None:
     make, message = REFUSED[what]
     with pytest.raises(UnsuitableError, match=message):
         layout(make())
+
+
+def alpha(i: int) -> Expr:
+    return Slice(ALPHA, "a", i, i + 1).sum("a")
+
+
+def table(bits: int) -> Expr:
+    """Stored values of that many bits."""
+    code = sum((b * (1 << i) for i, b in enumerate(BITS[1:bits], 1)), BITS[0])
+    return Gather(param(f"table{bits}", "f32", n=N, c=1 << bits), code, "c")
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        (
+            (BITS[0] * alpha(0), BITS[0] * alpha(1) + BITS[1] * alpha(2)),
+            "entries of 'alpha' are read in another order at another width",
+        ),
+        (
+            (SCALE * sum((b * (1 << i) for i, b in enumerate(BITS[1:4], 1)), BITS[0]), table(5)),
+            "weights of 4 bits are computed, and those of more are stored in tables",
+        ),
+        ((table(2), SCALE * BITS[1]), "its codes of 1 bits do not begin with those of 2"),
+        (
+            tuple(
+                merge(sum((Gather(*b, "c") for b in BOOKS[1:i]), Gather(*BOOKS[0], "c")), "j", "v", into="k")
+                for i in (1, 2)
+            ),
+            "it has a look-up of all rows, or a step, and widths that are read in other ways",
+        ),
+    ],
+)
+def test_widths_that_do_not_share_what_is_stored_are_refused(terms: tuple[Expr, ...], message: str) -> None:
+    with pytest.raises(UnsuitableError, match=message):
+        layout(*terms)
 
 
 def test_one_row_needs_a_dim_of_rows() -> None:

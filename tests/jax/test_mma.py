@@ -19,10 +19,13 @@ import lowbit as lb
 from lowbit import devices, planning
 from lowbit.array import QuantArray, laid_out
 from lowbit.compat import NEW, interpret_params, races_found
+from lowbit.ir import Bitcast, Call, param
 from lowbit.ir.dtypes import short
+from lowbit.kernels import mma as schedule
 from lowbit.kernels import product as launch
+from lowbit.kernels.choice import kernel_choices
 from lowbit.kernels.layout import layout
-from lowbit.kernels.mma import Tuning, tuning
+from lowbit.kernels.mma import Tuning, deepest, tuning
 from lowbit.kernels.verbs import HALVES, Twin
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from lowbit.testing import random_array
@@ -138,6 +141,22 @@ def test_parameters_of_its_own_choice() -> None:
     program = layout(lb.uniform(4).decode(128, 64 * 256)).program("bf16")
     chosen = tuning(of, program)
     assert of.stages % chosen.parts == 0 and chosen.parts > 1  # one block would leave most of the GPU idle
+
+
+@pytest.mark.parametrize("fmt", [lb.any_precision(3, 8), lb.codebook(3, 8, vec=4, group=32), lb.nested_fp()], ids=str)
+@pytest.mark.parametrize("m", [8, 40, 64])
+def test_what_is_in_flight_fits_beside_the_tables(fmt: lb.Format, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    of, found = kernel_layout(QuantType((("k", 4096), ("n", 4096)), "f32", fmt, layout="mma")), []
+
+    def watched(shape: launch.Shape, stage: Any, beside: int) -> Tuning:
+        chosen = deepest(shape, stage, beside)
+        found.append((chosen, 4 * 128 * chosen.columns + beside + chosen.depth * stage(chosen.columns)))
+        return chosen
+
+    monkeypatch.setattr(schedule, "deepest", watched)
+    tuning(launch.Shape(m, of.tiles, of.stages), of.program("bf16", -1))
+    ((chosen, size),) = found
+    assert size < 227 << 10 and m % chosen.columns == 0 and chosen.columns % 8 == 0 and chosen.depth >= 2
 
 
 @pytest.mark.slow
@@ -284,12 +303,21 @@ def test_explain_lists_the_kernel_taken_or_refused() -> None:
         assert f"refused: {why}" in line(w, platform, dtype)
 
 
+def test_a_width_that_lanes_cannot_decode_is_refused_alone() -> None:
+    upper, lower = (param(name, "u8", n=64, k=256) for name in ("upper", "lower"))
+    readings = Bitcast(upper, "e4m3"), Call("rebuild_f16", (upper, lower))
+    first, second = (kernel_choices(1, readings, at, 0, "mma", "f16", "gpu")[0] for at in range(2))
+    assert first.refused == "the step 'bitcast_e4m3' has no lane program" and second.refused is None
+
+
 def test_lowering_by_name_or_by_several() -> None:
     with pytest.raises(planning.LoweringError) as refused:
         lb.matmul(X, THERE, lowering="mma")
     message = str(refused.value)
     assert message.startswith(f"lowering 'mma' cannot run x[5, k] @ {THERE.type}: use one of decode")
     assert "mma      refused: it is for GPUs" in message and "predicted" in message
+    with pytest.raises(planning.LoweringError, match="fp8      refused: it multiplies e4m3, and x stays as it is"):
+        lb.matmul(X, THERE, lowering=["mma", "fp8"])
     with pytest.raises(planning.LoweringError, match="lowering 'mma' or 'dense' cannot run"):
         lb.matmul(X, THERE, lowering=["mma", "dense"])
     with pytest.raises(planning.LoweringError, match=r"there is no lowering 'wgmma': use one of .*mma, fp8, dense"):

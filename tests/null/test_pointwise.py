@@ -164,7 +164,35 @@ def test_one_row_varies_along_its_inputs_alone() -> None:
 
 SCALE, CODES = param("scale", "f32", n=N), param("codes", "u8", (0, 3), n=N, k=64)
 FEW = param("few", "u8", (0, 3), n=N)
+CODES2 = param("codes", "u8", (0, 3), n=N, j=32)
+BOOK, VECTORS = param("book", "f16", c=256, v=8), param("vectors", "u8", n=N, j=8)
+
+
+def looked_up(*tables: Expr, index: Expr = VECTORS) -> Expr:
+    """Vectors of 8 inputs from tables of all rows, added up."""
+    first, *others = (Gather(t, index, "c") for t in tables)
+    return merge(sum(others, first), "j", "v", into="k")
+
+
+NO_SUM = "what is looked up in 'book' is no sum of code bits alone"
+TAKEN = "its steps and look-ups do not take each field of a code once, in order"
 REFUSED: dict[str, tuple[Expr, str]] = {
+    "an index from 1 up": (looked_up(param("book", "f16", c=257, v=8), index=cast(VECTORS, "i32") + 1), NO_SUM),
+    "an index in another order": (
+        looked_up(BOOK, index=Gather(const([0, 1, *range(255, 1, -1)], "i32", "r"), VECTORS, "r")),
+        NO_SUM,
+    ),
+    "an index without a code": (looked_up(BOOK, index=param("vectors", "u8", n=N, j=1)), NO_SUM),
+    "a sign beside a vector": (
+        looked_up(BOOK) * (cast(param("signs", "u8", (0, 1), n=N, k=64), "i32") * -2 + 1),
+        TAKEN,
+    ),
+    "a code that is added": (looked_up(BOOK) + CODES, TAKEN),
+    "a code for two tables": (looked_up(BOOK, param("more", "f16", c=256, v=8)), TAKEN),
+    "vectors of two sizes": (
+        looked_up(BOOK) + merge(Gather(param("pairs", "f16", c=4, p=2), CODES2, "c"), "j", "p", into="k"),
+        "its codes stand for different numbers of inputs",
+    ),
     "no bits": (SCALE * param("rows", "f32", n=N) * const([1.0] * 64, "f32", "k"), "code has 0 bits, .* 1 to 8"),
     "five bits": (
         uniform(5, 64, 32),
