@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lowbit.kernels.alu import HALVES
-from lowbit.kernels.lanes import Program, in_numpy, order, tables_in_numpy
+from lowbit.kernels.lanes import Program, in_numpy, tables_in_numpy
 
 Array = np.ndarray[Any, Any]
 
@@ -21,3 +21,8 @@ def staged(p: Program, words: Sequence[Array], *stored: Array, books: Array | No
     turned = order(p.decoder.consecutive)
     blocks = made.reshape(len(made), -1, len(turned))
     return blocks[..., np.argsort(turned)].reshape(made.shape)
+
+
+def order(consecutive: int) -> Array:
+    """Which input WGMMA's k-th one is where a lane has so many that follow each other: for a block of inputs."""
+    return np.arange(4 * consecutive).reshape(4, consecutive // 2, 2).swapaxes(0, 1).reshape(-1)

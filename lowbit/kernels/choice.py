@@ -97,8 +97,7 @@ def _no_decoder(readings: Sequence[Expr], at: int, laid_out: str) -> str | None:
     if (why := _no_layout(readings, laid_out)) is not None:
         return why
     try:
-        decoder = layout(*readings).program("f16", at).decoder  # raises for what none decodes
-        del decoder
+        layout(*readings).check_decoded(at)
     except UnsuitableError as err:
         return str(err)
     return None

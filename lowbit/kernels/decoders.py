@@ -52,7 +52,7 @@ class Decoder(Protocol):
       columns: inputs of a tile, whose words are decoded together: 64 rows of `columns / grain` codes.
       grain: inputs that have one code.
       consecutive: inputs of a lane that follow each other, a multiple of 2. WGMMA gives a lane two and two: with more,
-        the inputs of both operands are in another order (`lowbit.kernels.lanes.order`).
+        the inputs of both operands are in another order (`lowbit.kernels.product` turns x).
       shared: whether it reads tables in shared memory.
     """
 

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from math import ceil
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.layout import WARPGROUPS
-from lowbit.kernels.mma import BYTES, Shape, Tuning, deepest
+from lowbit.kernels.mma import AXES, BYTES, Shape, Tuning, deepest, launch, pipelined, send
 from lowbit.kernels.verbs import Gpu, Verbs
 
 
@@ -31,31 +28,17 @@ def tuning(shape: Shape) -> Tuning:
 def fp8(shape: Shape, tuned: Tuning, verbs: Verbs | None = None) -> Callable[..., jax.Array]:
     """The product as a function (w, x) -> f32 [parts, n, m] of e4m3 arrays w [tile, ROWS, k] and x [m, k]."""
     run = verbs or Gpu()
-    return plgpu.kernel(
-        partial(_body, shape, tuned, run),
-        out_type=jax.ShapeDtypeStruct((tuned.parts, shape.rows * ROWS, shape.m), jnp.float32),
-        scratch_types=[plgpu.SMEM((WARPGROUPS, ROWS, tuned.columns), jnp.float32)],
-        grid=(shape.rows // WARPGROUPS, tuned.parts, ceil(shape.m / tuned.columns)),
-        grid_names=("row", "part", "column"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="group",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=run.interpret,
-    )
+    return launch(partial(_body, shape, tuned, run), shape, tuned, run)
 
 
 def _body(shape: Shape, tuned: Tuning, verbs: Verbs, w: Any, x: Any, out: Any, staging: Any) -> None:
-    row, part, column = (lax.axis_index(name) for name in ("row", "part", "column"))
-    group = lax.axis_index("group")
+    row, part, column, group = at = [lax.axis_index(axis) for axis in AXES]
     steps = shape.stages // tuned.parts
     first = part * steps
 
     def compute(pipeline: Callable[..., Any]) -> None:
         staging[group] = pipeline(verbs.zeros((ROWS, tuned.columns)))
-        plgpu.commit_smem()
-        n, m = (row * WARPGROUPS + group) * ROWS, column * tuned.columns
-        plgpu.copy_smem_to_gmem(staging.at[group], out.at[part, pl.ds(n, ROWS), pl.ds(m, tuned.columns)])
-        plgpu.wait_smem_to_gmem(0)
+        send(staging, out, tuned, at)
 
     def step(_: Any, rows: Any, x: Any, total: jax.Array) -> Any:
         total = total + verbs.product(rows.at[group], x)
@@ -66,7 +49,4 @@ def _body(shape: Shape, tuned: Tuning, verbs: Verbs, w: Any, x: Any, out: Any, s
         plgpu.BlockSpec((WARPGROUPS, ROWS, STAGE), lambda k: (row, 0, first + k), transforms=BYTES),
         plgpu.BlockSpec((tuned.columns, STAGE), lambda k: (column, first + k), transforms=BYTES),
     ]
-    plgpu.emit_pipeline_warp_specialized(
-        step, grid=(steps,), in_specs=specs, wg_axis="group", num_compute_wgs=WARPGROUPS, memory_registers=40,
-        max_concurrent_steps=tuned.depth, compute_context=compute,
-    )(w, x)  # fmt: skip
+    pipelined(step, steps, specs, tuned.depth, compute)(w, x)

@@ -170,11 +170,6 @@ def _tables_of_lanes(program: Program, table: Array) -> list[Array]:
     return [np.stack(t, 1) for t in zip(*map(row_registers, table[:, :ROWS]), strict=True)]
 
 
-def order(consecutive: int) -> Array:
-    """Which input WGMMA's k-th one is where a lane has so many that follow each other: for a block of inputs."""
-    return np.arange(4 * consecutive).reshape(4, consecutive // 2, 2).swapaxes(0, 1).reshape(-1)
-
-
 def row_registers(stored: Array) -> list[Array]:
     """A value for each of the rows, as the lanes of row halves 0 and 1 hold it."""
     raw = np.ascontiguousarray(stored).view(f"u{stored.dtype.itemsize}").astype(np.uint32)

@@ -47,8 +47,7 @@ def layout(*readings: Expr) -> Layout:
     first = readings[0]
     made = Layout(first.dims["n"], first.dims["k"], weights)
     _check_widths(made)
-    decoder = made.decoder  # raises for what none decodes
-    del decoder
+    made.check_decoded()
     if made.as_stored:
         _check_rows_of_bytes(made)
     elif taken := params(*readings).keys() & set(made.words):
@@ -148,6 +147,10 @@ class Layout:
         weights = self.weights[at]
         arrays = tuple(self.words.values())[: self.arrays(weights)]
         return Program(weights, kind, arrays, self.nested, self.shared)
+
+    def check_decoded(self, at: int = -1) -> None:
+        """Raises UnsuitableError where no decoder makes halves of the weights at one of the widths."""
+        _ = self.program("f16", at).decoder  # made here, and that raises
 
     def read(self, at: int = 0) -> list[str]:
         """The fields that a product at one of the widths reads, words first."""

@@ -27,6 +27,8 @@ from lowbit.kernels.layout import WARPGROUPS
 from lowbit.kernels.verbs import Gpu, Verbs, table_size
 from lowbit.passes.scalar import Element
 
+AXES = ("row", "part", "column", "group")
+"""Of a launch: tiles of rows, parts of k, columns, and the warpgroups of a block."""
 COLUMNS_A_BLOCK = 64
 """Rows of x that a block multiplies at most."""
 SMS = 132
@@ -109,6 +111,44 @@ def tuning(shape: Shape, program: Program) -> Tuning:
     return deepest(shape, lambda columns: 2 * columns * STAGE + rest, 2 * tables * prod(program.table_shape))
 
 
+def launch(
+    body: Callable[..., None], shape: Shape, tuned: Tuning, verbs: Verbs, scratch: Sequence[Any] = ()
+) -> Callable[..., jax.Array]:
+    """A kernel `body(*inputs, out, staging, *scratch)` with a block for WARPGROUPS tiles of rows, a part of k and
+    some columns: it gives f32 [parts, n, m]. `staging` is shared memory for `send`."""
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((tuned.parts, shape.rows * ROWS, shape.m), jnp.float32),
+        scratch_types=[plgpu.SMEM((WARPGROUPS, ROWS, tuned.columns), jnp.float32), *scratch],
+        grid=(shape.rows // WARPGROUPS, tuned.parts, ceil(shape.m / tuned.columns)),
+        grid_names=AXES[:3],
+        num_threads=WARPGROUPS + 1,
+        thread_name=AXES[3],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=verbs.interpret,
+    )
+
+
+def pipelined(
+    step: Callable[..., Any], steps: int, specs: Sequence[Any], depth: int, compute: Callable[..., None]
+) -> Callable[..., None]:
+    """The steps of a block, their operands fetched by the last warpgroup while the others run `compute`."""
+    run: Callable[..., None] = plgpu.emit_pipeline_warp_specialized(
+        step, grid=(steps,), in_specs=specs, wg_axis=AXES[3], num_compute_wgs=WARPGROUPS, memory_registers=40,
+        max_concurrent_steps=depth, compute_context=compute,
+    )  # fmt: skip
+    return run
+
+
+def send(staging: Any, out: Any, tuned: Tuning, at: Sequence[jax.Array]) -> None:
+    """A warpgroup's tile of the result, which is in `staging`, to its place: `at` along AXES."""
+    row, part, column, group = at
+    plgpu.commit_smem()
+    n, m = (row * WARPGROUPS + group) * ROWS, column * tuned.columns
+    plgpu.copy_smem_to_gmem(staging.at[group], out.at[part, pl.ds(n, ROWS), pl.ds(m, tuned.columns)])
+    plgpu.wait_smem_to_gmem(0)
+
+
 def mma(program: Program, shape: Shape, tuned: Tuning, verbs: Verbs | None = None) -> Callable[..., jax.Array]:
     """The product as a function (*words, *parameters, *tables, x) -> f32 [parts, n, m].
 
@@ -117,7 +157,8 @@ def mma(program: Program, shape: Shape, tuned: Tuning, verbs: Verbs | None = Non
     `program.table_shape`; x: [m, k], inputs in the program's order. Tables and x are of the program's halves; m and k
     are those of `shape`.
     """
-    return _launch(_Schedule(program, shape, tuned, verbs or Gpu()))
+    schedule = _Schedule(program, shape, tuned, verbs or Gpu())
+    return launch(schedule.body, shape, tuned, schedule.verbs, schedule.scratch)
 
 
 @dataclass(frozen=True)
@@ -129,14 +170,13 @@ class _Schedule:
 
     @property
     def scratch(self) -> list[Any]:
-        """Shared memory beside the pipeline's: the result on its way out, tables, a barrier for those of all rows."""
-        out = plgpu.SMEM((WARPGROUPS, ROWS, self.tuned.columns), jnp.float32)
+        """Shared memory for tables, and a barrier for those of all rows."""
         if not self.program.decoder.shared:
-            return [out]
+            return []
         shape, half = self.program.table_shape, HALVES[self.program.kind]
         if self.program.weights.books:
-            return [out, plgpu.SMEM(shape, half), plgpu.Barrier()]
-        return [out, plgpu.SMEM((WARPGROUPS, *shape), half)]
+            return [plgpu.SMEM(shape, half), plgpu.Barrier()]
+        return [plgpu.SMEM((WARPGROUPS, *shape), half)]
 
     @property
     def leaves(self) -> dict[str, list[Element]]:
@@ -145,12 +185,11 @@ class _Schedule:
 
     def body(self, *refs: Any) -> None:
         """The kernel."""
-        count = 1 + len(self.scratch)
+        count = 2 + len(self.scratch)
         inputs, (out, staging, *shared) = refs[:-count], refs[-count:]
         words, parameters, x = self.sorted(inputs)
         books = parameters[len(self.leaves) :]
-        row, part, column = (lax.axis_index(name) for name in ("row", "part", "column"))
-        group = lax.axis_index("group")
+        row, part, column, group = at = [lax.axis_index(axis) for axis in AXES]
         tuned, verbs = self.tuned, self.verbs
         steps = self.shape.stages // tuned.parts
 
@@ -167,21 +206,15 @@ class _Schedule:
                 plgpu.barrier_wait(barrier)
             tables = self.tables(parameters, row * WARPGROUPS + group, None if books else table)
             verbs.accumulate(staging.at[group], lambda acc: pipeline((acc, *tables)))
-            plgpu.commit_smem()
-            n, m = (row * WARPGROUPS + group) * ROWS, column * tuned.columns
-            target = out.at[part, pl.ds(n, ROWS), pl.ds(m, tuned.columns)]
-            plgpu.copy_smem_to_gmem(staging.at[group], target)
-            plgpu.wait_smem_to_gmem(0)
+            send(staging, out, tuned, at)
 
         def step(_: Any, *args: Any) -> Any:
             *stage, (acc, *tables) = args
             self.step(group, acc, table, tables, *stage)
             return acc, *tables
 
-        plgpu.emit_pipeline_warp_specialized(
-            step, grid=(steps,), in_specs=self.specs(row, part * steps, column), wg_axis="group",
-            num_compute_wgs=WARPGROUPS, memory_registers=40, max_concurrent_steps=tuned.depth, compute_context=compute,
-        )(*words, *([] if self.program.of_rows else parameters[: len(self.leaves)]), x)  # fmt: skip
+        pipeline = pipelined(step, steps, self.specs(row, part * steps, column), tuned.depth, compute)
+        pipeline(*words, *([] if self.program.of_rows else parameters[: len(self.leaves)]), x)
 
     def sorted(self, refs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Any]:
         """Words; parameters, and tables of all rows; x."""
@@ -246,18 +279,3 @@ class _Schedule:
         # Stages that share a group. The pipeline wants every index to depend on the step, also that of a whole row.
         wide = max(1, e.span // STAGE) if e.span else self.shape.stages
         return plgpu.BlockSpec(block, lambda k: (row, lax.div(first + k, wide), 0, 0))
-
-
-def _launch(schedule: _Schedule) -> Callable[..., jax.Array]:
-    shape, tuned = schedule.shape, schedule.tuned
-    return plgpu.kernel(
-        schedule.body,
-        out_type=jax.ShapeDtypeStruct((tuned.parts, shape.rows * ROWS, shape.m), jnp.float32),
-        scratch_types=schedule.scratch,
-        grid=(shape.rows // WARPGROUPS, tuned.parts, ceil(shape.m / tuned.columns)),
-        grid_names=("row", "part", "column"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="group",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=schedule.verbs.interpret,
-    )
