@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lowbit.array import QuantArray, own
+from lowbit.devices import variant_here
 from lowbit.ir.build import param
 from lowbit.ir.dtypes import short
 from lowbit.ir.expr import Contract
@@ -24,7 +25,7 @@ def by_mma(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Arra
     """Weights in the kernels' layout, decoded on their way to the tensor cores."""
     from lowbit.kernels.product import product  # imports Mosaic GPU, which other platforms do without
 
-    return product(kernel_layout(t), x, fields, at=readings(t).index(t.decode))
+    return product(kernel_layout(t), x, fields, at=readings(t).index(t.decode), variant=variant_here())
 
 
 def by_fp8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:

@@ -15,7 +15,7 @@ import numpy as np
 
 from lowbit.array import QuantArray, expect_array, over_stack, own
 from lowbit.by_kernel import by_fp8, by_mma, dense
-from lowbit.devices import is_hopper
+from lowbit.devices import runs_kernels
 from lowbit.dispatch import by_platform
 from lowbit.ir.build import param
 from lowbit.ir.dtypes import numpy_dtype, short
@@ -231,9 +231,9 @@ def _differentiable(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) ->
 
 @partial(jax.jit, static_argnums=0)
 def _laid_out(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
-    """On a Hopper GPU as planned there, elsewhere by the term: in one program for all platforms."""
+    """On a GPU with kernels as planned there, elsewhere by the term: in one program for all platforms."""
     here = jax.default_backend()
-    if here == "gpu" and not is_hopper(jax.devices()[0]):
+    if here == "gpu" and not runs_kernels(jax.devices()[0]):
         return _forward(t, x, fields)
     planned(x.shape[0], t, short(x.dtype), here).choice(FORCED.value)  # raises for a lowering that it lacks
     choice = planned(x.shape[0], t, short(x.dtype), "gpu").choice(FORCED.value if here == "gpu" else None)

@@ -13,14 +13,21 @@ from typing import Any
 import jax
 
 from lowbit.array import QuantArray
-from lowbit.devices import no_kernels_here
 from lowbit.ir.build import contract, param
 from lowbit.ir.cost import cost
 from lowbit.ir.dtypes import bits, short
 from lowbit.ir.expr import Expr, Param
 from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params, topo
-from lowbit.kernels.choice import KERNELS, LAUNCH, KernelChoice, fp8_choice, kernel_choices, restoring
+from lowbit.kernels.choice import (
+    KERNELS,
+    LAUNCH,
+    KernelChoice,
+    fp8_choice,
+    kernel_choices,
+    no_kernel_here,
+    restoring,
+)
 from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.pipeline import PIPELINES
 from lowbit.passes.style import Style
@@ -199,7 +206,7 @@ def planned(m: int, t: QuantType, dtype: Any, platform: str, plain: bool = False
     read = cost(t.decode).bytes if t.format.widths else stored  # of one width
     at = readings(t).index(t.decode)
     mma, dense = kernel_choices(m, readings(t), at, read, t.layout, dtype, machine.name)
-    kernels = (replace(mma, refused=mma.refused or no_kernels_here()), dense)
+    kernels = (replace(mma, refused=mma.refused or no_kernel_here("mma", readings(t), at)), dense)
     encoded = x if plain else t.format.activations(x)
     if encoded is x:
         return Plan(f"x[{m}, k] @ {t}", machine.name, made, kernels)
@@ -207,7 +214,7 @@ def planned(m: int, t: QuantType, dtype: Any, platform: str, plain: bool = False
     refused = f"it multiplies x as it is, and {t.format} turns it into {code}"
     none = tuple(replace(k, refused=k.refused or refused) for k in kernels)
     fp8 = fp8_choice(m, readings(t), at, read, t.layout, code, machine.name)
-    fp8 = replace(fp8, refused=fp8.refused or no_kernels_here())
+    fp8 = replace(fp8, refused=fp8.refused or no_kernel_here("fp8", readings(t), at))
     return Plan(f"x[{m}, k] as {code} @ {t}", machine.name, made, (fp8, *none))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from lowbit.devices import no_kernels_here, variant_here
 from lowbit.ir.dtypes import DType
 from lowbit.ir.expr import Expr
 from lowbit.kernels.layout import layout
@@ -69,6 +70,17 @@ def fp8_choice(
     nanoseconds = LAUNCH + max(nbytes / BYTES_A_NANOSECOND, products / (2 * PRODUCTS_A_NANOSECOND * DECODING))
     refused = _no_float8(readings, at, laid_out, code) if machine == "gpu" else "it is for GPUs"
     return KernelChoice("fp8", refused, nbytes, nanoseconds)
+
+
+def no_kernel_here(name: str, readings: Sequence[Expr], at: int) -> str | None:
+    """Why the GPU that programs run on has not this kernel for a weight; None where there is no GPU."""
+    if (why := no_kernels_here()) is not None or variant_here() == "hopper":
+        return why
+    if name == "fp8":
+        return "it is for compute capability 9.0 only"
+    from lowbit.kernels.ampere import refusal  # imports Mosaic GPU, which other platforms do without
+
+    return refusal(layout(*readings).program("f16", at))
 
 
 def _no_float8(readings: Sequence[Expr], at: int, laid_out: str, code: DType) -> str | None:

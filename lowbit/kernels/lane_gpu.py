@@ -5,7 +5,8 @@ Instructions are written out where the compiler would otherwise use two for one,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from lowbit.kernels.alu import HALVES, Half, HalfOp, Register
+from lowbit.kernels.alu import HALVES, Alu, Half, HalfOp, Register
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES, Program, at_once
@@ -29,6 +30,10 @@ ROW = plgpu.Layout.WGMMA.reduce(1)
 
 def i32() -> Any:
     return ir.IntegerType.get_signless(32)
+
+
+def i64() -> Any:
+    return ir.IntegerType.get_signless(64)
 
 
 def constant(value: int) -> Any:
@@ -126,19 +131,34 @@ class GpuAlu:
         return ptx(f"cvt.rn.{kind}x2.f32 $0, $1, $2;", high, low)
 
 
+class AmpereAlu(GpuAlu):
+    """Before compute capability 9.0, which has addition and multiplication in pairs of bfloat16: of those only fma."""
+
+    def half2(self, op: HalfOp, kind: Half, *operands: Register | int) -> Register:
+        if kind == "f16" or op == "fma":
+            return super().half2(op, kind, *operands)
+        a, b = operands
+        exact = (a, 0x3F803F80, b) if op == "add" else (a, b, 0x80008000)  # 1 a + b, a b + -0: rounded once, as signed
+        return super().half2("fma", kind, *exact)
+
+
 def _load_shared(address: Register, words: int) -> list[Register]:
     pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<3>"), address)
     loaded = llvm.load(ir.VectorType.get((words,), i32()), pointer, alignment=4 * words)
     return [vector.extract(loaded, [], [i]) for i in range(words)]
 
 
-def in_registers(program: Program, table: Any, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
-    """The stage [ROWS, STAGE] of weights in WGMMA's layout; operands as for `lanes.in_numpy`, in WORDS and ROW.
+def in_registers(
+    program: Program, table: Any, words: Sequence[jax.Array], *stored: jax.Array,
+    layout: Any = plgpu.Layout.WGMMA, alu: Callable[[], Alu] = GpuAlu,
+) -> jax.Array:
+    """The stage [ROWS, STAGE] of weights in `layout`; operands as for `lanes.in_numpy`, in WORDS and ROW.
 
     table: the shared one, a reference to halves [entries, ROWS and padding], or None.
-    """
+    layout: one that has registers in the order of WGMMA's.
+    """  # fmt: skip
     shared = [] if table is None else [table]
-    out = plgpu.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind], layout=plgpu.Layout.WGMMA)
+    out = plgpu.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind], layout=layout)
 
     held = [BYTES if a.dtype == jnp.uint8 else WORDS[len(a)] for a in words]
     types = (*(plgpu.RefType() for _ in shared), *held, *(ROW for _ in stored))
@@ -152,10 +172,35 @@ def in_registers(program: Program, table: Any, words: Sequence[jax.Array], *stor
         for ref in refs:
             at = program.decoder
             tables += _tables_of_all(ref, at.shape) if isinstance(at, Books) else _tables_of_rows(ref)
-        registers = program(GpuAlu(), [_raw(a) for a in arrays], *map(_raw, rows), shared=tables)
-        return _fragments(registers, program.kind)
+        registers = program(alu(), [_raw(a) for a in arrays], *map(_raw, rows), shared=tables)
+        return _fragments(registers, program.kind, layout.to_mgpu())
 
     return decoded(*shared, *words, *stored)
+
+
+def copy_async(source: Any, target: Any) -> None:
+    """Begins to copy an array that is contiguous in memory to shared memory, 16 bytes a lane by `cp.async`."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def copied(ctx: Any, source: Any, target: Any) -> None:
+        del ctx
+        of, lane = ir.MemRefType(source.type), _lane()
+        chunks = prod(of.shape) * utils.bitwidth(of.element_type) // 128
+        from_ = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(source))
+        begins = arith.addi(llvm.ptrtoint(i64(), from_), arith.extui(i64(), arith.muli(lane, constant(16))))
+        to = ptx("mad.lo.u32 $0, $1, 16, $2;", lane, llvm.ptrtoint(i32(), utils.memref_ptr(target)))
+        for first in range(0, chunks, LANES):
+            code = "{ .reg .pred p; setp.lt.u32 p, $2, $3; @p cp.async.cg.shared.global [$0], [$1], 16; }"
+            at = [arith.addi(to, constant(16 * first)), arith.addi(begins, utils.c(16 * first, i64()))]
+            inside = [lane, constant(chunks - first)]
+            llvm.inline_asm(None, [*at, *inside], code, "r,l,r,r,~{memory}", has_side_effects=True)
+
+    copied(source, target)
+
+
+def barrier() -> None:
+    """Waits for the lanes of the warpgroup, and for what they wrote to shared memory."""
+    plgpu.inline_mgpu()(lambda ctx: utils.warpgroup_barrier())()
 
 
 def _tables_of_rows(ref: Any) -> list[tuple[Register, int]]:
@@ -216,8 +261,7 @@ def _of_rows(register: list[Register]) -> Any:
     return fa.FragmentedArray(_registers=made, _layout=layout, _is_signed=False)
 
 
-def _fragments(registers: list[Register], kind: Half) -> Any:
-    layout = fa.WGMMA_LAYOUT
+def _fragments(registers: list[Register], kind: Half, layout: Any) -> Any:
     shape = layout.registers_shape((ROWS, STAGE))
     element = ir.F16Type.get() if kind == "f16" else ir.BF16Type.get()
     made = np.empty(shape, dtype=object)

@@ -89,26 +89,40 @@ def deepest(shape: Shape, stage: Callable[[int], int], beside: int = 0) -> Tunin
 
     most = min(shape.m, COLUMNS_A_BLOCK)
     columns = next(c for c in range(most, 0, -8) if shape.m % c == 0 and fit(c) >= 2)
-    blocks = shape.rows // WARPGROUPS * ceil(shape.m / columns)
-
-    def longest(parts: int) -> int:
-        return ceil(blocks * parts / SMS) * (shape.stages // parts + FILLING)
-
-    parts = min((p for p in range(1, shape.stages + 1) if shape.stages % p == 0), key=longest)
+    parts = parts_of_k(shape, columns, SMS)
     depth = max(2, min(MOST_DEEP, fit(columns), shape.stages // parts))
     return Tuning(columns, parts, 1 << depth.bit_length() - 1)  # a power of two: the loop divides by it
 
 
+def parts_of_k(shape: Shape, columns: int, sms: int) -> int:
+    """With the fewest steps of the SM that has most of them."""
+    blocks = shape.rows // WARPGROUPS * ceil(shape.m / columns)
+
+    def longest(parts: int) -> int:
+        return ceil(blocks * parts / sms) * (shape.stages // parts + FILLING)
+
+    return min((p for p in range(1, shape.stages + 1) if shape.stages % p == 0), key=longest)
+
+
 def tuning(shape: Shape, program: Program) -> Tuning:
     """The schedule's parameters for a program."""
+    return deepest(shape, lambda columns: stage_bytes(program, columns), table_bytes(program))
+
+
+def table_bytes(program: Program) -> int:
+    """Of tables in shared memory."""
     tables = 0 if not program.decoder.shared else 1 if program.weights.books else WARPGROUPS
+    return 2 * tables * prod(program.table_shape)
+
+
+def stage_bytes(program: Program, columns: int) -> int:
+    """Of a stage's buffers."""
     parameters = sum(WARPGROUPS * ROWS * dtype_bits(e.leaf.dtype) // 8 for e, _ in program.inputs)
     leaves = {e.leaf for e in program.weights.parameters}
     words = 4 * WARPGROUPS * sum(program.words) * LANES
     if program.of_rows:  # and so not fetched stage by stage
         parameters, leaves = 0, set()
-    rest = words + parameters + ALIGNED * (len(leaves) + len(program.words) - 1)
-    return deepest(shape, lambda columns: 2 * columns * STAGE + rest, 2 * tables * prod(program.table_shape))
+    return 2 * columns * STAGE + words + parameters + ALIGNED * (len(leaves) + len(program.words) - 1)
 
 
 def launch(
@@ -157,12 +171,14 @@ def mma(program: Program, shape: Shape, tuned: Tuning, verbs: Verbs | None = Non
     `program.table_shape`; x: [m, k], inputs in the program's order. Tables and x are of the program's halves; m and k
     are those of `shape`.
     """
-    schedule = _Schedule(program, shape, tuned, verbs or Gpu())
+    schedule = Schedule(program, shape, tuned, verbs or Gpu())
     return launch(schedule.body, shape, tuned, schedule.verbs, schedule.scratch)
 
 
 @dataclass(frozen=True)
-class _Schedule:
+class Schedule:
+    """What a block does."""
+
     program: Program
     shape: Shape
     tuned: Tuning
@@ -248,7 +264,7 @@ class _Schedule:
             for e, value in zip(entries, values, strict=True):
                 shared[e, pl.ds(0, ROWS)] = value.astype(shared.dtype)
 
-        plgpu.commit_smem()
+        self.verbs.commit()
 
     def step(self, group: jax.Array, acc: Any, table: Any, tables: Sequence[jax.Array], *stage: Any) -> None:
         """One stage: decode, multiply."""
@@ -274,8 +290,10 @@ class _Schedule:
         return [*words, *(self.parameter_spec(e, row, first) for e in staged), x]
 
     def parameter_spec(self, elements: Sequence[Element], row: jax.Array, first: jax.Array) -> plgpu.BlockSpec:
-        e = elements[0]
-        block = (WARPGROUPS, groups_of(e), len(elements), ROWS)
-        # Stages that share a group. The pipeline wants every index to depend on the step, also that of a whole row.
-        wide = max(1, e.span // STAGE) if e.span else self.shape.stages
+        block = (WARPGROUPS, groups_of(elements[0]), len(elements), ROWS)
+        wide = self.wide(elements[0])
         return plgpu.BlockSpec(block, lambda k: (row, lax.div(first + k, wide), 0, 0))
+
+    def wide(self, e: Element) -> int:
+        """Stages that share a group. The pipeline wants every index to depend on the step, also that of a whole row."""
+        return max(1, e.span // STAGE) if e.span else self.shape.stages

@@ -8,7 +8,9 @@ from math import ceil
 import jax
 import jax.numpy as jnp
 
+from lowbit.devices import Variant
 from lowbit.ir.dtypes import short
+from lowbit.kernels import ampere, mma
 from lowbit.kernels.alu import HALVES
 from lowbit.kernels.arrange import Fields
 from lowbit.kernels.computed import Books
@@ -17,12 +19,13 @@ from lowbit.kernels.fp8 import fp8
 from lowbit.kernels.fp8 import tuning as fp8_tuning
 from lowbit.kernels.lanes import Program
 from lowbit.kernels.layout import Layout
-from lowbit.kernels.mma import COLUMNS_A_BLOCK, Shape, Tuning, mma, tuning
+from lowbit.kernels.mma import Shape, Tuning
 from lowbit.kernels.verbs import Verbs
 
 
 def product(
-    of: Layout, x: jax.Array, fields: Fields, tuned: Tuning | None = None, verbs: Verbs | None = None, at: int = 0
+    of: Layout, x: jax.Array, fields: Fields, tuned: Tuning | None = None, verbs: Verbs | None = None, at: int = 0,
+    variant: Variant = "hopper",
 ) -> jax.Array:
     """x [m, k] in float16 or bfloat16 by weights as `of` lays them out: [m, n], accumulated in float32, in x's dtype.
 
@@ -30,14 +33,16 @@ def product(
       tuned: parameters of the schedule, those of `tuning` if None.
       verbs: what it runs on, the GPU if None.
       at: which of its widths the weights are read at.
-    """
+      variant: of the schedule.
+    """  # fmt: skip
+    schedule = ampere if variant == "ampere" else mma
     m = x.shape[0]
     kind = short(x.dtype)
     if kind not in ("f16", "bf16"):
         raise TypeError(f"x is {x.dtype}: the matrix unit multiplies float16 and bfloat16")
-    padded = _padded(m)
+    padded = _padded(m, schedule.COLUMNS_A_BLOCK)
     program, shape = of.program(kind, at), Shape(padded, of.tiles, of.stages)
-    run = mma(program, shape, tuned or tuning(shape, program), verbs)
+    run = schedule.mma(program, shape, tuned or schedule.tuning(shape, program), verbs)
     x_padded = jnp.pad(x, ((0, padded - m), (0, of.stages * STAGE - of.k)))
     stored = [fields[name] for name in of.read(at) if name not in of.books]
     decoder = program.decoder
@@ -52,7 +57,7 @@ def product_of_codes(
     """x [m, k] in e4m3 by weights that are stored as e4m3 but for a factor: [m, n] in float32."""
     if (factor := of.weights[at].float8) is None:
         raise TypeError("the weights are not stored as e4m3")
-    padded, inputs = _padded(len(x)), of.stages * STAGE
+    padded, inputs = _padded(len(x), mma.COLUMNS_A_BLOCK), of.stages * STAGE
     shape = Shape(padded, of.tiles, of.stages)
     (name,) = of.read(at)
     w = jax.lax.bitcast_convert_type(fields[name], jnp.float8_e4m3fn)
@@ -60,9 +65,9 @@ def product_of_codes(
     return parts.sum(0)[: of.n, : len(x)].T * factor
 
 
-def _padded(m: int) -> int:
-    """Rows of x as blocks take them."""
-    return 8 * ceil(m / 8) if m <= COLUMNS_A_BLOCK else COLUMNS_A_BLOCK * ceil(m / COLUMNS_A_BLOCK)
+def _padded(m: int, most: int) -> int:
+    """Rows of x as blocks take them, each `most`."""
+    return 8 * ceil(m / 8) if m <= most else most * ceil(m / most)
 
 
 def _in_order(x: jax.Array, consecutive: int) -> jax.Array:

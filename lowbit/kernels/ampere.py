@@ -1,0 +1,153 @@
+"""The schedule `mma` for compute capability 8: `cp.async` in place of TMA, `mma.sync` in place of WGMMA.
+
+A block is one warpgroup. It decodes and multiplies, one after another, the WARPGROUPS tiles of rows that as many
+warpgroups share elsewhere, so that what it reads of x serves all. Words, parameters and x come through a ring in shared
+memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lowbit.ir.dtypes import numpy_dtype
+from lowbit.kernels.alu import HALVES
+from lowbit.kernels.computed import Bytes
+from lowbit.kernels.decoders import ROWS, STAGE
+from lowbit.kernels.lanes import LANES, Program, groups_of
+from lowbit.kernels.layout import WARPGROUPS
+from lowbit.kernels.mma import AXES, HALF, MOST_DEEP, Schedule, Shape, Tuning, parts_of_k, stage_bytes, table_bytes
+from lowbit.kernels.verbs import Ampere, Verbs
+
+COLUMNS_A_BLOCK = 32
+"""Rows of x that a block multiplies at most: more do not fit in its registers."""
+SMS = 108
+SHARED = 96 << 10
+"""Bytes of shared memory that a block may have: the least that any of these GPUs has, less what the system takes."""
+HALF_OF_IT = SHARED // 2
+"""Bytes that leave room for another block on its SM."""
+
+
+def tuning(shape: Shape, program: Program) -> Tuning:
+    """As many columns as two stages have room for, and as many stages as two blocks an SM have room for."""
+    taken, stage = table_bytes(program), partial(stage_bytes, program)
+    most = min(shape.m, COLUMNS_A_BLOCK)
+    columns = next(c for c in range(most, 0, -8) if shape.m % c == 0 and taken + 2 * stage(c) <= SHARED)
+    parts = parts_of_k(shape, columns, SMS)
+    depth = max(2, min(MOST_DEEP, (HALF_OF_IT - taken) // stage(columns), shape.stages // parts))
+    return Tuning(columns, parts, 1 << depth.bit_length() - 1)
+
+
+def refusal(program: Program) -> str | None:
+    """Why no block can run a program."""
+    if isinstance(program.decoder, Bytes):
+        return "weights of whole bytes are decoded on compute capability 9.0 alone"
+    needed = table_bytes(program) + 2 * stage_bytes(program, 8)
+    if needed > SHARED:
+        return f"its tables and two stages take {needed:,} bytes of shared memory, and a block has {SHARED:,}"
+    return None
+
+
+def mma(program: Program, shape: Shape, tuned: Tuning, verbs: Verbs | None = None) -> Callable[..., jax.Array]:
+    """As `lowbit.kernels.mma.mma`."""
+    schedule = AmpereSchedule(program, shape, tuned, verbs or Ampere())
+    return plgpu.kernel(
+        schedule.body,
+        out_type=jax.ShapeDtypeStruct((tuned.parts, shape.rows * ROWS, shape.m), jnp.float32),
+        scratch_types=[*schedule.ring, *schedule.scratch[:1]],
+        grid=(shape.rows // WARPGROUPS, tuned.parts, ceil(shape.m / tuned.columns)),
+        grid_names=AXES[:3],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=schedule.verbs.interpret,
+    )
+
+
+@dataclass(frozen=True)
+class AmpereSchedule(Schedule):
+    """What a block does."""
+
+    @property
+    def of_rows(self) -> list[tuple[int, tuple[int, ...], Any]]:
+        """Of arrays with rows that are fetched: the stages that a block of one serves, its shape, its type."""
+        words = [(1, (1, count, LANES), np.uint32) for count in self.program.words]
+        leaves = [] if self.program.of_rows else self.leaves.values()
+        return words + [
+            (self.wide(of[0]), (groups_of(of[0]), len(of), ROWS), numpy_dtype(of[0].leaf.dtype)) for of in leaves
+        ]
+
+    @property
+    def ring(self) -> list[Any]:
+        """Shared memory for as many stages as are in flight: of each of `of_rows`, and of x."""
+        depth, halves = self.tuned.depth, HALVES[self.program.kind]
+        rows = [plgpu.SMEM((depth, WARPGROUPS, *block), dtype) for _, block, dtype in self.of_rows]
+        return [*rows, plgpu.SMEM((depth, self.tuned.columns, STAGE), halves, transforms=HALF)]
+
+    def body(self, *refs: Any) -> None:
+        count, streamed = 1 + len(self.ring) + len(self.scratch[:1]), len(self.of_rows)
+        inputs, (out, *memory) = refs[:-count], refs[-count:]
+        ring, shared = memory[: streamed + 1], memory[streamed + 1 :]
+        row, part, column = [lax.axis_index(axis) for axis in AXES[:3]]
+        tiles = [row * WARPGROUPS + i for i in range(WARPGROUPS)]
+        columns, steps = pl.ds(column * self.tuned.columns, self.tuned.columns), self.shape.stages // self.tuned.parts
+
+        def fetch(step: Any) -> None:
+            slot, stage = lax.rem(step, self.tuned.depth), part * steps + step
+            copies = []
+            for ref, (wide, (size, *_), _), buffer in zip(inputs, self.of_rows, ring, strict=False):
+                here = pl.ds(lax.div(stage, wide) * size, size)
+                copies += [(ref.at[tile, here], buffer.at[slot, i]) for i, tile in enumerate(tiles)]
+            self.verbs.fetch([*copies, (inputs[-1].at[columns, pl.ds(stage * STAGE, STAGE)], ring[-1].at[slot])])
+
+        tables = self.tables_of(inputs, tiles, shared)
+        totals = self.steps(steps, fetch, ring, tables)
+        for tile, total in zip(tiles, totals, strict=True):
+            out[part, pl.ds(tile * ROWS, ROWS), columns] = total
+
+    def steps(self, steps: int, fetch: Callable[[Any], None], ring: Sequence[Any], tables: Any) -> Any:
+        """The sums of the tiles over all steps."""
+        ahead = self.tuned.depth - 1
+
+        def step(k: jax.Array, totals: Any) -> Any:
+            self.verbs.fetched(ahead - 1)
+            if ahead > 1:  # the last fetches have none behind them that may be under way still
+                pl.when(k + ahead > steps)(lambda: self.verbs.fetched(0))
+            pl.when(k + ahead < steps)(lambda: fetch(k + ahead))  # to where step k - 1 read
+            slot = lax.rem(k, self.tuned.depth)
+            return self.sums(totals, tables, [buffer.at[slot] for buffer in ring])
+
+        for k in range(ahead):
+            fetch(np.int32(k))
+        return lax.fori_loop(0, steps, step, [self.verbs.zeros((ROWS, self.tuned.columns))] * WARPGROUPS)
+
+    def tables_of(self, inputs: Sequence[Any], tiles: Sequence[jax.Array], shared: Sequence[Any]) -> list[Any]:
+        """For each tile its table in shared memory, or None, and those in registers that serve whole rows."""
+        _, parameters, _ = self.sorted(inputs)
+        if not shared:
+            return [(None, self.tables(parameters, tile)) for tile in tiles]
+        if self.program.weights.books:
+            shared[0][...] = parameters[-1][...]
+            self.verbs.commit()
+            return [(shared[0], self.tables(parameters, tile)) for tile in tiles]
+        tables = [shared[0].at[i] for i in range(WARPGROUPS)]
+        return [(table, self.tables(parameters, tile, table)) for table, tile in zip(tables, tiles, strict=True)]
+
+    def sums(self, totals: Sequence[jax.Array], tables: Sequence[Any], stage: Sequence[Any]) -> list[jax.Array]:
+        """One stage: decode, multiply."""
+        words, parameters, x = self.sorted(stage)
+        operand, out = self.verbs.operand(x), []
+        for i, (total, (shared, made)) in enumerate(zip(totals, tables, strict=True)):
+            stored = made if self.program.of_rows else self.stored(parameters, i)
+            loaded = [self.verbs.words(ref.at[i, 0]) for ref in words]
+            out.append(self.verbs.plus(total, self.verbs.decode(self.program, shared, loaded, *stored), operand))
+        self.verbs.release()
+        return out
