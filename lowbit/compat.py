@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 NEW = jax.__version_info__ >= (0, 11)
-NEEDED_BEFORE_HOPPER = "0.11.1"
-BEFORE_HOPPER = jax.__version_info__ >= (0, 11, 1)
+NEEDED_BEFORE_HOPPER = "0.12"
+BEFORE_HOPPER = jax.__version_info__ >= (0, 12)
 """Whether Mosaic GPU compiles for compute capability 8: `mma.sync`, and `cp.async` by warpgroups."""
 
 
@@ -22,6 +22,11 @@ def load(ref: Any, layout: Any, optimized: bool = True) -> jax.Array:
 def transposed(ref: Any) -> Any:
     """A matrix in memory seen the other way round: `plgpu.transpose_ref` in 0.10, a method since."""
     return ref.transpose((1, 0)) if NEW else plgpu.transpose_ref(ref, (1, 0))
+
+
+def store(ref: Any, value: jax.Array) -> None:
+    """Stores to memory in pieces as small as the lanes have them: `plgpu.store`, which 0.10 lacks."""
+    plgpu.store(ref, value, optimized=False)  # type: ignore[attr-defined, unused-ignore]
 
 
 def mma(total: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

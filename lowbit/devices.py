@@ -8,7 +8,6 @@ from typing import Any, Literal
 import jax
 from absl import logging
 
-
 Variant = Literal["hopper", "ampere"]
 VARIANTS: dict[str, Variant] = {"9.0": "hopper", "8.0": "ampere", "8.6": "ampere", "8.9": "ampere"}
 """By compute capability. 8.9 is Ada's."""

@@ -22,12 +22,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES
+from lowbit.kernels.ampere_verbs import Ampere, AmpereVerbs
 from lowbit.kernels.computed import Bytes
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES, Program, groups_of
 from lowbit.kernels.layout import WARPGROUPS
 from lowbit.kernels.mma import AXES, HALF, MOST_DEEP, Schedule, Shape, Tuning, parts_of_k, stage_bytes, table_bytes
-from lowbit.kernels.verbs import Ampere, Verbs
 
 COLUMNS_A_BLOCK = 32
 """Rows of x that a block multiplies at most: more do not fit in its registers."""
@@ -58,7 +58,7 @@ def refusal(program: Program) -> str | None:
     return None
 
 
-def mma(program: Program, shape: Shape, tuned: Tuning, verbs: Verbs | None = None) -> Callable[..., jax.Array]:
+def mma(program: Program, shape: Shape, tuned: Tuning, verbs: AmpereVerbs | None = None) -> Callable[..., jax.Array]:
     """As `lowbit.kernels.mma.mma`."""
     schedule = AmpereSchedule(program, shape, tuned, verbs or Ampere())
     return plgpu.kernel(
@@ -75,6 +75,8 @@ def mma(program: Program, shape: Shape, tuned: Tuning, verbs: Verbs | None = Non
 @dataclass(frozen=True)
 class AmpereSchedule(Schedule):
     """What a block does."""
+
+    verbs: AmpereVerbs
 
     @property
     def of_rows(self) -> list[tuple[int, tuple[int, ...], Any]]:
@@ -111,7 +113,7 @@ class AmpereSchedule(Schedule):
         tables = self.tables_of(inputs, tiles, shared)
         totals = self.steps(steps, fetch, ring, tables)
         for tile, total in zip(tiles, totals, strict=True):
-            out[part, pl.ds(tile * ROWS, ROWS), columns] = total
+            self.verbs.put(total, out.at[part, pl.ds(tile * ROWS, ROWS), columns])
 
     def steps(self, steps: int, fetch: Callable[[Any], None], ring: Sequence[Any], tables: Any) -> Any:
         """The sums of the tiles over all steps."""

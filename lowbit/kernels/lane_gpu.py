@@ -5,8 +5,7 @@ Instructions are written out where the compiler would otherwise use two for one,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import prod
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from lowbit.kernels.alu import HALVES, Alu, Half, HalfOp, Register
+from lowbit.kernels.alu import HALVES, Half, HalfOp, Register
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES, Program, at_once
@@ -30,10 +29,6 @@ ROW = plgpu.Layout.WGMMA.reduce(1)
 
 def i32() -> Any:
     return ir.IntegerType.get_signless(32)
-
-
-def i64() -> Any:
-    return ir.IntegerType.get_signless(64)
 
 
 def constant(value: int) -> Any:
@@ -131,17 +126,6 @@ class GpuAlu:
         return ptx(f"cvt.rn.{kind}x2.f32 $0, $1, $2;", high, low)
 
 
-class AmpereAlu(GpuAlu):
-    """Before compute capability 9.0, which has addition and multiplication in pairs of bfloat16: of those only fma."""
-
-    def half2(self, op: HalfOp, kind: Half, *operands: Register | int) -> Register:
-        if kind == "f16" or op == "fma":
-            return super().half2(op, kind, *operands)
-        a, b = operands
-        exact = (a, 0x3F803F80, b) if op == "add" else (a, b, 0x80008000)  # 1 a + b, a b + -0: rounded once, as signed
-        return super().half2("fma", kind, *exact)
-
-
 def _load_shared(address: Register, words: int) -> list[Register]:
     pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<3>"), address)
     loaded = llvm.load(ir.VectorType.get((words,), i32()), pointer, alignment=4 * words)
@@ -150,13 +134,13 @@ def _load_shared(address: Register, words: int) -> list[Register]:
 
 def in_registers(
     program: Program, table: Any, words: Sequence[jax.Array], *stored: jax.Array,
-    layout: Any = plgpu.Layout.WGMMA, alu: Callable[[], Alu] = GpuAlu,
-) -> jax.Array:
+    alu: type[GpuAlu] = GpuAlu, layout: Any = plgpu.Layout.WGMMA,
+) -> jax.Array:  # fmt: skip
     """The stage [ROWS, STAGE] of weights in `layout`; operands as for `lanes.in_numpy`, in WORDS and ROW.
 
     table: the shared one, a reference to halves [entries, ROWS and padding], or None.
-    layout: one that has registers in the order of WGMMA's.
-    """  # fmt: skip
+    layout: WGMMA's, or another with the registers of a lane in the same order.
+    """
     shared = [] if table is None else [table]
     out = plgpu.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind], layout=layout)
 
@@ -178,35 +162,10 @@ def in_registers(
     return decoded(*shared, *words, *stored)
 
 
-def copy_async(source: Any, target: Any) -> None:
-    """Begins to copy an array that is contiguous in memory to shared memory, 16 bytes a lane by `cp.async`."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-    def copied(ctx: Any, source: Any, target: Any) -> None:
-        del ctx
-        of, lane = ir.MemRefType(source.type), _lane()
-        chunks = prod(of.shape) * utils.bitwidth(of.element_type) // 128
-        from_ = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(source))
-        begins = arith.addi(llvm.ptrtoint(i64(), from_), arith.extui(i64(), arith.muli(lane, constant(16))))
-        to = ptx("mad.lo.u32 $0, $1, 16, $2;", lane, llvm.ptrtoint(i32(), utils.memref_ptr(target)))
-        for first in range(0, chunks, LANES):
-            code = "{ .reg .pred p; setp.lt.u32 p, $2, $3; @p cp.async.cg.shared.global [$0], [$1], 16; }"
-            at = [arith.addi(to, constant(16 * first)), arith.addi(begins, utils.c(16 * first, i64()))]
-            inside = [lane, constant(chunks - first)]
-            llvm.inline_asm(None, [*at, *inside], code, "r,l,r,r,~{memory}", has_side_effects=True)
-
-    copied(source, target)
-
-
-def barrier() -> None:
-    """Waits for the lanes of the warpgroup, and for what they wrote to shared memory."""
-    plgpu.inline_mgpu()(lambda ctx: utils.warpgroup_barrier())()
-
-
 def _tables_of_rows(ref: Any) -> list[tuple[Register, int]]:
     """Where the first entries of the lane's two rows are, and the bytes from an entry to the next."""
     stride = 2 * ir.MemRefType(ref.type).shape[1]
-    first, lane = llvm.ptrtoint(i32(), utils.memref_ptr(ref)), _lane()
+    first, lane = llvm.ptrtoint(i32(), utils.memref_ptr(ref)), lane_of()
     row = ptx("{ .reg .b32 w, r; shr.u32 w, $1, 5; bfe.u32 r, $1, 2, 3; mad.lo.u32 $0, w, 16, r; }", lane)
     return [(ptx("mad.lo.u32 $0, $1, 2, $2;", row, arith.addi(first, constant(16 * h))), stride) for h in range(2)]
 
@@ -214,13 +173,13 @@ def _tables_of_rows(ref: Any) -> list[tuple[Register, int]]:
 def _tables_of_all(ref: Any, shape: tuple[int, int, int, int]) -> list[tuple[Register, int]]:
     """For each of some tables, where the first entry is in the copy that the lane reads; and the bytes of an entry."""
     count, entries, copies, size = shape
-    first, lane = llvm.ptrtoint(i32(), utils.memref_ptr(ref)), _lane()
+    first, lane = llvm.ptrtoint(i32(), utils.memref_ptr(ref)), lane_of()
     own = ptx("{ .reg .b32 c; and.b32 c, $1, $2; mad.lo.u32 $0, c, $3, $4; }", lane, copies - 1, 2 * size, first)
     stride = 2 * size * copies
     return [(arith.addi(own, constant(i * entries * stride)) if i else own, stride) for i in range(count)]
 
 
-def _lane() -> Register:
+def lane_of() -> Register:
     return ptx("{ .reg .b32 t; mov.u32 t, %tid.x; and.b32 $0, t, 127; }")
 
 

@@ -26,7 +26,7 @@ from lowbit.kernels.verbs import Verbs
 def product(
     of: Layout, x: jax.Array, fields: Fields, tuned: Tuning | None = None, verbs: Verbs | None = None, at: int = 0,
     variant: Variant = "hopper",
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     """x [m, k] in float16 or bfloat16 by weights as `of` lays them out: [m, n], accumulated in float32, in x's dtype.
 
     Args:
@@ -34,7 +34,7 @@ def product(
       verbs: what it runs on, the GPU if None.
       at: which of its widths the weights are read at.
       variant: of the schedule.
-    """  # fmt: skip
+    """
     schedule = ampere if variant == "ampere" else mma
     m = x.shape[0]
     kind = short(x.dtype)

@@ -14,11 +14,11 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lowbit.compat import copy_matrix_async, load, mma, mma_layout, transposed, wait_async
+from lowbit.compat import load, transposed
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES
 from lowbit.kernels.decoders import ROWS, STAGE
-from lowbit.kernels.lane_gpu import BYTES, ROW, WORDS, AmpereAlu, barrier, copy_async, in_registers, tables_in_registers
+from lowbit.kernels.lane_gpu import BYTES, ROW, WORDS, in_registers, tables_in_registers
 from lowbit.kernels.lanes import Program, in_numpy, tables_in_numpy
 
 Ref = Any
@@ -54,23 +54,11 @@ class Verbs(Protocol):
     def zeros(self, shape: tuple[int, int]) -> jax.Array:
         """A sum in registers that products are added to."""
 
-    def operand(self, x: Ref) -> jax.Array:
-        """x [columns, k] of a buffer as `plus` takes it."""
-
-    def plus(self, total: jax.Array, weights: jax.Array, x: jax.Array) -> jax.Array:
-        """total + weights [ROWS, k] @ x^T, all in registers."""
-
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         """weights [ROWS, k] @ x [columns, k]^T of two buffers, in float32."""
 
-    def fetch(self, copies: Sequence[tuple[Ref, Ref]]) -> None:
-        """Begin to copy to shared memory: what is contiguous in memory, and last a part of a matrix."""
-
-    def fetched(self, but: int) -> None:
-        """Wait until all fetches, `but` the newest so many, are there, and every lane has come here."""
-
     def commit(self) -> None:
-        """Say that shared memory was written."""
+        """Say that a table in shared memory was written."""
 
     def release(self) -> None:
         """Say that the stage's buffers were read."""
@@ -122,34 +110,6 @@ class Gpu:
         pass
 
 
-class Ampere(Gpu):
-    """Mosaic GPU before Hopper: `mma.sync`, with both operands and the sum in registers."""
-
-    def zeros(self, shape: tuple[int, int]) -> jax.Array:
-        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), mma_layout("ACC"))
-
-    def decode(self, program: Program, table: Ref, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
-        return in_registers(program, table, words, *stored, layout=mma_layout("LHS"), alu=AmpereAlu)
-
-    def operand(self, x: Ref) -> jax.Array:
-        return load(transposed(x), layout=mma_layout("RHS"))
-
-    def plus(self, total: jax.Array, weights: jax.Array, x: jax.Array) -> jax.Array:
-        return mma(total, weights, x)
-
-    def fetch(self, copies: Sequence[tuple[Ref, Ref]]) -> None:
-        *rows, (matrix, buffer) = copies
-        for source, target in rows:
-            copy_async(source, target)
-        copy_matrix_async(matrix, buffer)
-
-    def fetched(self, but: int) -> None:
-        wait_async(but)
-
-    def commit(self) -> None:
-        barrier()
-
-
 class Twin:
     """The interpreter: results accumulate in shared memory, decoding is numpy, the product jnp.
 
@@ -190,19 +150,6 @@ class Twin:
 
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         return jnp.dot(weights[...].astype(jnp.float32), x[...].astype(jnp.float32).T)
-
-    def operand(self, x: Ref) -> jax.Array:
-        return x[...]
-
-    def plus(self, total: jax.Array, weights: jax.Array, x: jax.Array) -> jax.Array:
-        return total + jnp.dot(weights.astype(jnp.float32), x.astype(jnp.float32).T)
-
-    def fetch(self, copies: Sequence[tuple[Ref, Ref]]) -> None:
-        for source, target in copies:
-            target[...] = source[...]
-
-    def fetched(self, but: int) -> None:
-        pass
 
     def commit(self) -> None:
         plgpu.commit_smem()

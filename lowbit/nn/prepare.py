@@ -19,7 +19,7 @@ M = TypeVar("M", bound=nnx.Module)
 def prepare(model: M, device: Any = None) -> M:
     """The model with its quantized weights laid out as the kernels of `device` read them, once and for all.
 
-    On a GPU of compute capability 9.0, or from jax 0.11.1 on 8.0, 8.6 or 8.9, products then run as Pallas kernels; every
+    On a GPU of compute capability 9.0, or from jax 0.12 on 8.0, 8.6 or 8.9, products then run as Pallas kernels; every
     result, gradient and saved file is that of the model as it was, but for bits that pad a group, which become zeros.
     The layout is the same for all of them. Weights of formats that the kernels
     cannot decode stay as they are, and one log line names them with the reasons. For a device without kernels the model
