@@ -79,8 +79,9 @@ class AmpereSchedule(Schedule):
     verbs: AmpereVerbs
 
     @property
-    def of_rows(self) -> list[tuple[int, tuple[int, ...], Any]]:
-        """Of arrays with rows that are fetched: the stages that a block of one serves, its shape, its type."""
+    def streams(self) -> list[tuple[int, tuple[int, ...], Any]]:
+        """Of words, and of parameters that change from stage to stage: the stages that share what a tile fetches, its
+        shape and its type."""
         words = [(1, (1, count, LANES), np.uint32) for count in self.program.words]
         leaves = [] if self.program.of_rows else self.leaves.values()
         return words + [
@@ -89,15 +90,16 @@ class AmpereSchedule(Schedule):
 
     @property
     def ring(self) -> list[Any]:
-        """Shared memory for as many stages as are in flight: of each of `of_rows`, and of x."""
+        """Shared memory for as many stages as are in flight: of each of `streams`, and of x."""
         depth, halves = self.tuned.depth, HALVES[self.program.kind]
-        rows = [plgpu.SMEM((depth, WARPGROUPS, *block), dtype) for _, block, dtype in self.of_rows]
+        rows = [plgpu.SMEM((depth, WARPGROUPS, *block), dtype) for _, block, dtype in self.streams]
         return [*rows, plgpu.SMEM((depth, self.tuned.columns, STAGE), halves, transforms=HALF)]
 
     def body(self, *refs: Any) -> None:
-        count, streamed = 1 + len(self.ring) + len(self.scratch[:1]), len(self.of_rows)
-        inputs, (out, *memory) = refs[:-count], refs[-count:]
-        ring, shared = memory[: streamed + 1], memory[streamed + 1 :]
+        """The kernel."""
+        held = len(self.ring) + len(self.scratch[:1])
+        inputs, (out, *memory) = refs[: -1 - held], refs[-1 - held :]
+        ring, shared = memory[: len(self.ring)], memory[len(self.ring) :]
         row, part, column = [lax.axis_index(axis) for axis in AXES[:3]]
         tiles = [row * WARPGROUPS + i for i in range(WARPGROUPS)]
         columns, steps = pl.ds(column * self.tuned.columns, self.tuned.columns), self.shape.stages // self.tuned.parts
@@ -105,31 +107,31 @@ class AmpereSchedule(Schedule):
         def fetch(step: Any) -> None:
             slot, stage = lax.rem(step, self.tuned.depth), part * steps + step
             copies = []
-            for ref, (wide, (size, *_), _), buffer in zip(inputs, self.of_rows, ring, strict=False):
+            for ref, (wide, (size, *_), _), buffer in zip(inputs, self.streams, ring, strict=False):
                 here = pl.ds(lax.div(stage, wide) * size, size)
                 copies += [(ref.at[tile, here], buffer.at[slot, i]) for i, tile in enumerate(tiles)]
             self.verbs.fetch([*copies, (inputs[-1].at[columns, pl.ds(stage * STAGE, STAGE)], ring[-1].at[slot])])
 
+        for early in range(self.tuned.depth - 1):
+            fetch(np.int32(early))
         tables = self.tables_of(inputs, tiles, shared)
         totals = self.steps(steps, fetch, ring, tables)
         for tile, total in zip(tiles, totals, strict=True):
             self.verbs.put(total, out.at[part, pl.ds(tile * ROWS, ROWS), columns])
 
-    def steps(self, steps: int, fetch: Callable[[Any], None], ring: Sequence[Any], tables: Any) -> Any:
-        """The sums of the tiles over all steps."""
+    def steps(self, count: int, fetch: Callable[[Any], None], ring: Sequence[Any], tables: Any) -> Any:
+        """The sums of the tiles over all steps, the first of which are being fetched."""
         ahead = self.tuned.depth - 1
 
         def step(k: jax.Array, totals: Any) -> Any:
             self.verbs.fetched(ahead - 1)
-            if ahead > 1:  # the last fetches have none behind them that may be under way still
-                pl.when(k + ahead > steps)(lambda: self.verbs.fetched(0))
-            pl.when(k + ahead < steps)(lambda: fetch(k + ahead))  # to where step k - 1 read
+            if ahead > 1:  # behind the last fetches there are fewer, or none, that may be under way still
+                pl.when(k + ahead > count)(lambda: self.verbs.fetched(0))
+            pl.when(k + ahead < count)(lambda: fetch(k + ahead))  # to where step k - 1 has read
             slot = lax.rem(k, self.tuned.depth)
             return self.sums(totals, tables, [buffer.at[slot] for buffer in ring])
 
-        for k in range(ahead):
-            fetch(np.int32(k))
-        return lax.fori_loop(0, steps, step, [self.verbs.zeros((ROWS, self.tuned.columns))] * WARPGROUPS)
+        return lax.fori_loop(0, count, step, [self.verbs.zeros((ROWS, self.tuned.columns))] * WARPGROUPS)
 
     def tables_of(self, inputs: Sequence[Any], tiles: Sequence[jax.Array], shared: Sequence[Any]) -> list[Any]:
         """For each tile its table in shared memory, or None, and those in registers that serve whole rows."""

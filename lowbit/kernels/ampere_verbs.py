@@ -98,9 +98,8 @@ class AmpereAlu(GpuAlu):
         if kind == "f16" or op == "fma":
             return super().half2(op, kind, *operands)
         a, b = operands
-        return super().half2(
-            "fma", kind, *((a, 0x3F803F80, b) if op == "add" else (a, b, 0x80008000))
-        )  # a 1 + b, a b - 0
+        one, minus_zero = 0x3F803F80, 0x80008000  # neither changes what is rounded, nor the sign of a zero
+        return super().half2("fma", kind, *((a, one, b) if op == "add" else (a, b, minus_zero)))
 
 
 def _copy_async(source: Ref, target: Ref) -> None:

@@ -237,7 +237,7 @@ class Schedule:
         count = len(self.program.words)
         return refs[:count], refs[count:-1], refs[-1]
 
-    def stored(self, parameters: Sequence[Any], at: jax.Array) -> list[jax.Array]:
+    def stored(self, parameters: Sequence[Any], at: jax.Array | int) -> list[jax.Array]:
         """The program's inputs from its leaves, for one tile of rows."""
         leaves = self.leaves
         refs = dict(zip(leaves, parameters, strict=False))
