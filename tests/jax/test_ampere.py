@@ -15,7 +15,7 @@ from lowbit import compat, devices, planning
 from lowbit.array import laid_out
 from lowbit.compat import interpret_params, races_found
 from lowbit.ir.dtypes import short
-from lowbit.kernels import ampere, choice
+from lowbit.kernels import ampere
 from lowbit.kernels.ampere import refusal, tuning
 from lowbit.kernels.ampere_verbs import AmpereTwin
 from lowbit.kernels.lanes import from_registers
@@ -54,13 +54,6 @@ def test_the_twin_is_the_oracles_product(fmt: lb.Format, dtype: str, m: int, inp
     check(fmt, dtype, m, 65, inputs, tuned)
 
 
-class Late(AmpereTwin):
-    """Copies go to the buffer that is read in the same step."""
-
-    def fetch(self, copies: Any) -> None:
-        super().fetch([(source, SimpleNamespace(__setitem__=None)) for source, _ in copies])
-
-
 def test_registers_are_those_of_the_instruction() -> None:
     """The lanes' order of operand A of m16n8k16 with 16-bit elements, as the PTX ISA draws it, is that of a stage."""
     lanes = np.arange(128)
@@ -72,3 +65,97 @@ def test_registers_are_those_of_the_instruction() -> None:
                 at[step, register, :, half] = 256 * row + 16 * step + 2 * (lanes % 4) + half + 8 * (register // 2)
     packed = (at[..., 0] | at[..., 1] << 16).astype(np.uint32).reshape(64, 128)
     assert (from_registers(packed, "f16").view(np.uint16) == np.arange(64 * 256).reshape(64, 256)).all()
+
+
+# ---------------------------------------------------------------- what fits
+
+
+@pytest.mark.parametrize(
+    "fmt", [lb.uniform(4, group=32), lb.any_precision(3, 8, width=6), lb.codebook(2, 8, vec=8)], ids=str
+)
+@pytest.mark.parametrize("m", [8, 24, 32, 64])
+def test_stages_in_flight_fit(fmt: lb.Format, m: int) -> None:
+    t = QuantType((("k", 4096), ("n", 4096)), "f32", fmt, layout="mma")
+    program = kernel_layout(t).program("f16", readings(t).index(t.decode))
+    of = Shape(m, kernel_layout(t).tiles, kernel_layout(t).stages)
+    chosen = tuning(of, program)
+    buffers = [*ampere.AmpereSchedule(program, of, chosen, AmpereTwin(False)).ring]
+    size = ampere.table_bytes(program) + sum(np.prod(b.shape) * b.dtype.itemsize for b in buffers)
+    assert size <= 99 << 10 and chosen.columns <= 32 and m % chosen.columns == 0
+    assert of.stages % chosen.parts == 0 and chosen.depth <= max(2, of.stages // chosen.parts)
+
+
+def test_what_it_does_not_decode() -> None:
+    def refused(fmt: lb.Format) -> str | None:
+        t = QuantType((("k", 512), ("n", 128)), "f32", fmt, layout="mma")
+        return refusal(kernel_layout(t).program("f16", readings(t).index(t.decode)))
+
+    assert refused(lb.any_precision(3, 8, width=6)) is None
+    tables, words, x, alignment = 2 * 256 * 66 * 2, 2 * 64 * 256, 2 * 8 * 256, 5 * 1024
+    needed = f"{tables + 2 * (words + x + alignment):,} bytes of shared memory, and a block has 98,304"
+    assert refused(lb.any_precision(3, 8, width=8)) == f"its tables and two stages take {needed}"
+    assert refused(lb.nested_fp()) == "weights of whole bytes are decoded on compute capability 9.0 alone"
+
+
+# ---------------------------------------------------------------- the choice
+
+W = random_array(QuantType((("k", 300), ("n", 100)), "bf16", lb.uniform(4, group=64)))
+X = jnp.ones((5, 300), jnp.bfloat16)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A device that may be said to be any GPU."""
+    device = SimpleNamespace(platform="gpu", device_kind="a GPU", compute_capability="8.0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])
+    planning.planned.cache_clear()
+    jax.clear_caches()
+    yield device
+    planning.planned.cache_clear()
+    jax.clear_caches()
+
+
+def refused(w: lb.QuantArray, name: str = "mma") -> str | None:
+    planning.planned.cache_clear()
+    return next(k.refused for k in lb.plan((1, 300), w.type, "gpu", "bfloat16").kernels if k.name == name)
+
+
+def test_only_a_new_jax_has_it(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = laid_out(W)
+    layer = lb.nn.Linear(lb.nn.Kernel(W, jnp.zeros(2)), None)
+    monkeypatch.setattr(compat, "BEFORE_HOPPER", False)
+    assert refused(there) == f"compute capability 8.0 needs jax >= 0.12, and this is {jax.__version__}"
+    assert lb.prepare(layer) is layer
+    monkeypatch.setattr(compat, "BEFORE_HOPPER", True)
+    for capability in ("8.0", "8.6", "8.9"):
+        gpu.compute_capability = capability
+        assert refused(there) is None and devices.variant_here() == "ampere"
+        assert lb.prepare(layer).kernel.type.layout == "mma"
+    wide = laid_out(random_array(QuantType((("k", 512), ("n", 64)), "bf16", lb.any_precision(3, 8))))
+    planning.planned.cache_clear()
+    assert "bytes of shared memory, and a block has" in str(lb.plan((1, 512), wide.type, "gpu", "bfloat16"))
+    floats = laid_out(random_array(QuantType((("k", 300), ("n", 64)), "f16", lb.nested_fp(8))))
+    assert refused(floats, "fp8") == "it is for compute capability 9.0 only"
+
+
+@pytest.mark.parametrize("capability", ["10.0", "12.0", "7.5"])
+def test_any_other_gpu_runs_what_xla_makes(gpu: Any, capability: str) -> None:
+    gpu.compute_capability = capability
+    has = "lowbit has schedules for WGMMA, which is 9.0 only, and for mma.sync with cp.async, 8.0, 8.6 and 8.9"
+    missing = ", and no tcgen05 schedule yet" if capability == "10.0" else ""
+    assert refused(laid_out(W)) == f"compute capability {capability}: {has}{missing}"
+    assert f"mma      refused: compute capability {capability}: lowbit has" in lb.explain(laid_out(W))
+
+
+def test_a_product_there_is_of_this_schedule(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "BEFORE_HOPPER", True)
+    made = []
+
+    def recorded(program: Any, shape: Shape, tuned: Tuning, verbs: Any) -> Any:
+        made.append(shape.m)
+        return lambda *arrays: jnp.zeros((tuned.parts, shape.rows * 64, shape.m), jnp.float32)
+
+    monkeypatch.setattr(ampere, "mma", recorded)
+    jax.jit(lb.matmul).trace(X, laid_out(W))
+    assert made == [8]

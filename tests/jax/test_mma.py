@@ -333,7 +333,7 @@ def test_lowering_by_name_or_by_several() -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[str]]]:
     """A GPU to be given a capability, and what is logged. Programs are still made for the CPU."""
     said: list[str] = []
-    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
+    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA B200", compute_capability="10.0")
     monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
@@ -352,15 +352,15 @@ def test_another_gpu_is_named_once_and_runs_what_xla_makes(gpu: tuple[Any, list[
     device, said = gpu
     assert KERNEL not in for_cuda(lb.matmul, X, THERE)
     assert KERNEL not in for_cuda(lb.matmul, X[:2], THERE)
-    why = "NVIDIA A100 has compute capability 8.0: lowbit's kernels are for 9.0 exactly"
-    assert said == [f"{why}, so products run as XLA makes them"]
-    with pytest.raises(planning.LoweringError, match=r"mma +refused: this GPU has compute capability 8.0, and it is"):
+    why = devices.no_kernels_on(device)
+    assert said == [f"NVIDIA B200 runs none of lowbit's kernels ({why}), so products run as XLA makes them"]
+    with pytest.raises(planning.LoweringError, match=r"mma +refused: compute capability 10.0: lowbit has schedules"):
         lb.matmul(X, THERE, lowering="mma")
     layer = lb.nn.Linear(lb.nn.Kernel(W, jnp.zeros(2)), None)
     assert lb.prepare(layer) is layer
-    assert "mma      refused: this GPU has compute capability 8.0" in lb.explain(THERE)
+    assert "mma      refused: compute capability 10.0" in lb.explain(THERE)
     del device.compute_capability
-    assert not devices.is_hopper(device)
+    assert not devices.runs_kernels(device)
 
 
 def test_on_a_hopper_gpu_the_kernel_is_the_choice(gpu: tuple[Any, list[str]]) -> None:
