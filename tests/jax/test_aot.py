@@ -22,12 +22,12 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "resolve_name", lambda name: lambda: kernels)
     monkeypatch.setattr(command, "assembler", lambda: "1.2")
 
-    def compile_for_h100(function: object, times: int, dump: Path) -> None:
+    def compile_for(chip: str, function: object, times: int, dump: Path) -> None:
         middle = re.search(r"(?s)   -:-:2:Y:01.*gsb0\n", SASS)
         assert middle
         machine_code.write(dump, sass=SASS.replace(middle[0], middle[0] * times))
 
-    monkeypatch.setattr(command, "compile_for_h100", compile_for_h100)
+    monkeypatch.setattr(command, "compile_for", compile_for)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -69,7 +69,7 @@ def test_an_error_names_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object, dump: Path) -> None:
         raise NotImplementedError("no such layout")
 
-    monkeypatch.setattr(command, "compile_for_h100", broken)
+    monkeypatch.setattr(command, "compile_for", broken)
     with pytest.raises(NotImplementedError, match="no such layout") as raised:
         run(monkeypatch)
     assert raised.value.__notes__ == ["while compiling the kernel small for an H100"]

@@ -163,7 +163,7 @@ def test_a_kernel_beside_the_one_that_multiplies_is_counted_too(tmp_path: Path) 
 def test_a_compilation_without_one_kernel_that_multiplies_is_refused(names: tuple[str, ...], tmp_path: Path) -> None:
     for name in names:
         write(tmp_path, name=name)
-    said = rf"{re.escape(str(tmp_path))}, {len(names)} of them with WGMMA, and exactly one must be\. One that equals"
+    said = rf"{re.escape(str(tmp_path))}, {len(names)} of them with products, and just one must be\. One that equals"
     with pytest.raises(ValueError, match=said):
         measure(Listed(), tmp_path)
 

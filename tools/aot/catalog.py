@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 
 import lowbit as lb
+from lowbit.devices import Variant
 from lowbit.formats.format import Format
 from lowbit.ir.dtypes import bits as dtype_bits
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES, Half
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES
+from lowbit.kernels.layout import WARPGROUPS
 from lowbit.kernels.product import product, product_of_codes
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from tests.fp3 import fp3_rows
@@ -75,7 +77,18 @@ def catalog() -> Iterator[Listed]:
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
 
 
-def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> Listed:
+def before_hopper() -> Iterator[Listed]:
+    """The kernels for compute capability 8."""
+    for kind, m in (("f16", 8), ("bf16", 8), ("bf16", 16)):
+        for name, make, bits in (("uniform4", lb.uniform, 4), *((f"bcq{b}", lb.bcq, b) for b in (2, 3, 4))):
+            fmt = make(bits, group=128, scale_dtype=SCALES[kind])
+            yield listed(f"{name}_{kind}_m{m}", fmt, kind, m, 0.9, "ampere")
+        for width, lo in ((2, 2), (3, 3), (4, 3)):
+            fmt = lb.any_precision(lo, 8, width=width)
+            yield listed(f"any_precision{lo}_at_{width}_{kind}_m{m}", fmt, kind, m, 0.9, "ampere")
+
+
+def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None, variant: Variant = "hopper") -> Listed:
     """The product of x [m, SIZE] with a SIZE by SIZE weight, read at its format's width."""
     t = QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma")
     of, at = kernel_layout(t), readings(t).index(t.decode)
@@ -85,7 +98,11 @@ def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> 
     }
     x = jax.ShapeDtypeStruct((m, SIZE), HALVES[kind])
     read = sum(fields[field].size * dtype_bits(of.fields[field].dtype) for field in of.read(at)) / SIZE**2
-    return Listed(name, partial(product, of, at=at), (x, fields), ROWS * STAGE // LANES, read, STAGE // 16, target)
+    run, weights = partial(product, of, at=at, variant=variant), ROWS * STAGE // LANES
+    if variant == "hopper":
+        return Listed(name, run, (x, fields), weights, read, STAGE // 16, target)
+    products = WARPGROUPS * STAGE // 16 * m // 8  # a block has the tiles of as many warpgroups
+    return Listed(name, run, (x, fields), WARPGROUPS * weights, read, products, target)
 
 
 def listed_fp8(name: str, m: int) -> Listed:
