@@ -103,8 +103,8 @@ class AmpereAlu(GpuAlu):
 
 
 def _copy_async(source: Ref, target: Ref) -> None:
-    """Begins to copy an array that is contiguous in memory: jax would copy with half as many bytes a lane, and only
-    what is a multiple of them for 128 lanes."""
+    """Begins to copy an array that is contiguous in memory. jax's own copy takes half as many bytes a lane, none that
+    are no multiple of them for 128 lanes, and any slice for contiguous."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def copied(ctx: Any, source: Any, target: Any) -> None:
