@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.machine_code import LOG, SASS, Listed, write
-from tools.aot.model import BYTES, RATES, load, pipes, slots
+from tools.aot.model import BYTES, CHIPS, RATES, load, pipes, slots
 from tools.aot.report import BEGIN, END, measure, place, refusals, table
 from tools.aot.sass import Instruction, hot_loop, read_log, read_sass
 
@@ -116,6 +116,16 @@ def test_what_an_instruction_takes(opcode: str, where: tuple[str, ...], how_many
     assert slots(instruction) == how_many
 
 
+def test_four_warps_multiply_before_hopper() -> None:
+    # 16 x 8 x 16 multiply-adds each, of which an A100 has 1024 a clock and SM, an RTX 4090 256 with sums in float32.
+    for chip, rate in (("a100", 1024), ("rtx4090", 256)):
+        its = load(repeated(HMMA_16816_F32=2), 16, 4, CHIPS[chip])
+        assert pipes(Instruction("HMMA.16816.F32", "", 1)) == ("TC",)
+        fed = 8 * CHIPS[chip].memory / CHIPS[chip].clock / CHIPS[chip].sms / 4  # weights a clock and SM
+        assert its.pipes["TC"] == pytest.approx(2 * 4 * 16 * 8 * 16 / rate / (16 * 128 / fed))
+        assert its.clocks == pytest.approx(16 * 128 / 2 / fed)
+
+
 def test_an_instruction_that_the_model_does_not_know_is_refused() -> None:
     with pytest.raises(ValueError, match=r"does not know which pipe TTUOPEN\.X runs on: add it to"):
         load(repeated(TTUOPEN_X=1, HGMMA_64x8x16=1), 1, 4)
@@ -192,4 +202,12 @@ def test_the_table_stands_between_its_markers_and_again_when_made_again() -> Non
 
 
 def test_the_page_of_the_documentation_has_the_markers() -> None:
-    assert "| a |" in place((ROOT / "docs" / "kernels.md").read_text("utf-8"), "| a |")
+    page = (ROOT / "docs" / "kernels.md").read_text("utf-8")
+    for chip in CHIPS.values():
+        assert f"| {chip.name} |" in place(page, f"| {chip.name} |", chip)
+
+
+def test_a_table_says_what_its_tensor_cores_do(tmp_path: Path) -> None:
+    write(tmp_path, sass=SASS.replace("HGMMA.64x16x16.F32", "HMMA.16816.F32"))
+    figures = measure(Listed(), tmp_path, CHIPS["a100"])
+    assert figures.wgmmas == 2 and "| registers | HMMA |" in table([(Listed(), figures)], "jax", CHIPS["a100"])

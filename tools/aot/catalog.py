@@ -79,7 +79,8 @@ def catalog() -> Iterator[Listed]:
 
 def before_hopper() -> Iterator[Listed]:
     """The kernels for compute capability 8."""
-    for kind, m in (("f16", 8), ("bf16", 8), ("bf16", 16)):
+    batches: tuple[tuple[Half, int], ...] = (("f16", 8), ("bf16", 8), ("bf16", 16))
+    for kind, m in batches:
         for name, make, bits in (("uniform4", lb.uniform, 4), *((f"bcq{b}", lb.bcq, b) for b in (2, 3, 4))):
             fmt = make(bits, group=128, scale_dtype=SCALES[kind])
             yield listed(f"{name}_{kind}_m{m}", fmt, kind, m, 0.9, "ampere")
