@@ -32,20 +32,21 @@ from lowbit.kernels.mma import AXES, HALF, MOST_DEEP, Schedule, Shape, Tuning, p
 COLUMNS_A_BLOCK = 32
 """Rows of x that a block multiplies at most: more do not fit in its registers."""
 SMS = 108
+"""Of an A100."""
 SHARED = 96 << 10
-"""Bytes of shared memory that a block may have: the least that any of these GPUs has, less what the system takes."""
-HALF_OF_IT = SHARED // 2
-"""Bytes that leave room for another block on its SM."""
+"""Bytes of shared memory that a block may have: 8.6 and 8.9 have 99 KiB for one, and 8.0 more."""
 
 
 def tuning(shape: Shape, program: Program) -> Tuning:
-    """As many columns as two stages have room for, and as many stages as two blocks an SM have room for."""
+    """As many columns as two stages have room for, and as many stages as a block has room for, or two on an SM."""
     taken, stage = table_bytes(program), partial(stage_bytes, program)
     most = min(shape.m, COLUMNS_A_BLOCK)
     columns = next(c for c in range(most, 0, -8) if shape.m % c == 0 and taken + 2 * stage(c) <= SHARED)
     parts = parts_of_k(shape, columns, SMS)
-    depth = max(2, min(MOST_DEEP, (HALF_OF_IT - taken) // stage(columns), shape.stages // parts))
-    return Tuning(columns, parts, 1 << depth.bit_length() - 1)
+    blocks = shape.rows // WARPGROUPS * ceil(shape.m / columns) * parts
+    room = SHARED if blocks <= SMS else SHARED // 2
+    depth = max(2, min(MOST_DEEP, (room - taken) // stage(columns), shape.stages // parts))
+    return Tuning(columns, parts, 1 << depth.bit_length() - 1)  # a power of two: the loop divides by it
 
 
 def refusal(program: Program) -> str | None:
