@@ -227,7 +227,7 @@ def program(q: Question) -> Callable[[jax.Array], jax.Array]:
 class Fetching(Gpu):
     """A back end that fetches all that a product needs, and computes nothing."""
 
-    def words(self, ref: Any) -> Any:
+    def words(self, ref: Any, staged: bool = True) -> Any:
         return None
 
     def rows(self, ref: Any, staged: bool) -> Any:

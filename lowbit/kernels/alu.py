@@ -13,6 +13,8 @@ import numpy as np
 
 Register = Any
 """32 bits a lane: uint32[128] in numpy, an i32 value in MLIR."""
+Bit = Any
+"""A bit a lane: bool[128] in numpy, an i1 value in MLIR."""
 Half = Literal["f16", "bf16"]
 HalfOp = Literal["add", "mul", "fma"]
 AND, OR, XOR = 0xC0, 0xFC, 0x3C
@@ -64,6 +66,18 @@ class Alu(Protocol):
 
     def pack2(self, kind: Half, low: Register, high: Register) -> Register:
         """Two float32 rounded to halves, to nearest even."""
+
+    def bit(self, a: Register, n: int) -> Bit:
+        """Whether bit n is set."""
+
+    def where(self, bit: Bit, a: Register) -> Register:
+        """a or zero."""
+
+    def add_where(self, bit: Bit, a: Register, b: Register) -> Register:
+        """a + b in float32, or a."""
+
+    def across(self, a: Register, by: int) -> Register:
+        """What lane i ^ by has."""
 
 
 HALVES = {"f16": jnp.float16, "bf16": jnp.bfloat16}
@@ -141,6 +155,18 @@ class NumpyAlu:
     def pack2(self, kind: Half, low: Register, high: Register) -> Register:
         lo, hi = (_float(v).astype(HALVES[kind]).view(np.uint16).astype(np.uint32) for v in (low, high))
         return lo | hi << np.uint32(16)
+
+    def bit(self, a: Register, n: int) -> Bit:
+        return self.shr(a, n) & np.uint32(1) == 1
+
+    def where(self, bit: Bit, a: Register) -> Register:
+        return np.where(bit, a, np.uint32(0))
+
+    def add_where(self, bit: Bit, a: Register, b: Register) -> Register:
+        return np.where(bit, self.f32("add", a, b), a)
+
+    def across(self, a: Register, by: int) -> Register:
+        return a[np.arange(len(a)) ^ by]
 
 
 def _float(a: Register) -> Any:

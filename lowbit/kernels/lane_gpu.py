@@ -17,10 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from lowbit.kernels.alu import HALVES, Half, HalfOp, Register
+from lowbit.kernels.alu import HALVES, Bit, Half, HalfOp, Register
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES, Program, at_once
+from lowbit.kernels.sums import Sums
 
 WORDS = {count: plgpu.Layout.WG_STRIDED((count, LANES), vec_size=at_once(count)) for count in range(1, 65)}
 BYTES = plgpu.Layout.WGMMA_8BIT
@@ -125,6 +126,19 @@ class GpuAlu:
     def pack2(self, kind: Half, low: Register, high: Register) -> Register:
         return ptx(f"cvt.rn.{kind}x2.f32 $0, $1, $2;", high, low)
 
+    def bit(self, a: Register, n: int) -> Bit:
+        code = "{ .reg .b32 t; and.b32 t, $1, $2; setp.ne.u32 $0, t, 0; }"  # without the shift that LLVM would make
+        return llvm.inline_asm(ir.IntegerType.get_signless(1), [a, constant(1 << n)], code, "=b,r,n")
+
+    def where(self, bit: Bit, a: Register) -> Register:
+        return arith.select(bit, a, constant(0))
+
+    def add_where(self, bit: Bit, a: Register, b: Register) -> Register:
+        return llvm.inline_asm(i32(), [a, b, bit], "@$3 add.rn.f32 $0, $0, $2;", "=r,0,r,b")
+
+    def across(self, a: Register, by: int) -> Register:
+        return utils.shfl_bfly(a, by)
+
 
 def _load_shared(address: Register, words: int) -> list[Register]:
     pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<3>"), address)
@@ -191,6 +205,18 @@ def tables_in_registers(program: Program, count: int, *stored: jax.Array) -> lis
     return made(*stored)
 
 
+def sums_in_registers(sums: Sums, unit: int, total: jax.Array, words: Sequence[jax.Array]) -> list[jax.Array]:
+    """As `sums.in_numpy`, in ROW."""
+    out = [plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=ROW)] * len(sums.subsets)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, *(WORDS[len(a)] for a in words)), return_type=out)
+    def made(ctx: Any, total: Any, *arrays: Any) -> Any:
+        del ctx
+        return [_of_rows(pair, ir.F32Type.get()) for pair in sums(GpuAlu(), unit, _raw(total), list(map(_raw, arrays)))]
+
+    return made(total, *words)
+
+
 def _raw(array: Any) -> list[Register]:
     """A fragmented array's registers, each 32 bits: elements of 32, four bytes, or narrower ones of their own."""
     out: list[Register] = []
@@ -207,13 +233,14 @@ def _raw(array: Any) -> list[Register]:
     return out
 
 
-def _of_rows(register: list[Register]) -> Any:
-    """A word for each of the lane's two rows as an array in ROW."""
+def _of_rows(register: Sequence[Register], element: Any = None) -> Any:
+    """A word for each of the lane's two rows as an array in ROW, of `element` or of unsigned words."""
     layout = ROW.to_mgpu()
     made = np.empty(layout.registers_shape((ROWS,)), dtype=object)
     for word, at in zip(register, np.ndindex(*made.shape), strict=True):
-        made[at] = vector.broadcast(ir.VectorType.get((1,), i32()), word)
-    return fa.FragmentedArray(_registers=made, _layout=layout, _is_signed=False)
+        one = vector.broadcast(ir.VectorType.get((1,), i32()), word)
+        made[at] = one if element is None else utils.bitcast(one, ir.VectorType.get((1,), element))
+    return fa.FragmentedArray(_registers=made, _layout=layout, _is_signed=False if element is None else None)
 
 
 def _fragments(registers: list[Register], kind: Half) -> Any:

@@ -18,8 +18,10 @@ from lowbit.compat import load, transposed
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES
 from lowbit.kernels.decoders import ROWS, STAGE
-from lowbit.kernels.lane_gpu import BYTES, ROW, WORDS, in_registers, tables_in_registers
+from lowbit.kernels.lane_gpu import BYTES, ROW, WORDS, in_registers, sums_in_registers, tables_in_registers
 from lowbit.kernels.lanes import Program, in_numpy, tables_in_numpy
+from lowbit.kernels.sums import Sums
+from lowbit.kernels.sums import in_numpy as sums_in_numpy
 
 Ref = Any
 
@@ -36,8 +38,8 @@ class Verbs(Protocol):
     def accumulate(self, out: Ref, run: Callable[[Ref], Any]) -> None:
         """out = what `run` adds to an accumulator of its shape, which is zero at first."""
 
-    def words(self, ref: Ref) -> jax.Array:
-        """Those of a stage: u32 [word, LANES], or bytes [ROWS, STAGE]."""
+    def words(self, ref: Ref, staged: bool = True) -> jax.Array:
+        """Those of a stage, u32 [word, LANES] or bytes [ROWS, STAGE]: from its buffers or where they are stored."""
 
     def rows(self, ref: Ref, staged: bool) -> jax.Array:
         """A value for each of the ROWS, from a stage's buffers or from where it is stored."""
@@ -57,6 +59,15 @@ class Verbs(Protocol):
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         """weights [ROWS, k] @ x [columns, k]^T of two buffers, in float32."""
 
+    def total(self, shape: tuple[int, int], run: Callable[[Any], Any]) -> jax.Array:
+        """What `run` makes of a sum that is zero at first, and that only `add_outer` adds to."""
+
+    def add_outer(self, total: Any, dy: Ref, x: Ref) -> Any:
+        """total + dy [m, ROWS]^T @ x [m, STAGE]."""
+
+    def sums(self, sums: Sums, at: int, total: jax.Array, words: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        """Those of one span of a stage by its codes, f32 [ROWS] each."""
+
     def release(self) -> None:
         """Say that the stage's buffers were read."""
 
@@ -73,8 +84,8 @@ class Gpu:
 
         out[...] = pl.run_scoped(scoped, plgpu.ACC(out.shape, jnp.float32))  # type: ignore[attr-defined]
 
-    def words(self, ref: Ref) -> jax.Array:
-        return load(ref, layout=BYTES if ref.dtype == jnp.uint8 else WORDS[ref.shape[0]])
+    def words(self, ref: Ref, staged: bool = True) -> jax.Array:
+        return load(ref, layout=BYTES if ref.dtype == jnp.uint8 else WORDS[ref.shape[0]], optimized=staged)
 
     def rows(self, ref: Ref, staged: bool) -> jax.Array:
         return load(ref, layout=ROW, optimized=staged)
@@ -100,6 +111,22 @@ class Gpu:
         out: jax.Array = pl.run_scoped(scoped, plgpu.ACC((weights.shape[0], x.shape[0]), jnp.float32))  # type: ignore[attr-defined]
         return out
 
+    def total(self, shape: tuple[int, int], run: Callable[[Any], Any]) -> jax.Array:
+        def scoped(acc: Ref) -> jax.Array:
+            run(acc)
+            return acc[...]
+
+        out: jax.Array = pl.run_scoped(scoped, plgpu.ACC(shape, jnp.float32))  # type: ignore[attr-defined]
+        return out
+
+    def add_outer(self, total: Any, dy: Ref, x: Ref) -> Any:
+        plgpu.wgmma(total, transposed(dy), x)
+        plgpu.wgmma_wait(0)
+        return total
+
+    def sums(self, sums: Sums, at: int, total: jax.Array, words: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        return sums_in_registers(sums, at, total, words)
+
     def release(self) -> None:
         pass
 
@@ -118,7 +145,7 @@ class Twin:
         out[...] = jnp.zeros(out.shape, jnp.float32)
         run(out)
 
-    def words(self, ref: Ref) -> jax.Array:
+    def words(self, ref: Ref, staged: bool = True) -> jax.Array:
         return ref[...]
 
     def rows(self, ref: Ref, staged: bool) -> jax.Array:
@@ -144,6 +171,20 @@ class Twin:
 
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         return jnp.dot(weights[...].astype(jnp.float32), x[...].astype(jnp.float32).T)
+
+    def total(self, shape: tuple[int, int], run: Callable[[Any], Any]) -> jax.Array:
+        out: jax.Array = run(jnp.zeros(shape, jnp.float32))
+        return out
+
+    def add_outer(self, total: Any, dy: Ref, x: Ref) -> Any:
+        return total + jnp.dot(dy[...].astype(jnp.float32).T, x[...].astype(jnp.float32))
+
+    def sums(self, sums: Sums, at: int, total: jax.Array, words: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        def made(total: Any, *words: Any) -> Any:
+            return sums_in_numpy(sums, at, np.asarray(total), [np.asarray(w) for w in words])
+
+        out = [jax.ShapeDtypeStruct((ROWS,), jnp.float32)] * len(sums.subsets)
+        return jax.pure_callback(made, out, total, *words)
 
     def release(self) -> None:
         plgpu.commit_smem()

@@ -15,6 +15,7 @@ from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES, Half
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES
+from lowbit.kernels.mma_sums import STEP, parameter_gradients
 from lowbit.kernels.product import product, product_of_codes
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from tests.fp3 import fp3_rows
@@ -74,6 +75,18 @@ def catalog() -> Iterator[Listed]:
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
 
+    parameters = {
+        "bcq2": lb.bcq(2, group=128, scale_dtype="bfloat16"),
+        "bcq3": lb.bcq(3, group=128, scale_dtype="bfloat16"),
+        "bcq4": lb.bcq(4, group=128, scale_dtype="bfloat16"),
+        "uniform4": lb.uniform(4, group=128, scale_dtype="bfloat16"),
+        "any_precision3_at_3": lb.any_precision(3, 8, width=3),
+        "any_precision3_at_4": lb.any_precision(3, 8, width=4),
+    }
+    for name, fmt in parameters.items():
+        for m in (512, 4096):
+            yield listed_pull(f"{name}_gradients_bf16_m{m}", fmt, m)
+
 
 def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> Listed:
     """The product of x [m, SIZE] with a SIZE by SIZE weight, read at its format's width."""
@@ -98,3 +111,14 @@ def listed_fp8(name: str, m: int) -> Listed:
     x = jax.ShapeDtypeStruct((m, SIZE), jnp.float8_e4m3fn)
     run = partial(product_of_codes, of, at=0)
     return Listed(name, lambda x, fields: run(x, fields), (x, fields), ROWS * STAGE // LANES, 8.0, STAGE // 32, None)
+
+
+def listed_pull(name: str, fmt: Format, m: int) -> Listed:
+    """The gradients of the parameters of a SIZE by SIZE weight, of x [m, SIZE] and dy [m, SIZE] in bfloat16."""
+    like = listed(name, fmt, "bf16", m, None)
+    x, fields = like.avals
+    t = QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma")
+    run = partial(parameter_gradients, kernel_layout(t), at=readings(t).index(t.decode))
+    return Listed(
+        name, lambda x, dy, fields: run(x, dy, fields), (x, x, fields), like.weights, like.bits, STEP // 16, None
+    )

@@ -1,0 +1,137 @@
+"""Gradients of parameters: sums by codes against plain loops, the schedule's twin against the oracle's cotangents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lowbit as lb
+from lowbit.array import QuantArray, laid_out
+from lowbit.compat import interpret_params, races_found
+from lowbit.kernels.decoders import ROWS, STAGE
+from lowbit.kernels.mma_sums import by_span, parameter_gradients
+from lowbit.kernels.sums import Sums, in_numpy, polynomial
+from lowbit.kernels.verbs import HALVES, Twin
+from lowbit.passes.pointwise import UnsuitableError
+from lowbit.passes.scalar import evaluated
+from lowbit.quant_type import QuantType, kernel_layout, readings
+from lowbit.testing.checks import random_array, random_rows
+from lowbit.testing.tolerance import gamma
+from tests.fp3 import fp3_rows
+from tests.parameter_gradients import check_parameter_gradients
+
+LINEAR, ALL = (0, 1, 2, 4, 8), tuple(range(16))
+FORMATS = {
+    lb.bcq(1, group=128): (0,),
+    lb.bcq(2, group=32): LINEAR[:3],
+    lb.bcq(3, group=64): LINEAR[:4],
+    lb.bcq(4, group=128): LINEAR[:4],  # one bit is a sign
+    lb.bcq(4, group=128, offset=True): LINEAR,
+    lb.uniform(2): LINEAR[:3],
+    lb.uniform(4, group=512): LINEAR,
+    lb.any_precision(2, 5, width=2): ALL[:4],
+    lb.any_precision(2, 5, width=3): ALL[:8],
+    lb.any_precision(3, 5, width=4): ALL,
+    lb.any_bcq(2, 4, group=64, width=4): LINEAR,
+}
+
+
+def array(fmt: lb.Format, n: int, k: int) -> QuantArray:
+    return random_array(QuantType((("k", k), ("n", n)), "f32", fmt))
+
+
+def sums_of(w: QuantArray, kind: Any = "f16") -> Sums:
+    return Sums(kernel_layout(w.type).program(kind, readings(w.type).index(w.type.decode)))
+
+
+@given(st.integers(0, 4).flatmap(lambda b: st.lists(st.integers(-9, 9), min_size=1 << b, max_size=1 << b)))
+def test_a_function_of_bits_is_a_polynomial(values: list[int]) -> None:
+    terms = polynomial(values)
+    assert [sum(t for a, t in enumerate(terms) if code & a == a) for code in range(len(values))] == values
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_sums_by_codes(fmt: lb.Format) -> None:
+    """Of one stage, against plain loops over the codes that the weights say."""
+    w, g = distinct(array(fmt, ROWS, STAGE)), random_rows(ROWS, STAGE)
+    sums, of = sums_of(w), kernel_layout(w.type)
+    assert sums.subsets == FORMATS[fmt]
+    words = [np.asarray(laid_out(w).fields[name])[0, 0] for name in list(of.words)[: len(sums.program.arrays)]]
+    got = np.stack([in_numpy(sums, at, g, words) for at in range(sums.spans)], 1)  # [subset, span, row]
+    codes = codes_of(w, sums)
+    by_span = g.astype(np.float64).reshape(codes.shape)
+    if sums.odd:
+        by_span = np.where(codes >> sums.program.weights.bits - 1 & 1, -by_span, by_span)
+    for subset, of_spans in zip(sums.subsets, got, strict=True):
+        exact = (by_span * (codes & subset == subset)).sum(-1)
+        assert (np.abs(of_spans.T - exact) <= gamma(sums.span, "f32") * np.abs(by_span).sum(-1)).all()
+
+
+def distinct(w: QuantArray) -> QuantArray:
+    """The same with other tables, if they are stored: no two entries of a row are the same half."""
+    own = {
+        name: np.broadcast_to(np.arange(a.shape[-1], dtype=a.dtype), a.shape)
+        for name, a in w.fields.items() if w.type.role(name) == "codebook"
+    }  # fmt: skip
+    return QuantArray({**w.fields, **own}, w.type)
+
+
+def codes_of(w: QuantArray, sums: Sums) -> Any:
+    """The codes [n, span, k] as they are stored: the entry that each weight is."""
+    parameters = by_span(kernel_layout(w.type), sums, laid_out(w).fields)
+    entries = np.stack([np.asarray(evaluated(e, parameters.__getitem__))[0].T for e in sums.entries])  # [code, n, span]
+    entries = np.concatenate([entries, -entries]) if sums.odd else entries
+    dense = np.asarray(lb.dequantize(w)).T.reshape(ROWS, sums.spans, -1)
+    return np.abs(dense - entries[..., None]).argmin(0)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "kind", "m", "k"),
+    [
+        (lb.bcq(3, group=64, scale_dtype="bfloat16"), "bf16", 70, 301),
+        pytest.param(lb.uniform(4), "f16", 5, 70, marks=pytest.mark.slow),
+        pytest.param(lb.bcq(4, group=512), "f16", 70, 700, marks=pytest.mark.slow),
+        pytest.param(lb.any_precision(3, 5, width=4), "f16", 5, 301, marks=pytest.mark.slow),
+        pytest.param(lb.bcq(2, group=32), "f16", 5, 301, marks=pytest.mark.slow),
+        pytest.param(lb.any_bcq(2, 4, group=64, width=3), "bf16", 5, 70, marks=pytest.mark.slow),
+        pytest.param(fp3_rows(), "f16", 5, 70, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_twin_is_the_oracles_cotangent(fmt: lb.Format, kind: Any, m: int, k: int) -> None:
+    w = laid_out(array(fmt, 65, k))
+    x, dy = random_rows(m, k, dtype=HALVES[kind]), random_rows(m, 65, dtype=HALVES[kind], seed=3)
+    check_parameter_gradients(by_twin(x, dy, w), x, dy, w)
+    assert not races_found()
+
+
+def by_twin(x: Any, dy: Any, w: QuantArray) -> dict[str, jax.Array]:
+    at = readings(w.type).index(w.type.decode)
+    verbs = Twin(interpret_params(detect_races=True))
+    return parameter_gradients(kernel_layout(w.type), jnp.asarray(x), jnp.asarray(dy), w.fields, at, verbs)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "why"),
+    [
+        (lb.codebook(1, 8, vec=4, group=128), "'codebooks' is a table of all rows, and it sums row by row"),
+        (lb.nested_fp(), "its weights have no parameters"),
+        (lb.any_precision(3, 5, width=5), "its codes have 5 bits, and it sums for at most 4"),
+    ],
+    ids=str,
+)
+def test_what_is_not_summed(fmt: lb.Format, why: str) -> None:
+    with pytest.raises(UnsuitableError, match=why):
+        sums_of(array(fmt, ROWS, STAGE))
+
+
+def test_only_halves_are_multiplied() -> None:
+    w = laid_out(array(lb.bcq(2), 13, 70))
+    with pytest.raises(TypeError, match="x is float32 and dy float16: the matrix unit multiplies two float16 or two"):
+        by_twin(random_rows(1, 70), random_rows(1, 13, dtype="float16"), w)
