@@ -94,6 +94,16 @@ def test_a_loop_of_known_counts() -> None:
     assert round(its.clocks, 1) == 35.4
 
 
+def test_what_follows_a_loop_is_counted_once() -> None:
+    program = read_sass(SASS)
+    behind = program.behind(hot_loop(program))
+    assert [i.base for i in behind] == ["BRA", "EXIT"]
+    its = load(repeated(FADD=4, HGMMA_64x8x16=1), 8, 4, times=10, after=repeated(FADD=6, LDS_64=2))
+    assert its.instructions == (50 + 8) / 8
+    assert its.pipes["FMA"] == pytest.approx((40 + 6) / 8 * 2 * BYTES / RATES["FMA"])
+    assert its.clocks == pytest.approx(128 * 8 / 10 / (2 * BYTES))
+
+
 @pytest.mark.parametrize(
     ("opcode", "where", "how_many"),
     [
@@ -135,9 +145,10 @@ def test_an_instruction_that_the_model_does_not_know_is_refused() -> None:
         (None, None, Listed(target=0.3), "fills TC to 45.2% at memory speed; its target is 30%"),
         (None, None, Listed(bits=1.5), "fills TC to 120.5% at memory speed; its target is 90%"),
         (None, None, Listed(bits=1.5, target=None), None),
+        (None, None, Listed(times=2), "fills TC to 90.4% at memory speed; its target is 90%"),
         (None, None, Listed(), None),
     ],
-    ids=["spills", "stack", "local", "serialized", "products", "target", "bits", "no target", "good"],
+    ids=["spills", "stack", "local", "serialized", "products", "target", "bits", "no target", "times", "good"],
 )
 def test_refusals(
     log: tuple[str, str] | None, sass: tuple[str, str] | None, kernel: Listed, complaint: str | None, tmp_path: Path

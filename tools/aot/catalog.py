@@ -1,7 +1,7 @@
 """The kernels that `make aot` compiles: every way to decode, in both halves, for some rows of activations."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,7 @@ class Listed:
     bits: float
     wgmmas: int
     target: float | None
+    times: int | None = None
 
 
 def catalog() -> Iterator[Listed]:
@@ -74,8 +75,12 @@ def catalog() -> Iterator[Listed]:
     for width in (5, 8):
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
+    yield from gradients()
 
-    parameters = {
+
+def gradients() -> Iterator[Listed]:
+    """Of parameters."""
+    formats = {
         "bcq2": lb.bcq(2, group=128, scale_dtype="bfloat16"),
         "bcq3": lb.bcq(3, group=128, scale_dtype="bfloat16"),
         "bcq4": lb.bcq(4, group=128, scale_dtype="bfloat16"),
@@ -83,9 +88,9 @@ def catalog() -> Iterator[Listed]:
         "any_precision3_at_3": lb.any_precision(3, 8, width=3),
         "any_precision3_at_4": lb.any_precision(3, 8, width=4),
     }
-    for name, fmt in parameters.items():
+    for name, fmt in formats.items():
         for m in (512, 4096):
-            yield listed_pull(f"{name}_gradients_bf16_m{m}", fmt, m)
+            yield listed_gradients(f"{name}_parameters_bf16_m{m}", fmt, m)
 
 
 def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> Listed:
@@ -113,12 +118,10 @@ def listed_fp8(name: str, m: int) -> Listed:
     return Listed(name, lambda x, fields: run(x, fields), (x, fields), ROWS * STAGE // LANES, 8.0, STAGE // 32, None)
 
 
-def listed_pull(name: str, fmt: Format, m: int) -> Listed:
-    """The gradients of the parameters of a SIZE by SIZE weight, of x [m, SIZE] and dy [m, SIZE] in bfloat16."""
+def listed_gradients(name: str, fmt: Format, m: int) -> Listed:
+    """The gradients of the parameters of a SIZE by SIZE weight, of x [m, SIZE] and dy [m, SIZE]."""
+    t = QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma")
     like = listed(name, fmt, "bf16", m, None)
     x, fields = like.avals
-    t = QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma")
     run = partial(parameter_gradients, kernel_layout(t), at=readings(t).index(t.decode))
-    return Listed(
-        name, lambda x, dy, fields: run(x, dy, fields), (x, x, fields), like.weights, like.bits, STEP // 16, None
-    )
+    return replace(like, function=run, avals=(x, x, fields), wgmmas=STEP // 16, times=m // STEP)

@@ -72,17 +72,21 @@ class Load:
         return max(self.pipes, key=self.pipes.__getitem__)
 
 
-def load(loop: Sequence[Instruction], weights: int, bits: float) -> Load:
-    """The load of a loop that decodes `weights` weights a lane of `bits` stored bits each in one iteration."""
+def load(
+    loop: Sequence[Instruction], weights: int, bits: float, times: int = 1, after: Sequence[Instruction] = ()
+) -> Load:
+    """The load of a loop that handles `weights` weights a lane of `bits` stored bits each in so many iterations, and of
+    what runs once `after` it."""
     used: Counter[str] = Counter()
-    for instruction in loop:
-        for pipe, amount in _work(instruction):
-            used[pipe] += amount
+    for code, count in ((loop, times), (after, 1)):
+        for instruction in code:
+            for pipe, amount in _work(instruction):
+                used[pipe] += amount * count
     fed = 8 * BYTES / bits  # weights a clock and SM
     busy = {pipe: used[pipe] / weights * fed / rate for pipe, rate in RATES.items()}
-    products = sum(i.base in WGMMA for i in loop)
+    products = sum(i.base in WGMMA for i in loop) * times
     clocks = WARPGROUP * weights / products / fed
-    return Load(len(loop) / weights, busy, clocks, sum(i.stall for i in loop) / len(loop))
+    return Load(used["issue"] / weights, busy, clocks, sum(i.stall for i in loop) / len(loop))
 
 
 def _work(instruction: Instruction) -> Iterator[tuple[str, int]]:

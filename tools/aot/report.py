@@ -17,7 +17,8 @@ class Kernel(Protocol):
 
     `weights` are those that one lane decodes in one iteration of the loop with the products, `bits` what is stored for
     a weight with its share of scales and tables, `wgmmas` the products of that iteration. No pipe may be fuller than
-    `target` at memory speed; None where arithmetic is the limit and not memory.
+    `target` at memory speed; None where arithmetic is the limit and not memory. Where the weights are not those of one
+    iteration, `times` says of how many, and what follows the loop is counted too; None elsewhere.
     """
 
     @property
@@ -32,6 +33,8 @@ class Kernel(Protocol):
     def bits(self) -> float: ...
     @property
     def wgmmas(self) -> int: ...
+    @property
+    def times(self) -> int | None: ...
     @property
     def target(self) -> float | None: ...
 
@@ -61,6 +64,8 @@ def measure(kernel: Kernel, dump: Path) -> Figures:
         )
     ((log, program),) = multiplying
     loop = hot_loop(program)
+    code = program.instructions[loop.start : loop.stop]
+    after = () if kernel.times is None else program.behind(loop)
     return Figures(
         log.registers,
         sum(other.stack for other, _ in found),
@@ -68,7 +73,7 @@ def measure(kernel: Kernel, dump: Path) -> Figures:
         sum(other.count(LOCAL) for _, other in found),
         program.count(WGMMA, loop),
         tuple(sorted({code for other, _ in found for code in other.warnings})),
-        load(program.instructions[loop.start : loop.stop], kernel.weights, kernel.bits),
+        load(code, kernel.weights, kernel.bits, kernel.times or 1, after),
     )
 
 

@@ -37,6 +37,11 @@ class Program:
         chosen = self.instructions if where is None else self.instructions[where.start : where.stop]
         return sum(i.base in bases for i in chosen)
 
+    def behind(self, loop: range) -> tuple[Instruction, ...]:
+        """What runs after a loop, to the end: what stands behind that are waits."""
+        rest = self.instructions[loop.stop :]
+        return rest[: 1 + next(i for i, instruction in enumerate(rest) if instruction.base == "EXIT")]
+
 
 def read_sass(text: str) -> Program:
     """Reads nvdisasm's listing with control codes. A loop is what lies between a label and a later branch to it."""
