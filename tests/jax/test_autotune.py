@@ -43,9 +43,9 @@ for line in sys.stdin:
     lowering = json.loads(line)["candidate"]["lowering"]
     if lowering == "decode":
         time.sleep(600)
-    if lowering == "hoist":
+    if lowering == "join":
         sys.exit("out of registers")
-    answer = {"error": "ValueError: no"} if lowering == "select" else {"nanoseconds": len(lowering)}
+    answer = {"error": "ValueError: no"} if lowering == "bucket" else {"nanoseconds": len(lowering)}
     print(json.dumps(answer), flush=True)
 """)  # fmt: skip
 """Hangs, crashes, refuses or answers, as the candidate has it."""
@@ -145,12 +145,13 @@ def test_operands_repeat_a_part_for_every_way_to_store(fmt: lb.Format) -> None:
 
 def test_a_candidate_that_hangs_crashes_or_raises_is_recorded_and_the_rest_is_timed() -> None:
     names = [c.lowering for c in candidates(M, TYPE, "f32", "cpu")]
-    assert {"decode", "hoist"} < set(names)
+    assert {"decode", "join", "bucket"} < set(names)
     with Worker(timeout=0.5, command=FAULTY) as worker:
         found = tune(M, TYPE, "f32", worker)
     assert found.tried["decode"] == "it took more than 0.5 s"
-    assert found.tried["hoist"] == "its process ended with 1: out of registers"
-    assert all(found.tried[n] == len(n) for n in names if n not in ("decode", "hoist", "select"))
+    assert found.tried["bucket"] == "ValueError: no"
+    assert found.tried["join"] == "its process ended with 1: out of registers"
+    assert all(found.tried[n] == len(n) for n in names if n not in ("decode", "join", "bucket"))
     assert found.lowering in names and found.nanoseconds == len(found.lowering)
 
 
@@ -185,7 +186,7 @@ def test_schedules_beside_a_kernel_s_own() -> None:
         assert len(differ) == 1 and of.stages % other.parts == 0 and 64 % other.columns == 0
     t = QuantType((("n", 4096), ("k", 4096)), "bf16", lb.uniform(4, group=128), layout="mma")
     every = candidates(64, t, "bf16", "gpu")
-    assert [c.schedule for c in every if c.lowering == "mma"][0] is None
+    assert next(c.schedule for c in every if c.lowering == "mma") is None
     assert Candidate("mma", (found[0].columns, found[0].parts, found[0].depth)) in every
 
 
@@ -311,7 +312,8 @@ def test_a_file_holds_what_was_measured_and_two_are_merged(tmp_path: Path) -> No
 def test_a_key_says_all_that_a_time_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {
         key_of(M, TYPE, "f32", HERE), key_of(3, TYPE, "f32", HERE), key_of(M, TYPE.resized(n=8), "f32", HERE),
-        key_of(M, TYPE, "bf16", HERE), key_of(M, TYPE, "f32", "H100"), key_of(M, replace(TYPE, layout="mma"), "f32", HERE),
+        key_of(M, TYPE, "bf16", HERE), key_of(M, TYPE, "f32", "H100"),
+        key_of(M, TYPE, "f32", HERE), key_of(M, replace(TYPE, layout="mma"), "f32", HERE),
     }  # fmt: skip
     monkeypatch.setattr(lb, "__version__", "0.0.0")
     key_of.cache_clear()
