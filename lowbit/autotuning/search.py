@@ -81,6 +81,8 @@ class Worker:
 
     def ask(self, request: dict[str, Any]) -> float:
         """Nanoseconds. Raises CandidateError, with the reason, for a candidate that has none."""
+        if self.running is not None and self.running.poll() is not None:
+            self.end()  # it answered, and then it ended
         if self.running is None:
             self.start()
         running = self.running
@@ -186,9 +188,14 @@ def autotune(fn: Callable[..., Any], *args: Any, timeout: float = 120.0, worker:
     Raises ValueError where fn has no quantized product, AutotuneError for one of which nothing could be timed.
 
     >>> import jax.numpy as jnp, lowbit as lb
-    >>> lb.autotune(jnp.sin, jnp.ones(3))
-    Traceback (most recent call last):
-    ValueError: fn has no quantized product: lb.matmul, or a layer that lb.quantize made, is not reached
+    >>> w = lb.quantize_array(jnp.eye(8, 4), lb.uniform(4))
+    >>> cache = lb.autotune(lb.matmul, jnp.ones((1, 8)), w)
+    >>> (entry,) = cache.entries.values()
+    >>> entry.product
+    'x[1, k] @ f32[k=8 n=4] as uniform(bits=4)'
+    >>> with lb.tuned(cache):
+    ...     lb.matmul(jnp.ones((1, 8)), w).shape
+    (1, 4)
     """
     found: dict[tuple[int, QuantType, Any], None] = {}
 

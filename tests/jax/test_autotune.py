@@ -169,11 +169,28 @@ def test_a_function_without_quantized_products_is_refused() -> None:
         lb.autotune(jnp.sin, X)
 
 
-@pytest.mark.slow
+def test_prepared_weights_are_timed_as_they_are_stored() -> None:
+    t = QuantType((("n", 100), ("k", 256)), "bf16", lb.uniform(4, group=128), layout="mma")
+    found = tune(1, t, "bf16", Here())
+    assert all(isinstance(ns, float) for ns in found.tried.values())
+    with lb.tuned(Cache({key_of(1, t, "bf16", HERE): found}), on_miss="error"):
+        x, w, _, _ = measuring.operands(1, t, "bf16")
+        assert w.type == t and lb.matmul(jnp.asarray(x), w).shape == (1, 100)
+
+
 def test_the_process_itself() -> None:
     found = lb.autotune(lb.matmul, X, random_array(TYPE))
     (only,) = found.entries.values()
     assert all(isinstance(ns, float) for ns in only.tried.values())
+
+
+def test_a_process_that_ends_after_its_answer_is_followed_by_another() -> None:
+    once = "import sys; print('{}', flush=True); sys.stdin.readline(); print('{\"nanoseconds\": 7}')"
+    with Worker(command=(sys.executable, "-c", once)) as worker:
+        assert worker.ask({}) == 7
+        assert worker.running is not None
+        worker.running.wait()
+        assert worker.ask({}) == 7
 
 
 def test_schedules_beside_a_kernel_s_own() -> None:
