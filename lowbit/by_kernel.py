@@ -26,7 +26,8 @@ Schedule = tuple[int, int, int] | None
 
 def by_mma(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], schedule: Schedule = None) -> jax.Array:
     """Weights in the kernels' layout, decoded on their way to the tensor cores."""
-    from lowbit.kernels.product import Tuning, product  # imports Mosaic GPU, which other platforms do without
+    from lowbit.kernels.mma import Tuning  # imports Mosaic GPU, which other platforms do without
+    from lowbit.kernels.product import product
 
     tuned = None if schedule is None else Tuning(*schedule)
     return product(kernel_layout(t), x, fields, tuned, at=readings(t).index(t.decode))
@@ -34,7 +35,8 @@ def by_mma(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], schedule: S
 
 def by_fp8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], schedule: Schedule = None) -> jax.Array:
     """Weights in the kernels' layout that are e4m3, and x encoded as their format says: codes, and factors."""
-    from lowbit.kernels.product import Tuning, product_of_codes
+    from lowbit.kernels.mma import Tuning
+    from lowbit.kernels.product import product_of_codes
 
     tuned = None if schedule is None else Tuning(*schedule)
 

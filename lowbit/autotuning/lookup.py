@@ -69,7 +69,7 @@ def tuned(cache: Cache | str | os.PathLike[str], on_miss: OnMiss | None = None) 
 def _checked(value: str, who: str) -> OnMiss:
     for known in get_args(OnMiss):
         if value == known:
-            return known  # type: ignore[no-any-return]
+            return known
     raise ValueError(f"{who} is {value!r}: use one of {', '.join(get_args(OnMiss))}")
 
 
@@ -96,7 +96,7 @@ def chosen(
     if FORCED.value is not None or plain:
         return plan.choice(FORCED.value), None
     held: Tuned | None = TUNED.value
-    caches = [c for c in (held and held.cache, user_cache(), shipped()) if c is not None and c.entries]
+    caches = [c for c in (held.cache if held else Cache({}), user_cache(), shipped()) if c.entries]
     todo = on_miss()
     if not caches and todo == "heuristic":
         return plan.choices[0], None

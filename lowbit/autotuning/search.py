@@ -55,8 +55,8 @@ def candidates(m: int, t: QuantType, dtype: Any, platform: str) -> list[Candidat
         if choice.name in ("mma", "fp8"):
             from lowbit.kernels.product import nearby  # imports Mosaic GPU, which other platforms do without
 
-            half = None if choice.name == "fp8" else short(dtype)
-            others = nearby(kernel_layout(t), m, half, readings(t).index(t.decode))
+            halves = None if choice.name == "fp8" else dtype
+            others = nearby(kernel_layout(t), m, halves, readings(t).index(t.decode))
             out += [Candidate(choice.name, (o.columns, o.parts, o.depth)) for o in others]
     return out
 
@@ -136,7 +136,7 @@ class Worker:
 def _environment() -> dict[str, str]:
     """Of a process that imports what this one does, and leaves this one its device's memory."""
     found = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    found["JAX_ENABLE_X64"] = str(int(jax.config.jax_enable_x64))
+    found["JAX_ENABLE_X64"] = str(int(jax.config.read("jax_enable_x64")))
     if jax.default_backend() == "cpu":
         found["JAX_PLATFORMS"] = "cpu"
     return {**os.environ, **found}

@@ -9,8 +9,8 @@ from math import ceil
 import jax
 import jax.numpy as jnp
 
-from lowbit.ir.dtypes import DType, short
-from lowbit.kernels.alu import HALVES
+from lowbit.ir.dtypes import short
+from lowbit.kernels.alu import HALVES, Half
 from lowbit.kernels.arrange import Fields
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import STAGE
@@ -61,7 +61,7 @@ def product_of_codes(
     return parts.sum(0)[: of.n, : len(x)].T * factor
 
 
-def nearby(of: Layout, m: int, kind: DType | None, at: int = 0) -> tuple[Tuning, ...]:
+def nearby(of: Layout, m: int, kind: Half | None, at: int = 0) -> tuple[Tuning, ...]:
     """Schedules that differ in one parameter, by one step, from that of a product: of x [m, k] in the halves `kind`,
     or in e4m3 for None."""
     shape = Shape(_padded(m), of.tiles, of.stages)
