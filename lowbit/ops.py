@@ -265,9 +265,9 @@ def _matmul_fwd(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> tup
 def _matmul_bwd(t: QuantType, saved: Residuals, dy: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
     x, fields = saved
     if t.layout != "own":
-        to = replace(t, layout="own")
-        dx, dfields = jax.vjp(lambda x, f: _matmul(to, x, own(QuantArray(f, t)).fields), x, fields)[1](dy)
-        return dx, dfields
+        restored, back = jax.vjp(lambda f: own(QuantArray(f, t)).fields, fields)
+        dx, drestored = _matmul_bwd(replace(t, layout="own"), (x, restored), dy)
+        return dx, back(drestored)[0]
     dx = _cotangent(t, "x", x, fields, dy)
     out: dict[str, Any] = {}
     for name, value in fields.items():

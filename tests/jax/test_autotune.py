@@ -176,6 +176,8 @@ def test_prepared_weights_are_timed_as_they_are_stored() -> None:
     with lb.tuned(Cache({key_of(1, t, "bf16", HERE): found}), on_miss="error"):
         x, w, _, _ = measuring.operands(1, t, "bf16")
         assert w.type == t and lb.matmul(jnp.asarray(x), w).shape == (1, 100)
+        dx = jax.grad(lambda x: lb.matmul(x, w).astype("f4").sum())(jnp.asarray(x))  # gradients are not looked up
+        assert dx.shape == (1, 256)
 
 
 def test_the_process_itself() -> None:
