@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from importlib import import_module
+from math import ceil
 from time import perf_counter_ns
 from typing import Any
 
@@ -31,6 +33,9 @@ ROWS, OUTPUTS = 8, 64
 """Rows of x, and outputs, that differ; more repeat them, so that each result is checked at the price of few."""
 REPEATS, AT_LEAST = 5, 2_000_000
 """Times that are taken, and the nanoseconds that each lasts or more."""
+ROTATED, MOST_COPIES = 256 << 20, 16
+"""Bytes of weights that are read before one is read again, but no more copies of one: a model's weights are in no cache
+when their turn comes."""
 
 
 def operands(m: int, t: QuantType, dtype: Any) -> tuple[Array, QuantArray, QuantType, dict[str, Array]]:
@@ -71,12 +76,14 @@ def expected(few: QuantType, env: dict[str, Array], dtype: Any, lowering: str) -
 
 
 @lru_cache(maxsize=1)
-def _held(product: str) -> tuple[Any, QuantArray, QuantType, dict[str, Array]]:
-    """The operands of a product, on the device; all its candidates follow each other."""
+def _held(product: str) -> tuple[Any, list[QuantArray], QuantType, dict[str, Array]]:
+    """The operands of a product, on the device, with copies of w; all its candidates follow each other."""
     asked = json.loads(product)
     import_module(asked["module"])
     x, w, few, env = operands(asked["m"], type_from_json(asked["type"]), asked["dtype"])
-    return jnp.asarray(x), w, few, env
+    stored = sum(a.nbytes for a in w.fields.values())
+    copies = range(min(MOST_COPIES, max(2, ceil(ROTATED / stored))))
+    return jnp.asarray(x), [jax.tree.map(partial(jnp.array, copy=True), w) for _ in copies], few, env
 
 
 def measure(asked: dict[str, Any]) -> float:
@@ -84,32 +91,36 @@ def measure(asked: dict[str, Any]) -> float:
     kind = jax.devices()[0].device_kind
     if kind != asked["device"]:
         raise RuntimeError(f"this process has a {kind}, and times are wanted of a {asked['device']}")
-    x, w, few, env = _held(json.dumps({k: asked[k] for k in ("m", "type", "dtype", "module")}))
+    x, copies, few, env = _held(json.dumps({k: asked[k] for k in ("m", "type", "dtype", "module")}))
     lowering, schedule = asked["candidate"]["lowering"], asked["candidate"]["schedule"]
     entry = entry_of("", kind, lowering, schedule and tuple(schedule), 0.0, {})
-    cache = Cache({key_of(asked["m"], w.type, asked["dtype"], kind): entry})
+    cache = Cache({key_of(asked["m"], copies[0].type, asked["dtype"], kind): entry})
     with tuned(cache, "error"):  # through the look-up that takes it later
-        call = partial(jax.jit(matmul), x, w)
-        y = np.asarray(call())
+        # One program of all copies where the host starts kernels more slowly than they run.
+        programs = [copies] if jax.default_backend() == "gpu" else [[w] for w in copies]
+        run_all = jax.jit(lambda x, ws: [matmul(x, w) for w in ws])
+        calls = [partial(run_all, x, ws) for ws in programs]
+        y = np.asarray(calls[0]()[0])
         exact, bound = (_repeated(a, y.shape) for a in expected(few, env, asked["dtype"], lowering))
         assert_within(y, exact, bound, f"{lowering}: y [m, n]")
-        return timed(call)
+        return timed(calls) * len(programs) / len(copies)
 
 
-def timed(call: Any) -> float:
-    """The median of several runs, each of as many calls as it takes to be long; the device waits for none of them."""
+def timed(calls: Sequence[Callable[[], Any]]) -> float:
+    """Nanoseconds of one of several calls, made in turn: the median of several runs, each of as many rounds as it takes
+    to be long. The device waits for none of them."""
 
-    def run_of(calls: int) -> int:
+    def run_of(rounds: int) -> int:
         start = perf_counter_ns()
-        for _ in range(calls):
-            y = call()
-        jax.block_until_ready(y)
+        for _ in range(rounds):
+            made = [call() for call in calls]
+        jax.block_until_ready(made)
         return perf_counter_ns() - start
 
-    calls = 1
-    while run_of(calls) < AT_LEAST:
-        calls *= 2
-    return float(np.median([run_of(calls) / calls for _ in range(REPEATS)]))
+    rounds = 1
+    while run_of(rounds) < AT_LEAST:
+        rounds *= 2
+    return float(np.median([run_of(rounds) / rounds for _ in range(REPEATS)])) / len(calls)
 
 
 def main() -> None:

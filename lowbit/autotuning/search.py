@@ -175,10 +175,10 @@ def autotune(fn: Callable[..., Any], *args: Any, timeout: float = 120.0, worker:
     same types, in a process of its own. Each result is compared with the oracle, within the bound of its arithmetic. A
     candidate that raises, is wrong, crashes or hangs is recorded with the reason in `Entry.tried`, and is not taken.
 
-    Times are those of calls that follow each other, so weights that fit in a cache are read from it. The process
-    needs a share of the device: a GPU of which this process holds all memory (start it with
-    XLA_PYTHON_CLIENT_MEM_FRACTION=0.5, say), or that one process alone may use, gives AutotuneError, as does a TPU. A
-    format of your own must be registered in a module that can be imported.
+    Products are timed with several copies of the weight in turn, up to 16 or 256 MiB of them, so that a large one is in
+    no cache when it is read; a small one is. The process needs a share of the device: a GPU of which this process holds
+    all memory (start it with XLA_PYTHON_CLIENT_MEM_FRACTION=0.5, say), or that one process alone may use, gives
+    AutotuneError, as does a TPU. A format of your own must be registered in a module that can be imported.
 
     Args:
       fn: a function of pytrees, as for `jax.eval_shape`, jitted or not.
