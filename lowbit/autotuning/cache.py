@@ -52,6 +52,10 @@ class Entry:
     nanoseconds: float
     tried: Mapping[str, float | str]
 
+    def __str__(self) -> str:
+        schedule = "" if self.schedule is None else list(self.schedule)
+        return f"{self.product} on {self.device}: {self.lowering}{schedule}, {self.nanoseconds / 1e3:.1f} us"
+
 
 @dataclass(frozen=True, eq=False)
 class Cache:
@@ -75,11 +79,7 @@ class Cache:
             file.write(json.dumps(document, indent=1, sort_keys=True).encode())
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"{e.product} on {e.device}: {e.lowering}{'' if e.schedule is None else list(e.schedule)}, "
-            f"{e.nanoseconds / 1e3:.1f} us ({len(e.tried)} tried)"
-            for e in self.entries.values()
-        )
+        return "\n".join(f"{e} ({len(e.tried)} tried)" for e in self.entries.values())
 
 
 def load(path: str | os.PathLike[str]) -> Cache:

@@ -95,29 +95,33 @@ def chosen(
     plan = planned(m, t, dtype, platform, plain)
     if FORCED.value is not None or plain:
         return plan.choice(FORCED.value), None
-    held: Tuned | None = TUNED.value
-    caches = [c for c in (held.cache if held else Cache({}), user_cache(), shipped()) if c.entries]
-    todo = on_miss()
-    if not caches and todo == "heuristic":
-        return plan.choices[0], None
-    key = key_of(m, t, dtype, device := jax.devices()[0].device_kind)
-    entry = next((c.entries[key] for c in caches if key in c.entries), None)
-    if entry is None and todo != "heuristic":
-        if todo == "error":
-            raise CacheMissError(
-                f"{plan.what} on {device} has no measured time, and {FLAG} is 'error': run lb.autotune on the function "
-                f"and save what it gives to {str(user_file())!r}, or run it within lb.tuned"
-            )
-        entry = _measured(key, m, t, dtype)
+    entry, todo = measured(m, t, dtype), on_miss()
+    if entry is None and todo == "error":
+        raise CacheMissError(
+            f"{plan.what} on {jax.devices()[0].device_kind} has no measured time, and {FLAG} is 'error': run lb.autotune"
+            f" on the function and save what it gives to {str(user_file())!r}, or run it within lb.tuned"
+        )
+    if entry is None and todo == "autotune":
+        entry = _measured(m, t, dtype)
     return (plan.choices[0], None) if entry is None else (plan.choice(entry.lowering), entry.schedule)
 
 
-def _measured(key: str, m: int, t: QuantType, dtype: Any) -> Entry:
+def measured(m: int, t: QuantType, dtype: Any) -> Entry | None:
+    """What is known of x [m, k] @ w on the default device, in the cache of `tuned`, the user's or the shipped one."""
+    held: Tuned | None = TUNED.value
+    caches = [c for c in (held.cache if held else Cache({}), user_cache(), shipped()) if c.entries]
+    if not caches:
+        return None
+    key = key_of(m, t, dtype, jax.devices()[0].device_kind)
+    return next((c.entries[key] for c in caches if key in c.entries), None)
+
+
+def _measured(m: int, t: QuantType, dtype: Any) -> Entry:
     from lowbit.autotuning.search import Worker, tune  # which looks nothing up
 
     with Worker() as worker:
         entry = tune(m, t, dtype, worker)
-    keep(Cache({key: entry}))
+    keep(Cache({key_of(m, t, dtype, entry.device): entry}))
     return entry
 
 

@@ -244,6 +244,14 @@ def test_the_context_s_cache_comes_before_the_user_s_and_what_is_shipped(
         assert chosen()[0].name == second
 
 
+def test_explain_says_what_was_measured() -> None:
+    w = random_array(TYPE)
+    with lb.tuned(cache("bucket")):
+        assert lb.explain(w, batch=M).splitlines()[-1] == f"measured x @ w on {HERE}: bucket, 0.0 us"
+        assert "measured" not in lb.explain(w, batch=M, platform="gpu") + lb.explain(w, batch=M + 1)
+    assert "measured" not in lb.explain(w, batch=M)
+
+
 def test_functions_compiled_before_are_compiled_again(tmp_path: Path) -> None:
     name, w, traced = another(), random_array(TYPE), 0
 
