@@ -98,8 +98,8 @@ def chosen(
     entry, todo = measured(m, t, dtype), on_miss()
     if entry is None and todo == "error":
         raise CacheMissError(
-            f"{plan.what} on {jax.devices()[0].device_kind} has no measured time, and {FLAG} is 'error': run lb.autotune"
-            f" on the function and save what it gives to {str(user_file())!r}, or run it within lb.tuned"
+            f"{plan.what} on {jax.devices()[0].device_kind} has no measured time, and {FLAG} is 'error': run"
+            f" lb.autotune on the function and save what it gives to {str(user_file())!r}, or run it within lb.tuned"
         )
     if entry is None and todo == "autotune":
         entry = _measured(m, t, dtype)
