@@ -53,6 +53,9 @@ class Verbs(Protocol):
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         """acc += weights [ROWS, k] @ x [columns, k]^T, finished when it returns."""
 
+    def multiply_stored(self, acc: Ref, dy: Ref, weights: Ref) -> None:
+        """acc += dy [m, n] @ weights [n, k] of two buffers, finished when it returns."""
+
     def zeros(self, shape: tuple[int, int]) -> jax.Array:
         """A sum in registers that products are added to."""
 
@@ -98,6 +101,10 @@ class Gpu:
 
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         plgpu.wgmma(acc, weights, transposed(x))
+        plgpu.wgmma_wait(0)
+
+    def multiply_stored(self, acc: Ref, dy: Ref, weights: Ref) -> None:
+        plgpu.wgmma(acc, dy, weights)
         plgpu.wgmma_wait(0)
 
     def zeros(self, shape: tuple[int, int]) -> jax.Array:
@@ -165,6 +172,9 @@ class Twin:
 
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         acc[...] += jnp.dot(weights.astype(jnp.float32), x[...].astype(jnp.float32).T)
+
+    def multiply_stored(self, acc: Ref, dy: Ref, weights: Ref) -> None:
+        acc[...] += jnp.dot(dy[...].astype(jnp.float32), weights[...].astype(jnp.float32))
 
     def zeros(self, shape: tuple[int, int]) -> jax.Array:
         return jnp.zeros(shape, jnp.float32)

@@ -30,6 +30,14 @@ def kernel_term(m: int, t: QuantType, dtype: Any) -> Expr:
     x = param("x", dtype, None, m=m, k=dict(t.dims)["k"])
     if t.format.activations(x) is not x:
         return product_term(m, t, dtype)
+    return contract((x, _decoded(t, dtype)), ("k",))
+
+
+def kernel_dx_term(m: int, t: QuantType, dtype: Any) -> Expr:
+    """The gradient of x from dy [m, n] as kernels compute it, likewise."""
+    return contract((param("dy", dtype, None, m=m, n=dict(t.dims)["n"]), _decoded(t, dtype)), ("n",))
+
+
+def _decoded(t: QuantType, dtype: Any) -> Expr:
     floats = [leaf for leaf in params(t.decode).values() if is_float(leaf.dtype)]
-    decode = substitute(t.decode, {leaf: cast(cast(leaf, dtype), leaf.dtype) for leaf in floats})
-    return contract((x, cast(decode, dtype)), ("k",))
+    return cast(substitute(t.decode, {leaf: cast(cast(leaf, dtype), leaf.dtype) for leaf in floats}), dtype)
