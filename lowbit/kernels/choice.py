@@ -14,6 +14,7 @@ from math import ceil
 from lowbit.ir.dtypes import DType
 from lowbit.ir.expr import Expr
 from lowbit.kernels.layout import layout
+from lowbit.kernels.sums import Sums
 from lowbit.passes.pointwise import UnsuitableError
 
 KERNELS = ("mma", "fp8", "dense")
@@ -23,6 +24,8 @@ PRODUCTS_A_NANOSECOND = 495_000
 """Multiply-adds of its tensor cores in halves."""
 DECODING, MULTIPLYING = 0.45, 0.75
 """Shares of that which are expected with weights decoded on the way, and without. None of these is measured yet."""
+INSTRUCTIONS_A_NANOSECOND = 132 * 128 * 1.755
+"""Of single lanes, that its SMs issue."""
 LAUNCH = 5_000.0
 """Nanoseconds: launching, filling the pipeline, and adding the parts of k."""
 RESTORING_LAUNCHES = 25_000.0
@@ -77,6 +80,30 @@ def _no_float8(readings: Sequence[Expr], at: int, laid_out: str, code: DType) ->
     if (why := _no_layout(readings, laid_out)) is not None:
         return why
     return None if layout(*readings).weights[at].float8 else "the weights are not stored as e4m3"
+
+
+def sums_choice(
+    m: int, readings: Sequence[Expr], at: int, stored: int, laid_out: str, dtype: DType, machine: str
+) -> KernelChoice:
+    """Of the gradients of all parameters, for x [m, k] and a product's cotangent [m, n], both in `dtype`."""
+    n, k = readings[0].dims["n"], readings[0].dims["k"]
+    why, instructions = _summed(readings, at, laid_out)
+    if machine != "gpu" or dtype not in ("f16", "bf16"):
+        why = _no_halves(dtype, machine)
+    nbytes = stored + 2 * m * (n + k)
+    multiplied = max(nbytes / BYTES_A_NANOSECOND, m * n * k / (PRODUCTS_A_NANOSECOND * MULTIPLYING))
+    summed = n * k * instructions / INSTRUCTIONS_A_NANOSECOND
+    return KernelChoice("mma_sums", why, nbytes, LAUNCH + multiplied + summed)
+
+
+def _summed(readings: Sequence[Expr], at: int, laid_out: str) -> tuple[str | None, int]:
+    """Why sums by codes do not give the gradients, or the instructions that one entry of the dense one takes."""
+    if (why := _no_layout(readings, laid_out)) is not None:
+        return why, 0
+    try:
+        return None, Sums(layout(*readings).program("f16", at)).instructions
+    except UnsuitableError as err:
+        return str(err), 0
 
 
 def restoring(readings: Sequence[Expr], stored: int, laid_out: str) -> float:

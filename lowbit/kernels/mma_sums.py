@@ -23,7 +23,8 @@ from lowbit.ir.dtypes import is_float, short
 from lowbit.kernels.arrange import Fields
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.layout import WARPGROUPS, Layout
-from lowbit.kernels.mma import HALF, SHARED, pipelined
+from lowbit.kernels.memory import SHARED
+from lowbit.kernels.mma import HALF, pipelined
 from lowbit.kernels.sums import Sums
 from lowbit.kernels.verbs import Gpu, Verbs
 from lowbit.passes.scalar import Element

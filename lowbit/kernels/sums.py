@@ -86,6 +86,13 @@ class Sums:
         terms = [polynomial([evaluated(e, draw.__getitem__, Fraction) for e in self.entries]) for draw in draws]
         return tuple(subset for subset, (a, b) in enumerate(zip(*terms, strict=True)) if a != b)
 
+    @property
+    def instructions(self) -> int:
+        """Those that an entry of G takes: a sign, tests of bits, additions, and choices of what several sets share."""
+        bits = self.program.weights.bits - self.odd
+        shared = {subset & (1 << at) - 1 for subset in self.subsets for at in range(bits) if subset >> at == 1}
+        return 2 * self.odd + bits + len(self.subsets) + len(shared - {0})
+
     def terms(self, stored: Mapping[Element, Any]) -> list[Any]:
         """t_A of each of the subsets for these parameters."""
         terms = polynomial([evaluated(e, stored.__getitem__) for e in self.entries])

@@ -117,6 +117,12 @@ def by_twin(x: Any, dy: Any, w: QuantArray) -> dict[str, jax.Array]:
     return parameter_gradients(kernel_layout(w.type), jnp.asarray(x), jnp.asarray(dy), w.fields, at, verbs)
 
 
+def test_instructions_of_an_entry() -> None:
+    """As `make aot` finds them, about: what reduces across lanes and stores comes on top."""
+    counted = {fmt: sums_of(array(fmt, ROWS, STAGE)).instructions for fmt in FORMATS}
+    assert list(counted.values()) == [3, 5, 7, 9, 9, 5, 9, 7, 14, 27, 9]
+
+
 @pytest.mark.parametrize(
     ("fmt", "why"),
     [
