@@ -65,6 +65,7 @@ gpu:  ## on an H100 or H200: tests/gpu, then the kernels timed; writes benchmark
 	if [ -n "$(GPU_TESTS)" ]; then XLA_PYTHON_CLIENT_PREALLOCATE=false PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 timeout 240 \
 		$(PYTHON) -m pytest -p xdist.plugin -n 6 -p no:cacheprovider -W default $(GPU_TESTS) || failed=1; fi; \
 	timeout 120 $(PYTHON) -m benchmarks.gpu_micro || failed=1; \
+	timeout 120 $(PYTHON) -m benchmarks.gpu_step || failed=1; \
 	timeout $$(left 530) $(PYTHON) -m benchmarks.gpu_matmul $(PART) --seconds $$(left 490) || failed=1; \
 	exit $$failed
 

@@ -16,7 +16,7 @@ from lowbit.ir.oracle import evaluate
 from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params
 from lowbit.kernels.decoders import ROWS
-from lowbit.kernels.mma_sums import by_span
+from lowbit.kernels.mma_dw import by_span
 from lowbit.kernels.sums import Sums
 from lowbit.passes.scalar import evaluated
 from lowbit.quant_type import kernel_layout, readings

@@ -82,7 +82,7 @@ def _no_float8(readings: Sequence[Expr], at: int, laid_out: str, code: DType) ->
     return None if layout(*readings).weights[at].float8 else "the weights are not stored as e4m3"
 
 
-def sums_choice(
+def dw_choice(
     m: int, readings: Sequence[Expr], at: int, stored: int, laid_out: str, dtype: DType, machine: str
 ) -> KernelChoice:
     """Of the gradients of all parameters, for x [m, k] and a product's cotangent [m, n], both in `dtype`."""
@@ -93,7 +93,7 @@ def sums_choice(
     nbytes = stored + 2 * m * (n + k)
     multiplied = max(nbytes / BYTES_A_NANOSECOND, m * n * k / (PRODUCTS_A_NANOSECOND * MULTIPLYING))
     summed = n * k * instructions / INSTRUCTIONS_A_NANOSECOND
-    return KernelChoice("mma_sums", why, nbytes, LAUNCH + multiplied + summed)
+    return KernelChoice("mma_dw", why, nbytes, LAUNCH + multiplied + summed)
 
 
 def _summed(readings: Sequence[Expr], at: int, laid_out: str) -> tuple[str | None, int]:

@@ -12,7 +12,7 @@ import pytest
 
 import lowbit as lb
 from lowbit.array import QuantArray, laid_out
-from lowbit.kernels.mma_sums import parameter_gradients
+from lowbit.kernels.mma_dw import parameter_gradients
 from lowbit.quant_type import Split, kernel_layout, readings
 from lowbit.testing.checks import random_array, random_rows
 from tests.fp3 import fp3_rows

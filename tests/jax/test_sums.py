@@ -15,7 +15,7 @@ import lowbit as lb
 from lowbit.array import QuantArray, laid_out
 from lowbit.compat import interpret_params, races_found
 from lowbit.kernels.decoders import ROWS, STAGE
-from lowbit.kernels.mma_sums import by_span, parameter_gradients
+from lowbit.kernels.mma_dw import by_span, parameter_gradients
 from lowbit.kernels.sums import Sums, in_numpy, polynomial
 from lowbit.kernels.verbs import HALVES, Twin
 from lowbit.passes.pointwise import UnsuitableError

@@ -15,7 +15,7 @@ from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES, Half
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES
-from lowbit.kernels.mma_sums import STEP, parameter_gradients
+from lowbit.kernels.mma_dw import STEP, parameter_gradients
 from lowbit.kernels.product import product, product_of_codes
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from tests.fp3 import fp3_rows

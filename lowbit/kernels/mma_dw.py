@@ -1,4 +1,4 @@
-"""The schedule `mma_sums`: the gradients of parameters, from dy^T x and the codes, without a dense gradient in memory.
+"""The schedule `mma_dw`: the gradients of parameters, from dy^T x and the codes, without a dense gradient in memory.
 
 G[n, k] = sum_m dy[m, n] x[m, k] as tiles of ROWS outputs by STAGE inputs for each warpgroup that computes, in its
 registers; one more fetches dy and x by TMA. Then the tile's codes say which of its entries are summed
