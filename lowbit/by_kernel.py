@@ -33,6 +33,20 @@ def by_mma(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], schedule: S
     return product(kernel_layout(t), x, fields, tuned, at=readings(t).index(t.decode))
 
 
+def by_mma_dx(t: QuantType, dy: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """The gradient of x from dy [m, n]: weights in the kernels' layout, decoded to shared memory."""
+    from lowbit.kernels.mma_dx import input_gradient
+
+    return input_gradient(kernel_layout(t), dy, fields, at=readings(t).index(t.decode))
+
+
+def by_mma_dw(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array) -> dict[str, jax.Array]:
+    """The gradients of float fields in the kernels' layout: sums of dy^T x by codes, for dy [m, n]."""
+    from lowbit.kernels.mma_dw import parameter_gradients
+
+    return parameter_gradients(kernel_layout(t), x, dy, fields, at=readings(t).index(t.decode))
+
+
 def by_fp8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], schedule: Schedule = None) -> jax.Array:
     """Weights in the kernels' layout that are e4m3, and x encoded as their format says: codes, and factors."""
     from lowbit.kernels.mma import Tuning

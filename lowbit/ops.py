@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lowbit.array import QuantArray, expect_array, over_stack, own
 from lowbit.autotuning.lookup import chosen
+from lowbit.backward import cotangents
 from lowbit.by_kernel import by_fp8, by_mma, dense
+from lowbit.by_term import emit_in_order
 from lowbit.devices import is_hopper
 from lowbit.dispatch import by_platform
 from lowbit.ir.build import param
 from lowbit.ir.dtypes import numpy_dtype, short
-from lowbit.ir.expr import Const, Expr
-from lowbit.ir.walk import params, topo
+from lowbit.ir.expr import Const
+from lowbit.ir.walk import topo
 from lowbit.kernels.decoders import ROWS
 from lowbit.passes.choose import Form
 from lowbit.passes.lower_xla import align, emit
 from lowbit.passes.tile import Tiles, keeps
 from lowbit.planning import (
-    FORCED,
+    FORCED_DX,
     WATCH,
     Lowering,
     check_last_dim,
-    checked_lowering,
-    cotangent_term,
-    machine_of,
+    forced,
     planned,
 )
 from lowbit.quant_type import QuantType, kernel_layout
@@ -88,7 +86,8 @@ def matmul(
         a dense weight. "jvp" for forward mode too (`jax.jvp`, `jax.hessian`): JAX differentiates the product's program,
         in reverse mode with whatever memory that takes.
       lowering: the name of the form or kernel to run whatever it costs, or several of which the first that can is
-        taken. `lb.explain` lists them.
+        taken. "mma_dx" and "xla_dx" say so of the gradient of x, "mma_dw" and "xla_dw" of those of w's fields.
+        `lb.explain` lists them all.
 
     Raises TypeError for an x that is not floating, a w that is no QuantArray, or forward mode through a "vjp" product,
     ValueError when x's last dim is not w's k or its first ones are not w's stack (both sizes are named), or for another
@@ -122,8 +121,9 @@ def matmul(
     if rows == 0:
         return jnp.zeros((*batch, sizes["n"]), x.dtype)
     flat = x.reshape(rows, sizes["k"])
-    product = _matmul if _checked(differentiable or _MODE.value) == "vjp" else _differentiable
-    with explained(), FORCED(checked_lowering(lowering) or FORCED.value):
+    reverse = _checked(differentiable or _MODE.value) == "vjp"
+    with explained(), forced(lowering):
+        product = partial(_matmul, FORCED_DX.value) if reverse else _differentiable
         if isinstance(rows, int):
             out = product(w.type, flat, w.fields)
         else:
@@ -203,8 +203,9 @@ def _row_of_tile(w: QuantArray, row: jax.Array) -> jax.Array:
     return _rows(own(QuantArray(tile, w.type.resized(n=size))), (row % ROWS)[None])[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(asked: Lowering, t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """`asked`: how the gradient of x is made."""
     if t.layout == "own":
         return _forward(t, x, fields)
     return _laid_out(t, x, fields)
@@ -218,7 +219,7 @@ def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], plain: bo
     if choice.name == "dense":
         return dense(t, x, fields)
     term = choice.term if isinstance(choice, Form) else planned(*how).term
-    return _emit_in_order(term, {**own(QuantArray(fields, t)).fields, "x": x}, ("m", "n"), x.dtype)
+    return emit_in_order(term, {**own(QuantArray(fields, t)).fields, "x": x}, ("m", "n"), x.dtype)
 
 
 def _differentiable(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
@@ -226,7 +227,7 @@ def _differentiable(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) ->
     leaf = param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1])
     if (encoded := t.format.activations(leaf)) is leaf:
         return _forward(t, x, fields)
-    rounded = jax.lax.stop_gradient(_emit_in_order(encoded, {"x": x}, ("m", "k"), numpy_dtype(encoded.dtype)))
+    rounded = jax.lax.stop_gradient(emit_in_order(encoded, {"x": x}, ("m", "k"), numpy_dtype(encoded.dtype)))
     return _forward(t, rounded + (x - jax.lax.stop_gradient(x)), fields, True).astype(x.dtype)
 
 
@@ -247,45 +248,18 @@ def _laid_out(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.A
     return by_platform(partial(cuda, t), by_term, x, fields)
 
 
-def _emit_in_order(
-    term: Expr, env: dict[str, jax.Array], order: Sequence[str], dtype: Any, share: int = 1
-) -> jax.Array:
-    style = machine_of(jax.default_backend()).style
-    value = emit(term, env, replace(style, part=style.part / share))
-    return align(value, term.dims, {d: term.dims[d] for d in order}).astype(dtype)
-
-
 Residuals = tuple[jax.Array, dict[str, jax.Array]]
 
 
-def _matmul_fwd(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> tuple[jax.Array, Residuals]:
-    return _matmul(t, x, fields), (x, fields)
+def _matmul_fwd(
+    asked: Lowering, t: QuantType, x: jax.Array, fields: dict[str, jax.Array]
+) -> tuple[jax.Array, Residuals]:
+    return _matmul(asked, t, x, fields), (x, fields)
 
 
-def _matmul_bwd(t: QuantType, saved: Residuals, dy: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+def _matmul_bwd(asked: Lowering, t: QuantType, saved: Residuals, dy: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
     x, fields = saved
-    if t.layout != "own":
-        restored, back = jax.vjp(lambda f: own(QuantArray(f, t)).fields, fields)
-        dx, drestored = _matmul_bwd(replace(t, layout="own"), (x, restored), dy)
-        return dx, back(drestored)[0]
-    dx = _cotangent(t, "x", x, fields, dy)
-    out: dict[str, Any] = {}
-    for name, value in fields.items():
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            out[name] = np.zeros(value.shape, jax.dtypes.float0)
-        elif name in params(t.decode):
-            out[name] = _cotangent(t, name, x, fields, dy)
-        else:  # of another width
-            out[name] = jnp.zeros_like(value)
-    return dx, out
+    return cotangents(t, x, fields, dy, asked)
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _cotangent(t: QuantType, name: str, x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array) -> jax.Array:
-    term, leaf = cotangent_term(x.shape[0], t, short(x.dtype), short(dy.dtype), name, jax.default_backend())
-    env = {**fields, "x": x, "dy": dy}
-    # A part of the dense gradient is alive together with what is made of it.
-    return _emit_in_order(term, env, tuple(leaf.dims), numpy_dtype(leaf.dtype), share=4)

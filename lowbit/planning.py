@@ -20,7 +20,7 @@ from lowbit.ir.dtypes import bits, short
 from lowbit.ir.expr import Expr, Param
 from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params, topo
-from lowbit.kernels.choice import KERNELS, LAUNCH, KernelChoice, fp8_choice, kernel_choices, restoring
+from lowbit.kernels.choice import GRADIENTS, KERNELS, LAUNCH, KernelChoice, fp8_choice, kernel_choices, restoring
 from lowbit.passes.choose import Form, Machine, forms
 from lowbit.passes.pipeline import PIPELINES
 from lowbit.passes.style import Style
@@ -31,6 +31,8 @@ Lowering = str | Sequence[str] | None
 WATCH: ContextVar[Callable[[jax.Array, QuantArray], None] | None] = ContextVar("WATCH", default=None)
 FORCED = jax.make_user_context(None)
 """What `lowering` asks for: part of every jit cache key, also of functions that were traced before."""
+FORCED_DX = jax.make_user_context(None)
+"""The same for gradients."""
 
 # name, byte, dot, pointwise, moved, field, lookup, far_lookup, select, scatter, cache, style
 MACHINES = {
@@ -65,7 +67,7 @@ class Plan:
     def choices(self) -> tuple[Form | KernelChoice, ...]:
         """What can run: the cheapest first (of what ties with a form, the form), then by cost."""
         kernels = sorted((k for k in self.kernels if k.refused is None), key=lambda k: k.nanoseconds)
-        cheaper = [k for k in kernels if k.nanoseconds < self.forms[0].nanoseconds]
+        cheaper = [k for k in kernels if not self.forms or k.nanoseconds < self.forms[0].nanoseconds]
         every: list[Form | KernelChoice] = [*cheaper, *self.forms, *(k for k in kernels if k not in cheaper)]
         first, rest = every[0], every[1:]
         return first, *sorted(rest, key=lambda c: c.nanoseconds)
@@ -116,8 +118,9 @@ def lowering(name: str | Sequence[str]) -> Iterator[None]:
     """Within it, `lb.matmul` and every quantized layer run the product in the form or by the kernel of that name (the
     first of several that can run), whatever it costs.
 
-    Functions compiled before are compiled again. Gradients are made in the forms chosen as ever. `lb.explain` lists
-    the forms of a product; those that come out the same as another go by one name.
+    Functions compiled before are compiled again. Gradients are made as ever, those of activations as "mma_dx" or
+    "xla_dx" say where that is among the names, and those of weights as "mma_dw" or "xla_dw" do. `lb.explain` lists the
+    forms of a product; those that come out the same as another go by one name.
 
     Raises LoweringError for a name that does not exist, and then in `lb.matmul` for one that a product does not have.
 
@@ -127,7 +130,17 @@ def lowering(name: str | Sequence[str]) -> Iterator[None]:
     ...     lb.matmul(jnp.ones((3, 8)), w).shape
     (3, 4)
     """
-    with FORCED(checked_lowering(name)):
+    with forced(name):
+        yield
+
+
+@contextmanager
+def forced(names: Lowering) -> Iterator[None]:
+    """`lowering`, where None changes nothing, and names of ways to a gradient nothing of products, nor the reverse."""
+    asked = checked_lowering(names) or ()
+    products = tuple(name for name in asked if name not in GRADIENTS)
+    gradients = tuple(name for name in asked if name in GRADIENTS)
+    with FORCED(products or FORCED.value), FORCED_DX(gradients or FORCED_DX.value):
         yield
 
 
@@ -136,10 +149,11 @@ def checked_lowering(names: Lowering) -> tuple[str, ...] | None:
     if names is None:
         return None
     names = (names,) if isinstance(names, str) else tuple(names)
+    known = (*PIPELINES, *KERNELS, *GRADIENTS)
     if not names:
-        raise LoweringError(f"lowering names nothing: {_options((*PIPELINES, *KERNELS))}, or None for the cheapest")
+        raise LoweringError(f"lowering names nothing: {_options(known)}, or None for the cheapest")
     for name in names:
-        if name not in (known := (*PIPELINES, *KERNELS)):
+        if name not in known:
             raise LoweringError(f"there is no lowering {name!r}: {_options(known)}")
     return names
 
@@ -223,10 +237,12 @@ def check_last_dim(shape: Sequence[int], t: QuantType) -> None:
 
 
 @lru_cache(maxsize=4096)
-def cotangent_term(m: int, t: QuantType, dtype: Any, dy_dtype: Any, name: str, platform: str) -> tuple[Expr, Param]:
+def cotangent_forms(
+    m: int, t: QuantType, dtype: Any, dy_dtype: Any, name: str, platform: str
+) -> tuple[tuple[Form, ...], Param]:
+    """Of the gradient of x or of a field, from dy [m, n]; and what it is the gradient of."""
     # Rounding activations has no slope: the gradient of x is that of the product with x as it is.
     _, product = _product(m, t, dtype, plain=name == "x")
     leaf = params(product)[name]
     dy = param("dy", dy_dtype, None, m=m, n=dict(t.dims)["n"])
-    term = transpose(product, leaf, dy)
-    return forms(term, machine_of(platform))[0].term, leaf
+    return forms(transpose(product, leaf, dy), machine_of(platform)), leaf

@@ -3,6 +3,16 @@
 mma      the kernel: weights are decoded on their way to the tensor cores
 fp8      the kernel for weights and activations in e4m3, which the tensor cores multiply as they are
 dense    the weight is decoded once, to halves, and multiplied by the platform's own matrix product
+
+And for the gradient of the activations:
+
+mma_dx   the kernel: weights are decoded to shared memory, where the tensor cores multiply them
+xla_dx   the cheapest form of its term
+
+And for those of the weight's parameters:
+
+mma_dw   the kernel: sums of dy^T x by codes, as `lowbit.kernels.sums` says
+xla_dw   the cheapest forms of their terms
 """
 
 from __future__ import annotations
@@ -13,11 +23,14 @@ from math import ceil
 
 from lowbit.ir.dtypes import DType
 from lowbit.ir.expr import Expr
-from lowbit.kernels.layout import layout
+from lowbit.kernels.layout import WARPGROUPS, layout
+from lowbit.kernels.memory import DY_ROWS, too_much_for_dx
 from lowbit.kernels.sums import Sums
 from lowbit.passes.pointwise import UnsuitableError
 
 KERNELS = ("mma", "fp8", "dense")
+DX, DW = ("mma_dx", "xla_dx"), ("mma_dw", "xla_dw")
+GRADIENTS = (*DX, *DW)
 BYTES_A_NANOSECOND = 3350 * 0.8
 """Of an H100's memory, at the share of its peak that streaming kernels are expected to reach."""
 PRODUCTS_A_NANOSECOND = 495_000
@@ -72,6 +85,19 @@ def fp8_choice(
     nanoseconds = LAUNCH + max(nbytes / BYTES_A_NANOSECOND, products / (2 * PRODUCTS_A_NANOSECOND * DECODING))
     refused = _no_float8(readings, at, laid_out, code) if machine == "gpu" else "it is for GPUs"
     return KernelChoice("fp8", refused, nbytes, nanoseconds)
+
+
+def dx_choice(
+    m: int, readings: Sequence[Expr], at: int, stored: int, laid_out: str, dtype: DType, machine: str
+) -> KernelChoice:
+    """Of the gradient of x [m, k] from dy [m, n], by a weight that is read as `readings[at]`."""
+    n, k, rows = readings[0].dims["n"], readings[0].dims["k"], DY_ROWS * ceil(m / DY_ROWS)
+    nbytes, products = stored + 2 * m * n, rows * n * k
+    multiplied = max(nbytes / BYTES_A_NANOSECOND, products / (PRODUCTS_A_NANOSECOND * DECODING))
+    summed = 2 * WARPGROUPS * 4 * rows * k / BYTES_A_NANOSECOND  # written, and read again
+    halves = None if machine == "gpu" and dtype in ("f16", "bf16") else _no_halves(dtype, machine)
+    refused = halves or _no_decoder(readings, at, laid_out) or too_much_for_dx(layout(*readings).program("f16", at))
+    return KernelChoice("mma_dx", refused, nbytes, LAUNCH + multiplied + summed)
 
 
 def _no_float8(readings: Sequence[Expr], at: int, laid_out: str, code: DType) -> str | None:

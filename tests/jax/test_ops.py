@@ -232,7 +232,7 @@ def test_vmap_over_stacked_weights_and_its_gradient():
 def test_a_second_call_does_not_trace_again(monkeypatch):
     traces = []
     fmt = lb.bcq(2, 8)
-    monkeypatch.setattr("lowbit.ops.emit", lambda *args: traces.append(1) or emit(*args))
+    monkeypatch.setattr("lowbit.by_term.emit", lambda *args: traces.append(1) or emit(*args))
     a, b = (quant(fmt, 24, 7, seed=s) for s in (0, 1))
     x = jnp.asarray(activation(2, 24))
     first = lb.matmul(x, a)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowbit as lb
-from lowbit.array import QuantArray, laid_out
+from lowbit.array import QuantArray, laid_out, own
 from lowbit.compat import interpret_params, races_found
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.mma_dw import by_span, parameter_gradients
@@ -20,6 +20,7 @@ from lowbit.kernels.sums import Sums, in_numpy, polynomial
 from lowbit.kernels.verbs import HALVES, Twin
 from lowbit.passes.pointwise import UnsuitableError
 from lowbit.passes.scalar import evaluated
+from lowbit.planning import LoweringError
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from lowbit.testing.checks import random_array, random_rows
 from lowbit.testing.tolerance import gamma
@@ -141,3 +142,72 @@ def test_only_halves_are_multiplied() -> None:
     w = laid_out(array(lb.bcq(2), 13, 70))
     with pytest.raises(TypeError, match="x is float32 and dy float16: the matrix unit multiplies two float16 or two"):
         by_twin(random_rows(1, 70), random_rows(1, 13, dtype="float16"), w)
+
+
+# ---------------------------------------------------------------- programs, and the choice
+
+KERNEL = "custom_call @mosaic_gpu"
+W = random_array(QuantType((("k", 300), ("n", 100)), "bf16", lb.bcq(2, group=64), (("alpha", "p", 1),)))
+THERE = laid_out(W)
+X = jnp.asarray(random_rows(5, 300, dtype="bfloat16"))
+
+
+def scales(w: QuantArray, x: jax.Array = X, **how: Any) -> jax.Array:
+    """The gradient of the scales that train."""
+
+    def loss(first: jax.Array) -> jax.Array:
+        return lb.matmul(x, QuantArray({**w.fields, "alpha_first": first}, w.type), **how).astype(jnp.float32).sum()
+
+    return jax.grad(loss)(w.fields["alpha_first"])
+
+
+def for_cuda(f: Any, *args: Any) -> str:
+    return str(jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text())
+
+
+def test_a_program_for_cuda_holds_the_kernel() -> None:
+    assert for_cuda(scales, THERE).count(KERNEL) == 1  # neither the product nor the gradient of x is computed
+    assert KERNEL not in for_cuda(scales, W)
+    assert KERNEL not in for_cuda(scales, THERE, X.astype("float32"))
+    assert KERNEL not in str(jax.jit(scales).lower(THERE).as_text())
+
+
+def test_on_a_cpu_gradients_are_those_of_the_plain_array() -> None:
+    there = QuantArray({**THERE.fields, "alpha_first": jax.jit(scales)(THERE)}, THERE.type)
+    np.testing.assert_array_equal(own(there).fields["alpha_first"], jax.jit(scales)(W))
+
+
+def test_a_stack_and_an_export() -> None:
+    stack = jax.tree.map(lambda a: jnp.stack([a, a]), THERE)
+    both = jax.vmap(scales)
+    np.testing.assert_array_equal(jax.jit(both)(stack)[1], jax.jit(scales)(THERE))
+    assert KERNEL in for_cuda(both, stack)
+    made = jax.export.export(jax.jit(scales), platforms=["cpu", "cuda"])(THERE)
+    assert KERNEL in made.mlir_module()
+    np.testing.assert_array_equal(made.call(THERE), jax.jit(scales)(THERE))
+
+
+def test_explain_lists_the_ways_to_the_gradients() -> None:
+    def line(w: QuantArray, platform: str = "gpu", dtype: str = "bfloat16") -> str:
+        table = lb.explain(w, batch=64, platform=platform, dtype=dtype, gradient=True).split("\n\n")[2].splitlines()
+        assert table[0] == f"dw of x[64, k] @ {w.type} on {platform}"
+        assert any(row.startswith("xla_dw ") for row in table)
+        return next(row for row in table if row.startswith("mma_dw "))
+
+    assert "us" in line(THERE) and f"{THERE.type.bits // 8 + 2 * 64 * 400:,}" in line(THERE)
+    for w, platform, dtype, why in (
+        (THERE, "cpu", "bfloat16", "it is for GPUs"),
+        (W, "gpu", "bfloat16", "the weight is in its format's own layout: lb.prepare the model for its GPU"),
+        (THERE, "gpu", "float32", "x is f32, and it multiplies halves: cast x to bfloat16 or float16"),
+        (laid_out(array(lb.codebook(1, 8, vec=4), 64, 256)), "gpu", "float16", "'codebooks' is a table of all rows"),
+    ):
+        assert f"refused: {why}" in line(w, platform, dtype)
+
+
+def test_lowering_names_the_way_to_the_gradients() -> None:
+    np.testing.assert_array_equal(scales(THERE, lowering="xla_dw"), scales(THERE))
+    with pytest.raises(LoweringError) as refused:
+        scales(THERE, lowering=["xla_dx", "mma_dw"])
+    message = str(refused.value)
+    assert message.startswith(f"lowering 'mma_dw' cannot run dw of x[5, k] @ {THERE.type}: use one of xla_dw")
+    assert "mma_dw   refused: it is for GPUs" in message

@@ -1,0 +1,124 @@
+"""The gradients of a product: terms of their own, or this library's kernels, and which of them runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowbit.array import QuantArray, own
+from lowbit.by_kernel import by_mma_dw, by_mma_dx
+from lowbit.by_term import emit_in_order
+from lowbit.devices import is_hopper, no_kernels_here
+from lowbit.dispatch import by_platform
+from lowbit.ir.cost import cost
+from lowbit.ir.dtypes import is_float, numpy_dtype, short
+from lowbit.ir.walk import params
+from lowbit.kernels.choice import DW, DX, LAUNCH, KernelChoice, dw_choice, dx_choice, restoring
+from lowbit.passes.choose import Form
+from lowbit.planning import Lowering, Plan, cotangent_forms, machine_of
+from lowbit.quant_type import QuantType, readings
+
+
+def cotangents(
+    t: QuantType, x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array, asked: Lowering
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Of x [m, k] and of every field, from dy [m, n]; `asked` names how they are made."""
+    of_x, of_floats = (tuple(name for name in asked or () if name in ways) or None for ways in (DX, DW))
+    floats = {name: a for name, a in fields.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    none: dict[str, Any] = {name: np.zeros(a.shape, jax.dtypes.float0) for name, a in fields.items()}
+    return _of_x(t, of_x, dy, fields), none | (_of_floats(t, of_floats, x, fields, dy) if floats else {})
+
+
+@lru_cache(maxsize=4096)
+def planned_dx(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
+    """The plan of the gradient of x [m, k] in x @ w."""
+    machine, stored = machine_of(platform), t.bits // 8
+    made, _ = cotangent_forms(m, t, dtype, dtype, "x", platform)
+    before = restoring(readings(t), stored, t.layout)  # the form takes the format's own layout
+    before += LAUNCH if machine.name == "gpu" else 0.0
+    form = replace(made[0], name="xla_dx", nanoseconds=made[0].nanoseconds + before)
+    read = cost(t.decode).bytes if t.format.widths else stored  # of one width
+    kernel = dx_choice(m, readings(t), readings(t).index(t.decode), read, t.layout, dtype, machine.name)
+    kernel = replace(kernel, refused=kernel.refused or no_kernels_here())
+    return Plan(f"dx[{m}, k] of x @ {t}", machine.name, (form,), (kernel,))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _of_x(t: QuantType, asked: Lowering, dy: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """On a Hopper GPU as planned there, elsewhere by the term: in one program for all platforms."""
+    here, product = jax.default_backend(), (len(dy), t, short(dy.dtype))
+    choice = planned_dx(*product, here).choice(asked)  # raises for a lowering that it lacks
+    by_term = partial(_of_x_by_term, t)
+    if t.layout == "own" or (here == "gpu" and not is_hopper(jax.devices()[0])):
+        return by_term(dy, fields)
+    if here != "gpu":
+        choice = planned_dx(*product, "gpu").choice()
+    return by_term(dy, fields) if isinstance(choice, Form) else by_platform(partial(by_mma_dx, t), by_term, dy, fields)
+
+
+def _of_x_by_term(t: QuantType, dy: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    term = planned_dx(len(dy), t, short(dy.dtype), jax.default_backend()).term
+    # A part of the dense gradient is alive together with what is made of it.
+    return emit_in_order(term, {**own(QuantArray(fields, t)).fields, "dy": dy}, ("m", "k"), dy.dtype, share=4)
+
+
+@lru_cache(maxsize=4096)
+def planned_dw(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
+    """The plan of the gradients of w's parameters in x [m, k] @ w."""
+    machine, stored, plain = machine_of(platform), t.bits // 8, replace(t, layout="own")
+    made = [cotangent_forms(m, plain, dtype, dtype, name, platform)[0][0] for name in _floats(plain)]
+    took = sum(form.nanoseconds for form in made) + restoring(readings(t), stored, t.layout)
+    took += LAUNCH if machine.name == "gpu" else 0.0
+    by_term = KernelChoice("xla_dw", None, sum(form.cost.bytes for form in made), took)
+    read = cost(t.decode).bytes if t.format.widths else stored  # of one width
+    kernel = dw_choice(m, readings(t), readings(t).index(t.decode), read, t.layout, dtype, machine.name)
+    kernel = replace(kernel, refused=kernel.refused or no_kernels_here())
+    return Plan(f"dw of x[{m}, k] @ {t}", machine.name, (), (kernel, by_term))
+
+
+def _floats(t: QuantType) -> list[str]:
+    """The fields that have gradients."""
+    return [name for name, leaf in t.fields.items() if is_float(leaf.dtype) and name in params(t.decode)]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _of_floats(
+    t: QuantType, asked: Lowering, x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array
+) -> dict[str, jax.Array]:
+    """On a Hopper GPU as planned there, elsewhere by their terms: in one program for all platforms."""
+    here, product = jax.default_backend(), (len(x), t, short(x.dtype))
+    choice = planned_dw(*product, here).choice(asked)  # raises for a lowering that it lacks
+    by_term = partial(_of_floats_by_term, t)
+    if t.layout == "own" or (here == "gpu" and not is_hopper(jax.devices()[0])):
+        return by_term(x, fields, dy)
+    if here != "gpu":
+        choice = planned_dw(*product, "gpu").choice()
+    if choice.name == "xla_dw":
+        return by_term(x, fields, dy)
+    out: dict[str, jax.Array] = by_platform(partial(by_mma_dw, t), by_term, x, fields, dy)
+    return out
+
+
+def _of_floats_by_term(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array) -> dict[str, jax.Array]:
+    floats = {name: a for name, a in fields.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    plain, restored = replace(t, layout="own"), own(QuantArray(fields, t)).fields
+    made = {name: jnp.zeros_like(restored[name]) for name in floats}  # those of another width
+    made |= {name: _of_field(plain, name, x, restored, dy) for name in _floats(plain)}
+
+    def restored_floats(floats: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        there = own(QuantArray({**fields, **floats}, t)).fields
+        return {name: there[name] for name in floats}
+
+    out: dict[str, jax.Array] = jax.vjp(restored_floats, floats)[1](made)[0]
+    return out
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _of_field(t: QuantType, name: str, x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array) -> jax.Array:
+    made, leaf = cotangent_forms(len(x), t, short(x.dtype), short(dy.dtype), name, jax.default_backend())
+    return emit_in_order(made[0].term, {**fields, "x": x, "dy": dy}, tuple(leaf.dims), numpy_dtype(leaf.dtype), share=4)
