@@ -15,6 +15,7 @@ from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES, Half
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES
+from lowbit.kernels.mma_dx import input_gradient
 from lowbit.kernels.product import product, product_of_codes
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from tests.fp3 import fp3_rows
@@ -72,11 +73,28 @@ def catalog() -> Iterator[Listed]:
         yield listed(f"any_bcq2_at_{width}_bf16_m8", fmt, "bf16", 8, None)
     for width in (5, 8):
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
+    for m in (64, 512):
+        yield listed_dx(f"bcq3_dx_bf16_m{m}", lb.bcq(3, group=128, scale_dtype="bfloat16"), m)
+        yield listed_dx(f"uniform4_dx_bf16_m{m}", lb.uniform(4, group=128, scale_dtype="bfloat16"), m)
+        yield listed_dx(f"any_precision3_at_4_dx_bf16_m{m}", lb.any_precision(3, 8, width=4), m)
+        yield listed_dx(f"codebook_m1v4_dx_bf16_m{m}", lb.codebook(1, 8, vec=4, group=128, scale_dtype="bfloat16"), m)
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
 
 
 def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> Listed:
     """The product of x [m, SIZE] with a SIZE by SIZE weight, read at its format's width."""
+    return laid_out(name, product, fmt, kind, m, STAGE // 16, target)
+
+
+def listed_dx(name: str, fmt: Format, m: int) -> Listed:
+    """The gradient of x in that product, from dy [m, SIZE] in bfloat16. One WGMMA has all inputs of a stage."""
+    return laid_out(name, input_gradient, fmt, "bf16", m, ROWS // 16, None)
+
+
+def laid_out(
+    name: str, run: Callable[..., Any], fmt: Format, kind: Half, m: int, wgmmas: int, target: float | None
+) -> Listed:
+    """`run` of a layout, activations or their gradient, and fields."""
     t = QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma")
     of, at = kernel_layout(t), readings(t).index(t.decode)
     fields = {
@@ -85,7 +103,7 @@ def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> 
     }
     x = jax.ShapeDtypeStruct((m, SIZE), HALVES[kind])
     read = sum(fields[field].size * dtype_bits(of.fields[field].dtype) for field in of.read(at)) / SIZE**2
-    return Listed(name, partial(product, of, at=at), (x, fields), ROWS * STAGE // LANES, read, STAGE // 16, target)
+    return Listed(name, partial(run, of, at=at), (x, fields), ROWS * STAGE // LANES, read, wgmmas, target)
 
 
 def listed_fp8(name: str, m: int) -> Listed:
