@@ -8,7 +8,11 @@ from statistics import mean
 
 import lowbit as lb
 from benchmarks.gpu_results import Peaks, Row, Target
+from lowbit.backward import planned_dx
 from lowbit.ir.cost import cost
+from lowbit.ir.dtypes import short
+from lowbit.kernels.choice import GRADIENTS
+from lowbit.planning import Plan
 
 SHAPES = ((28672, 8192), (8192, 28672), (14336, 4096), (4096, 4096))
 """Outputs by inputs."""
@@ -36,17 +40,19 @@ HALVES, COPY = "halves", "copy"
 WEIGHTS = (*((what,) for what in (HALVES, *IN_BOTH)), ("any_precision4", "any_precision3"), ("m1v4",), ("m2v8",))
 NESTED = ((HALVES,), ("nested_fp16", "nested_fp8"))
 """Widths of one array stand together."""
+BACK, BACK_BATCHES = ("uniform4", "bcq3", "any_precision4", "m1v4"), (64, 512, 2048)
+"""Whose gradients of activations are timed, of the first shape and the last."""
 PREFILL = 512
 """Rows from which on decoding once and an ordinary product are a candidate too."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One product x [m, k] @ w [k, n].
+    """One product x [m, k] @ w [k, n], or the gradient of x in it.
 
     Attributes:
       what: a name of FORMATS, or HALVES.
-      lowering: what it is asked to run as; None for dense weights.
+      lowering: what it is asked to run as; None for products with dense weights. GRADIENTS are those of gradients.
     """
 
     what: str
@@ -60,6 +66,11 @@ class Case:
     def name(self) -> str:
         lowering = f" {self.lowering}" if self.lowering else ""
         return f"{self.what}{lowering} {self.n}x{self.k} m={self.m} {self.dtype}"
+
+    @property
+    def back(self) -> bool:
+        """Whether it is a gradient."""
+        return self.lowering in GRADIENTS
 
     @property
     def type(self) -> lb.QuantType:
@@ -88,14 +99,16 @@ class Case:
         """Seconds by the library's own model of its candidates."""
         if self.what == HALVES:
             return {}
-        found = lb.plan((self.m, self.k), self.type, "gpu", self.dtype)
-        return {c.name: c.nanoseconds / 1e9 for c in found.choices if c.name == self.lowering}
+        return {c.name: c.nanoseconds / 1e9 for c in self.plan().choices if c.name == self.lowering}
 
     def chosen(self) -> str | None:
         """What `lb.matmul` runs unasked."""
-        if self.what == HALVES:
-            return None
-        return lb.plan((self.m, self.k), self.type, "gpu", self.dtype).choice().name
+        return None if self.what == HALVES else self.plan().choice().name
+
+    def plan(self) -> Plan:
+        if self.back:
+            return planned_dx(self.m, self.type, short(self.dtype), "gpu")
+        return lb.plan((self.m, self.k), self.type, "gpu", self.dtype)
 
 
 def canonical(what: str, n: int, k: int) -> lb.QuantType:
@@ -120,7 +133,11 @@ def cases(what: str, n: int, k: int) -> list[Case]:
         return [Case(what, n, k, m, "float16", way) for m in (*FEW, *MANY) for way in ways(what, m)]
     out = [Case(what, n, k, m, DTYPES[0], way) for m in BATCHES for way in ways(what, m)]
     both = what in (HALVES, *IN_BOTH)
-    return out + [Case(what, n, k, m, DTYPES[1], ways(what, m)[0]) for m in BATCHES if both]
+    out += [Case(what, n, k, m, DTYPES[1], ways(what, m)[0]) for m in BATCHES if both]
+    if (n, k) in (SHAPES[0], SHAPES[-1]) and what in (HALVES, *BACK):
+        some = GRADIENTS[-1:] if what == HALVES else GRADIENTS
+        out += [Case(what, n, k, m, DTYPES[0], way) for m in BACK_BATCHES for way in some]
+    return out
 
 
 def ways(what: str, m: int) -> list[str | None]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from lowbit.array import QuantArray, dequantize, own
 from lowbit.io import read, write
-from lowbit.ir.build import param
+from lowbit.ir.build import contract, param
 from lowbit.ir.dtypes import is_float, numpy_dtype, short
 from lowbit.ir.expr import Expr
 from lowbit.ir.oracle import evaluate
@@ -31,7 +31,7 @@ from lowbit.passes.choose import Form, choose
 from lowbit.passes.lower_xla import align, emit
 from lowbit.planning import lowering, machine_of, plan
 from lowbit.quant_type import QuantType, float_words, type_from_json, type_to_json
-from lowbit.testing.terms import encoded, kernel_term, product_term
+from lowbit.testing.terms import encoded, kernel_dx_term, kernel_term, product_term
 from lowbit.testing.tolerance import Array, assert_within, exact_and_bound, expect, in_float64, rounded
 
 DRAWS = 64
@@ -134,6 +134,16 @@ def assert_product(y: Any, x: Array, w: QuantArray, term: Expr) -> None:
     exact = _ordered(evaluate(product := product_term(len(rows), w.type, short(x.dtype)), env), product, ("m", "n"))
     _, bound = exact_and_bound(term, env, ("m", "n"))
     assert_within(np.asarray(y).reshape(exact.shape), exact, rounded(exact, bound, x.dtype), "y [m, n]")
+
+
+def assert_dx(dx: Any, dy: Array, w: QuantArray, by_kernel: bool = True) -> None:
+    """dx [m, k] is dy [m, n] times the transpose of w, as exactly as kernels compute it, or forms of the term."""
+    m, env = len(dy), {**stored(w), "dy": dy}
+    plain = contract((param("dy", short(dy.dtype), None, m=m, n=dict(w.type.dims)["n"]), w.type.decode), ("n",))
+    exact = _ordered(evaluate(plain, env), plain, ("m", "k"))
+    _, bound = exact_and_bound(kernel_dx_term(m, w.type, short(dy.dtype)) if by_kernel else plain, env, ("m", "k"))
+    expect(dx.shape == exact.shape and dx.dtype == dy.dtype, f"{dx.dtype}{list(dx.shape)}, not {list(exact.shape)}")
+    assert_within(dx, exact, rounded(exact, bound, dy.dtype), "dx [m, k]")
 
 
 def check_batches(x: Array, w: QuantArray) -> None:

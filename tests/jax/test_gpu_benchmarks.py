@@ -26,6 +26,7 @@ OTHERS = [
     [Case("m1v4", 128, 256, 2, "bfloat16", "decode")],
     [Case(what, 128, 256, 2, "float16", "decode") for what in ("nested_fp16", "nested_fp8")],
 ]
+BACK = [[Case(what, 128, 256, 2, "bfloat16", "xla_dx")] for what in ("halves", "bcq3")]
 
 
 def rows_of(results: Results) -> dict[str, Any]:
@@ -66,7 +67,9 @@ def test_roofline_is_of_memory_then_of_the_matrix_unit() -> None:
 def test_every_shape_batch_format_and_dtype_is_a_case() -> None:
     named = {case.name: case for group in groups() for case in group}
     once = 4 * (2 * 8 + 4 * (2 * 8 + 2) + 4 * (8 + 2)) + 4 * (7 + 7 + 3 + 2 * 7)
-    assert len(named) == sum(map(len, groups())) == once
+    back = 2 * 3 * (1 + 4 * 2)
+    assert len(named) == sum(map(len, groups())) == once + back
+    assert sum(case.back for case in named.values()) == back
     promised = {need for target in targets() for need in target.needs} - {COPY}
     assert promised == {case.name for group in groups()[:15] for case in group}
 
@@ -246,8 +249,17 @@ def test_a_run_measures_and_goes_on(
 
 
 def test_every_kind_of_weight_is_made_varied_and_checked(cpu: Results) -> None:
-    assert gpu_matmul.run(OTHERS, cpu, 60.0) == 0
-    assert [row["weights"] for name, row in cpu.rows.items() if name != COPY] == [2] * 5
+    assert gpu_matmul.run([*OTHERS, *BACK], cpu, 60.0) == 0
+    assert [row["weights"] for name, row in cpu.rows.items() if name != COPY] == [2] * 7
+
+
+def test_a_wrong_gradient_is_named(
+    cpu: Results, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = gpu_matmul.gradient
+    monkeypatch.setattr(gpu_matmul, "gradient", lambda *args: right(*args) + 100)
+    assert gpu_matmul.run(BACK[1:], cpu, 60.0) == 1
+    assert "WRONG bcq3 xla_dx 128x256 m=2 bfloat16: dx [m, k]: 512 of 512 differ" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("cpu")

@@ -16,6 +16,7 @@ from lowbit.kernels.alu import HALVES, Half
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES
 from lowbit.kernels.mma_dw import STEP, parameter_gradients
+from lowbit.kernels.mma_dx import input_gradient
 from lowbit.kernels.product import product, product_of_codes
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from tests.fp3 import fp3_rows
@@ -74,12 +75,12 @@ def catalog() -> Iterator[Listed]:
         yield listed(f"any_bcq2_at_{width}_bf16_m8", fmt, "bf16", 8, None)
     for width in (5, 8):
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
-    yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
     yield from gradients()
+    yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
 
 
 def gradients() -> Iterator[Listed]:
-    """Of parameters."""
+    """Of activations, and of parameters."""
     formats = {
         "bcq2": lb.bcq(2, group=128, scale_dtype="bfloat16"),
         "bcq3": lb.bcq(3, group=128, scale_dtype="bfloat16"),
@@ -87,14 +88,30 @@ def gradients() -> Iterator[Listed]:
         "uniform4": lb.uniform(4, group=128, scale_dtype="bfloat16"),
         "any_precision3_at_3": lb.any_precision(3, 8, width=3),
         "any_precision3_at_4": lb.any_precision(3, 8, width=4),
+        "codebook_m1v4": lb.codebook(1, 8, vec=4, group=128, scale_dtype="bfloat16"),
     }
-    for name, fmt in formats.items():
+    for m in (64, 512):
+        for name in ("bcq3", "uniform4", "any_precision3_at_4", "codebook_m1v4"):
+            yield listed_dx(f"{name}_dx_bf16_m{m}", formats[name], m)
+    for name in list(formats)[:6]:  # tables of all rows are left to XLA
         for m in (512, 4096):
-            yield listed_gradients(f"{name}_parameters_bf16_m{m}", fmt, m)
+            yield listed_dw(f"{name}_dw_bf16_m{m}", formats[name], m)
 
 
 def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> Listed:
     """The product of x [m, SIZE] with a SIZE by SIZE weight, read at its format's width."""
+    return laid_out(name, product, fmt, kind, m, STAGE // 16, target)
+
+
+def listed_dx(name: str, fmt: Format, m: int) -> Listed:
+    """The gradient of x in that product, from dy [m, SIZE] in bfloat16. One WGMMA has all inputs of a stage."""
+    return laid_out(name, input_gradient, fmt, "bf16", m, ROWS // 16, None)
+
+
+def laid_out(
+    name: str, run: Callable[..., Any], fmt: Format, kind: Half, m: int, wgmmas: int, target: float | None
+) -> Listed:
+    """`run` of a layout, activations or their gradient, and fields."""
     t = QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma")
     of, at = kernel_layout(t), readings(t).index(t.decode)
     fields = {
@@ -103,7 +120,7 @@ def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> 
     }
     x = jax.ShapeDtypeStruct((m, SIZE), HALVES[kind])
     read = sum(fields[field].size * dtype_bits(of.fields[field].dtype) for field in of.read(at)) / SIZE**2
-    return Listed(name, partial(product, of, at=at), (x, fields), ROWS * STAGE // LANES, read, STAGE // 16, target)
+    return Listed(name, partial(run, of, at=at), (x, fields), ROWS * STAGE // LANES, read, wgmmas, target)
 
 
 def listed_fp8(name: str, m: int) -> Listed:
@@ -118,7 +135,7 @@ def listed_fp8(name: str, m: int) -> Listed:
     return Listed(name, lambda x, fields: run(x, fields), (x, fields), ROWS * STAGE // LANES, 8.0, STAGE // 32, None)
 
 
-def listed_gradients(name: str, fmt: Format, m: int) -> Listed:
+def listed_dw(name: str, fmt: Format, m: int) -> Listed:
     """The gradients of the parameters of a SIZE by SIZE weight, of x [m, SIZE] and dy [m, SIZE]."""
     t = QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma")
     like = listed(name, fmt, "bf16", m, None)
