@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -21,7 +22,7 @@ from lowbit.ir.walk import params
 from lowbit.kernels.choice import DW, DX, LAUNCH, KernelChoice, dw_choice, dx_choice, restoring
 from lowbit.passes.choose import Form
 from lowbit.planning import Lowering, Plan, cotangent_forms, machine_of
-from lowbit.quant_type import QuantType, readings
+from lowbit.quant_type import QuantType, kernel_layout, readings
 
 
 def cotangents(
@@ -71,13 +72,15 @@ def _of_x_by_term(t: QuantType, dy: jax.Array, fields: dict[str, jax.Array]) -> 
 def planned_dw(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
     """The plan of the gradients of w's parameters in x [m, k] @ w."""
     machine, stored, plain = machine_of(platform), t.bits // 8, replace(t, layout="own")
-    made = [cotangent_forms(m, plain, dtype, dtype, name, platform)[0][0] for name in _floats(plain)]
-    took = sum(form.nanoseconds for form in made) + restoring(readings(t), stored, t.layout)
-    took += LAUNCH if machine.name == "gpu" else 0.0
-    by_term = KernelChoice("xla_dw", None, sum(form.cost.bytes for form in made), took)
+    before = restoring(readings(t), stored, t.layout) + (LAUNCH if machine.name == "gpu" else 0.0)
+    made = {name: cotangent_forms(m, plain, dtype, dtype, name, platform)[0][0] for name in _floats(plain)}
     read = cost(t.decode).bytes if t.format.widths else stored  # of one width
     kernel = dw_choice(m, readings(t), readings(t).index(t.decode), read, t.layout, dtype, machine.name)
     kernel = replace(kernel, refused=kernel.refused or no_kernels_here())
+    if kernel.refused is None and (books := kernel_layout(t).books.keys() & made.keys()):  # which XLA adds up
+        kernel = replace(kernel, nanoseconds=kernel.nanoseconds + before + sum(made[b].nanoseconds for b in books))
+    took = before + sum(form.nanoseconds for form in made.values())
+    by_term = KernelChoice("xla_dw", None, sum(form.cost.bytes for form in made.values()), took)
     return Plan(f"dw of x[{m}, k] @ {t}", machine.name, (), (kernel, by_term))
 
 
@@ -93,28 +96,34 @@ def _of_floats(
     """On a Hopper GPU as planned there, elsewhere by their terms: in one program for all platforms."""
     here, product = jax.default_backend(), (len(x), t, short(x.dtype))
     choice = planned_dw(*product, here).choice(asked)  # raises for a lowering that it lacks
-    by_term = partial(_of_floats_by_term, t)
+    names = [name for name, a in fields.items() if jnp.issubdtype(a.dtype, jnp.floating)]
     if t.layout == "own" or (here == "gpu" and not is_hopper(jax.devices()[0])):
-        return by_term(x, fields, dy)
+        return _of_floats_by_term(t, names, x, fields, dy)
     if here != "gpu":
         choice = planned_dw(*product, "gpu").choice()
-    if choice.name == "xla_dw":
-        return by_term(x, fields, dy)
-    out: dict[str, jax.Array] = by_platform(partial(by_mma_dw, t), by_term, x, fields, dy)
-    return out
+    left = names if choice.name == "xla_dw" else [name for name in names if name in kernel_layout(t).books]
+    made = _of_floats_by_term(t, left, x, fields, dy) if left else {}
+    if summed := [name for name in names if name not in left]:
+        by_term = partial(_of_floats_by_term, t, summed)
+        made |= by_platform(partial(by_mma_dw, t), by_term, x, fields, dy)
+    return made
 
 
-def _of_floats_by_term(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array) -> dict[str, jax.Array]:
-    floats = {name: a for name, a in fields.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+def _of_floats_by_term(
+    t: QuantType, names: Sequence[str], x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array
+) -> dict[str, jax.Array]:
     plain, restored = replace(t, layout="own"), own(QuantArray(fields, t)).fields
-    made = {name: jnp.zeros_like(restored[name]) for name in floats}  # those of another width
-    made |= {name: _of_field(plain, name, x, restored, dy) for name in _floats(plain)}
+    made = {
+        name: _of_field(plain, name, x, restored, dy) if name in params(t.decode)
+        else jnp.zeros_like(restored[name])  # of another width
+        for name in names
+    }  # fmt: skip
 
     def restored_floats(floats: dict[str, jax.Array]) -> dict[str, jax.Array]:
         there = own(QuantArray({**fields, **floats}, t)).fields
         return {name: there[name] for name in floats}
 
-    out: dict[str, jax.Array] = jax.vjp(restored_floats, floats)[1](made)[0]
+    out: dict[str, jax.Array] = jax.vjp(restored_floats, {name: fields[name] for name in names})[1](made)[0]
     return out
 
 

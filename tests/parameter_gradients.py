@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit.array import QuantArray, own
+from lowbit.array import QuantArray, dequantize, own
 from lowbit.ir.build import param
 from lowbit.ir.dtypes import short
 from lowbit.ir.oracle import evaluate
 from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params
+from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS
 from lowbit.kernels.mma_dw import by_span
 from lowbit.kernels.sums import Sums
@@ -28,7 +29,8 @@ def check_parameter_gradients(got: Mapping[str, Any], x: Any, dy: Any, w: QuantA
     """`got` are the oracle's cotangents of the float fields of w, which is in the kernels' layout, and so are they.
 
     A sum over a set of bits has no more roundings than rows and inputs, and its error is at most that many times the
-    sum of |dy| |x|. A table's entry is made of the sums over the sets that have all of its bits.
+    sum of |dy| |x|. A table's entry is made of the sums over the sets that have all of its bits. Vectors from tables of
+    all rows are rounded to halves, and so is each sum of two.
     """
     term = product_term(len(x), w.type, short(x.dtype))
     leaf_dy = param("dy", short(dy.dtype), None, m=len(x), n=dy.shape[1])
@@ -51,6 +53,14 @@ def _bounds(got: Mapping[str, Any], x: Any, dy: Any, w: QuantArray) -> dict[str,
     of = kernel_layout(w.type)
     sums = Sums(of.program(short(x.dtype), readings(w.type).index(w.type.decode)))
     size = np.abs(dy.astype(np.float64)).T @ np.abs(x.astype(np.float64))
+    looked_up = 0.0
+    if isinstance(decoder := sums.program.decoder, Books):
+        ones = {
+            name: jnp.ones_like(a) if name in got else jnp.abs(a) if name in of.books else a
+            for name, a in w.fields.items()
+        }  # fmt: skip
+        size = size * np.asarray(dequantize(QuantArray(ones, w.type)), np.float64).T
+        looked_up = gamma(2 * len(decoder.lookups) - 1, short(x.dtype))
     whole = np.zeros((of.tiles * ROWS, of.stages * sums.spans * sums.span))
     whole[: of.n, : of.k] = size
     spans = jnp.asarray(whole.reshape(of.tiles, ROWS, -1, sums.span).sum(-1).swapaxes(1, 2))
@@ -66,4 +76,4 @@ def _bounds(got: Mapping[str, Any], x: Any, dy: Any, w: QuantArray) -> dict[str,
         (slopes,) = jax.vjp(value, {name: jnp.asarray(w.fields[name]) for name in got})[1](spans.astype(jnp.float32))
         out = {name: total + supersets * jnp.abs(slopes[name]) for name, total in out.items()}
     terms = len(x) + of.stages * sums.spans * sums.span + 4 * len(sums.entries)
-    return {name: gamma(terms, "f32") * total for name, total in out.items()}
+    return {name: (gamma(terms, "f32") + looked_up) * total for name, total in out.items()}

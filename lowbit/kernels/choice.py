@@ -113,9 +113,8 @@ def dw_choice(
 ) -> KernelChoice:
     """Of the gradients of all parameters, for x [m, k] and a product's cotangent [m, n], both in `dtype`."""
     n, k = readings[0].dims["n"], readings[0].dims["k"]
-    why, instructions = _summed(readings, at, laid_out)
-    if machine != "gpu" or dtype not in ("f16", "bf16"):
-        why = _no_halves(dtype, machine)
+    why = None if machine == "gpu" and dtype in ("f16", "bf16") else _no_halves(dtype, machine)
+    why, instructions = (why, 0) if why else _summed(readings, at, laid_out)
     nbytes = stored + 2 * m * (n + k)
     multiplied = max(nbytes / BYTES_A_NANOSECOND, m * n * k / (PRODUCTS_A_NANOSECOND * MULTIPLYING))
     summed = n * k * instructions / INSTRUCTIONS_A_NANOSECOND

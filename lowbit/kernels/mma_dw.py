@@ -20,11 +20,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit.ir.dtypes import is_float, short
+from lowbit.kernels.alu import HALVES
 from lowbit.kernels.arrange import Fields
+from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.layout import WARPGROUPS, Layout
-from lowbit.kernels.memory import SHARED
+from lowbit.kernels.memory import SHARED, looked_up
 from lowbit.kernels.mma import HALF, pipelined
+from lowbit.kernels.product import in_order, shared_tables
 from lowbit.kernels.sums import Sums
 from lowbit.kernels.verbs import Gpu, Verbs
 from lowbit.passes.scalar import Element
@@ -50,10 +53,12 @@ def parameter_gradients(
         raise TypeError(f"x is {x.dtype} and dy {dy.dtype}: the matrix unit multiplies two float16 or two bfloat16")
     sums = Sums(of.program(kind, at))
     more = STEP * ceil(len(x) / STEP) - len(x)
-    x = jnp.pad(x, ((0, more), (0, of.stages * STAGE - of.k)))
+    x = in_order(jnp.pad(x, ((0, more), (0, of.stages * STAGE - of.k))), sums.program.decoder.consecutive)
     dy = jnp.pad(dy, ((0, more), (0, of.tiles * ROWS - of.n)))
     words = [fields[name] for name in of.words][: of.arrays(sums.program.weights)]
-    made = _Schedule(sums, len(x) // STEP, of.tiles, of.stages, verbs or Gpu()).run(dy, x, *words)
+    decoder = sums.program.decoder
+    tables = [shared_tables(sums.program, decoder, fields)] if isinstance(decoder, Books) else []
+    made = _Schedule(sums, len(x) // STEP, of.tiles, of.stages, verbs or Gpu()).run(dy, x, *words, *tables)
     floats = {name: fields[name] for name, own in of.leaves.items() if is_float(own[0].leaf.dtype)}
 
     def terms(floats: Fields) -> jax.Array:
@@ -84,12 +89,15 @@ class _Schedule:
 
     @cached_property
     def run(self) -> Callable[..., jax.Array]:
-        """(dy, x, *words) -> the sums, f32 [tile, span, subset, ROWS]."""
-        of_stage = (self.sums.spans, len(self.sums.subsets), ROWS)
+        """(dy, x, *words, *tables) -> the sums, f32 [tile, span, subset, ROWS]."""
+        of_stage, program = (self.sums.spans, len(self.sums.subsets), ROWS), self.sums.program
+        scratch: list[Any] = [plgpu.SMEM((WARPGROUPS, *of_stage), jnp.float32)]
+        if self.sums.unscaled:
+            scratch += [plgpu.SMEM(program.table_shape, HALVES[program.kind]), plgpu.Barrier()]
         return plgpu.kernel(
             self.body,
             out_type=jax.ShapeDtypeStruct((self.tiles, self.stages * of_stage[0], *of_stage[1:]), jnp.float32),
-            scratch_types=[plgpu.SMEM((WARPGROUPS, *of_stage), jnp.float32)],
+            scratch_types=scratch,
             grid=(self.tiles // WARPGROUPS, self.stages),
             grid_names=AXES[:2],
             num_threads=WARPGROUPS + 1,
@@ -101,20 +109,35 @@ class _Schedule:
     @property
     def depth(self) -> int:
         """Steps in flight: as many as fit."""
-        staging = 4 * WARPGROUPS * self.sums.spans * len(self.sums.subsets) * ROWS
-        fit = (SHARED - staging) // (2 * STEP * (WARPGROUPS * ROWS + STAGE))
+        beside = 4 * WARPGROUPS * self.sums.spans * len(self.sums.subsets) * ROWS
+        beside += looked_up(self.sums.program) if self.sums.unscaled else 0
+        fit = (SHARED - beside) // (2 * STEP * (WARPGROUPS * ROWS + STAGE))
         return min(4 if fit >= 4 else 2, max(2, self.steps))
 
     def body(self, dy: Any, x: Any, *refs: Any) -> None:
         """The kernel."""
-        *words, out, staging = refs
+        count = len(self.sums.program.words)
+        words, (*books, out, staging), shared = refs[:count], refs[count:], []
+        if self.sums.unscaled:
+            *books, out, staging, table, barrier = refs[count:]
+            shared = [table, barrier]
         row, stage, group = (lax.axis_index(axis) for axis in AXES)
         verbs, sums = self.verbs, self.sums
         tile = row * WARPGROUPS + group
 
+        for book in books:
+
+            @pl.when(group == 0)
+            def _(book: Any = book) -> None:
+                plgpu.copy_gmem_to_smem(book, *shared)
+
         def compute(pipeline: Callable[..., Any]) -> None:
             total = verbs.total((ROWS, STAGE), pipeline)
             loaded = [verbs.words(ref.at[tile, stage], False) for ref in words]
+            if sums.unscaled:
+                plgpu.barrier_wait(shared[1])
+                total *= verbs.decode(sums.unscaled, shared[0], loaded).astype(jnp.float32)
+                loaded = []
             for at in range(sums.spans):
                 for i, value in enumerate(verbs.sums(sums, at, total, loaded)):
                     staging[group, at, i] = value

@@ -43,7 +43,7 @@ def product(
     stored = [fields[name] for name in of.read(at) if name not in of.books]
     decoder = program.decoder
     tables = [shared_tables(program, decoder, fields)] if isinstance(decoder, Books) else []
-    parts = run(*stored, *tables, _in_order(x_padded, decoder.consecutive))
+    parts = run(*stored, *tables, in_order(x_padded, decoder.consecutive))
     return parts.sum(0)[: of.n, :m].T.astype(x.dtype)
 
 
@@ -86,7 +86,7 @@ def _padded(m: int) -> int:
     return 8 * ceil(m / 8) if m <= COLUMNS_A_BLOCK else COLUMNS_A_BLOCK * ceil(m / COLUMNS_A_BLOCK)
 
 
-def _in_order(x: jax.Array, consecutive: int) -> jax.Array:
+def in_order(x: jax.Array, consecutive: int) -> jax.Array:
     """x with its inputs where WGMMA reads them, if a lane has more than two that follow each other."""
     blocks = x.reshape(len(x), -1, 4, consecutive // 2, 2)  # quarter of a warp's row, pair, input
     return blocks.swapaxes(2, 3).reshape(x.shape)

@@ -7,14 +7,17 @@ polynomial of these bits, f_c = sum_A t_A prod_{i in A} c_i over sets A of bits,
 
 Binary coding and whole numbers times a scale have sets of at most one bit, a stored table has them all. A lane has the
 codes of its own entries of G: accumulators lie as WGMMA's operand A of halves does, whose order words are stored in.
+
+Weights from tables of all rows have at most one parameter of their row, a scale. Its gradient is the sum of G times
+what they are without it, decoded as for a product. Those of the tables are not sums of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, reduce
 from math import gcd
 from random import Random
 from typing import Any
@@ -22,15 +25,18 @@ from typing import Any
 import numpy as np
 
 from lowbit.kernels.alu import AND_XOR, Alu, Bit, NumpyAlu, Register
+from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import COLUMNS, ROWS, STAGE
 from lowbit.kernels.lanes import LANES, Program, row_values, words_of_lanes
 from lowbit.passes.pointwise import COMPUTED_BITS, UnsuitableError
 from lowbit.passes.relayout import bit_positions
-from lowbit.passes.scalar import Element, Scalar, elements, evaluated, negated
+from lowbit.passes.scalar import Element, Scalar, elements, evaluated, negated, plus
 
 Array = np.ndarray[Any, Any]
 QUARTET = (1, 2)
 """Lanes that share a row differ in these bits."""
+DECODED = 4
+"""Instructions for a weight that is looked up, converted, and multiplied by its entry of G."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,10 @@ class Sums:
 
     def __post_init__(self) -> None:
         weights = self.program.weights
-        if weights.books:
-            raise UnsuitableError(f"{min(weights.books)!r} is a table of all rows, and it sums row by row")
-        if weights.computed:
-            raise UnsuitableError("its weights have no parameters")
-        if weights.bits > COMPUTED_BITS:
+        if weights.computed and not weights.parameters:
+            what = f"{min(weights.books)!r} is a table of all rows" if weights.books else "they are steps alone"
+            raise UnsuitableError(f"its weights have no parameters of their rows: {what}")
+        if weights.bits > COMPUTED_BITS and not weights.computed:
             raise UnsuitableError(f"its codes have {weights.bits} bits, and it sums for at most {COMPUTED_BITS}")
 
     @property
@@ -73,8 +78,20 @@ class Sums:
         """The weight for each stored code without its sign."""
         return self._stored[: len(self._stored) // (1 + self.odd)]
 
+    @cached_property
+    def unscaled(self) -> Program | None:
+        """Where G is multiplied by weights: how these are decoded."""
+        decoder, weights = self.program.decoder, self.program.weights
+        if not isinstance(decoder, Books):
+            return None
+        lookups: list[Scalar] = [(1, lookup) for lookup in decoder.lookups]
+        entry = reduce(plus, lookups)
+        return replace(self.program, weights=replace(weights, entries=(entry,)))
+
     @property
     def _stored(self) -> list[Scalar]:
+        if self.unscaled:
+            return [(1, e) for e in self.program.weights.parameters]
         meaning = self.program.decoder.meaning or range(1 << self.program.weights.bits)
         return [self.program.weights.entries[code] for code in meaning]
 
@@ -89,6 +106,8 @@ class Sums:
     @property
     def instructions(self) -> int:
         """Those that an entry of G takes: a sign, tests of bits, additions, and choices of what several sets share."""
+        if self.unscaled:
+            return DECODED
         bits = self.program.weights.bits - self.odd
         shared = {subset & (1 << at) - 1 for subset in self.subsets for at in range(bits) if subset >> at == 1}
         return 2 * self.odd + bits + len(self.subsets) + len(shared - {0})
@@ -101,6 +120,8 @@ class Sums:
     @cached_property
     def places(self) -> Array:
         """[row half, j, e, bit]: where a lane has the bits of its codes of a tile, counted through its words."""
+        if self.unscaled:
+            return np.zeros((2, COLUMNS // 8, 2, 0), np.int64)
         at = bit_positions(self.program.decoder.codes(), self.program.weights.bits)
         first = at.reshape(ROWS, COLUMNS // 8, 4, 2, -1)[:16:8, :, 0]  # of lane 0
         word, bit = np.divmod(first, 32)
@@ -114,7 +135,7 @@ class Sums:
         Args:
           at: which span of the stage.
           g: accumulators in WGMMA's order, (2 j + h) 2 + e.
-          words: of the lane, array by array.
+          words: of the lane, array by array; none where `g` was multiplied by the weights.
         """
         halves: list[list[Register]] = []
         for h in range(2):

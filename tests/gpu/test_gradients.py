@@ -34,6 +34,8 @@ FORMATS = {
     "any_precision_at_2": lb.any_precision(2, 8, width=2),
     "any_precision_at_3": lb.any_precision(3, 8, width=3),
     "any_precision_at_4": lb.any_precision(3, 8, width=4),
+    "m1v4": lb.codebook(1, 8, vec=4, group=128),  # of the scales
+    "m2v8": lb.codebook(2, 8, vec=8, group=32, scale_dtype="float16"),
     "any_bcq_at_4": lb.any_bcq(2, 4, group=128, width=4),
 }
 HALVES = ("float16", "bfloat16")
@@ -63,7 +65,7 @@ def test_formats(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("m", [1, 64, 128, 512, 2048])
-@pytest.mark.parametrize("name", ["bcq3", "any_precision_at_4"])
+@pytest.mark.parametrize("name", ["bcq3", "any_precision_at_4", "m1v4"])
 def test_rows_of_x(name: str, m: int) -> None:
     check(prepared(name, 256, 1024), "bfloat16", m)
 

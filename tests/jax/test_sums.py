@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import lowbit as lb
 from lowbit.array import QuantArray, laid_out, own
 from lowbit.compat import interpret_params, races_found
+from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.mma_dw import by_span, parameter_gradients
 from lowbit.kernels.sums import Sums, in_numpy, polynomial
@@ -102,6 +103,8 @@ def codes_of(w: QuantArray, sums: Sums) -> Any:
         pytest.param(lb.bcq(2, group=32), "f16", 5, 301, marks=pytest.mark.slow),
         pytest.param(lb.any_bcq(2, 4, group=64, width=3), "bf16", 5, 70, marks=pytest.mark.slow),
         pytest.param(fp3_rows(), "f16", 5, 70, marks=pytest.mark.slow),
+        (lb.codebook(1, 8, vec=4, group=32), "f16", 5, 70),  # of the scales; inputs in another order
+        pytest.param(lb.codebook(2, 8, vec=8, group=128), "bf16", 5, 301, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -127,8 +130,7 @@ def test_instructions_of_an_entry() -> None:
 @pytest.mark.parametrize(
     ("fmt", "why"),
     [
-        (lb.codebook(1, 8, vec=4, group=128), "'codebooks' is a table of all rows, and it sums row by row"),
-        (lb.nested_fp(), "its weights have no parameters"),
+        (lb.nested_fp(), "its weights have no parameters of their rows: they are steps alone"),
         (lb.any_precision(3, 5, width=5), "its codes have 5 bits, and it sums for at most 4"),
     ],
     ids=str,
@@ -136,6 +138,13 @@ def test_instructions_of_an_entry() -> None:
 def test_what_is_not_summed(fmt: lb.Format, why: str) -> None:
     with pytest.raises(UnsuitableError, match=why):
         sums_of(array(fmt, ROWS, STAGE))
+
+
+def test_tables_of_all_rows_are_not_summed() -> None:
+    scaled = sums_of(array(lb.codebook(1, 8, vec=4, group=128), ROWS, STAGE))
+    assert scaled.subsets == (0,) and scaled.instructions < 6 and scaled.unscaled
+    with pytest.raises(UnsuitableError, match="no parameters of their rows: 'codebooks' is a table of all rows"):
+        Sums(scaled.unscaled)
 
 
 def test_only_halves_are_multiplied() -> None:
@@ -199,9 +208,23 @@ def test_explain_lists_the_ways_to_the_gradients() -> None:
         (THERE, "cpu", "bfloat16", "it is for GPUs"),
         (W, "gpu", "bfloat16", "the weight is in its format's own layout: lb.prepare the model for its GPU"),
         (THERE, "gpu", "float32", "x is f32, and it multiplies halves: cast x to bfloat16 or float16"),
-        (laid_out(array(lb.codebook(1, 8, vec=4), 64, 256)), "gpu", "float16", "'codebooks' is a table of all rows"),
+        (laid_out(array(lb.nested_fp(), 64, 256)), "gpu", "float16", "its weights have no parameters of their rows"),
     ):
         assert f"refused: {why}" in line(w, platform, dtype)
+
+
+def test_codebooks_are_left_to_xla() -> None:
+    t = QuantType((("k", 2048), ("n", 2048)), "bf16", lb.codebook(1, 8, vec=4, group=128), layout="mma")
+    fields = {name: jax.ShapeDtypeStruct(tuple(f.dims.values()), numpy_dtype(f.dtype)) for name, f in t.fields.items()}
+
+    def loss(trained: Any, words: Any, x: Any) -> jax.Array:
+        return lb.matmul(x, QuantArray({**trained, "words": words}, t)).astype(jnp.float32).sum()
+
+    words, x = fields.pop("words"), jax.ShapeDtypeStruct((512, 2048), jnp.bfloat16)
+    both = for_cuda(jax.grad(loss), fields, words, x)
+    scale = for_cuda(lambda *args: jax.grad(loss)(*args)["scale"], fields, words, x)
+    assert both.count(KERNEL) == scale.count(KERNEL) == 1
+    assert "stablehlo.while" in both and "stablehlo.while" not in scale
 
 
 def test_lowering_names_the_way_to_the_gradients() -> None:
