@@ -73,12 +73,18 @@ def catalog() -> Iterator[Listed]:
         yield listed(f"any_bcq2_at_{width}_bf16_m8", fmt, "bf16", 8, None)
     for width in (5, 8):
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
-    for m in (64, 512):
-        yield listed_dx(f"bcq3_dx_bf16_m{m}", lb.bcq(3, group=128, scale_dtype="bfloat16"), m)
-        yield listed_dx(f"uniform4_dx_bf16_m{m}", lb.uniform(4, group=128, scale_dtype="bfloat16"), m)
-        yield listed_dx(f"any_precision3_at_4_dx_bf16_m{m}", lb.any_precision(3, 8, width=4), m)
-        yield listed_dx(f"codebook_m1v4_dx_bf16_m{m}", lb.codebook(1, 8, vec=4, group=128, scale_dtype="bfloat16"), m)
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
+    yield from gradients()
+
+
+def gradients() -> Iterator[Listed]:
+    """Of activations."""
+    half = "bfloat16"
+    for m in (64, 512):
+        yield listed_dx(f"bcq3_dx_bf16_m{m}", lb.bcq(3, group=128, scale_dtype=half), m)
+        yield listed_dx(f"uniform4_dx_bf16_m{m}", lb.uniform(4, group=128, scale_dtype=half), m)
+        yield listed_dx(f"any_precision3_at_4_dx_bf16_m{m}", lb.any_precision(3, 8, width=4), m)
+        yield listed_dx(f"codebook_m1v4_dx_bf16_m{m}", lb.codebook(1, 8, vec=4, group=128, scale_dtype=half), m)
 
 
 def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> Listed:
