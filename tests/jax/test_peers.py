@@ -166,8 +166,12 @@ def test_a_run_measures_once(results: Results, monkeypatch: pytest.MonkeyPatch) 
     assert list(race.race(fakes("good"), [(16, 1024)], results, time.monotonic() - 1)) == []
 
 
-def test_what_is_not_there_is_a_row_and_is_asked_for_again(results: Results) -> None:
+def test_what_is_not_there_is_a_row_and_is_asked_for_again(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    spawn = race.spawn
+    monkeypatch.setattr(race, "spawn", lambda peer, *args: started.append(peer.name) or spawn(peer, *args))
     rows = run(results, "absent", "refuses", "leaves")
+    assert started == ["absent", "refuses", "leaves"]  # once for all numbers of rows
     reasons = {row["peer"]: row["reason"] for row in rows.values()}
     assert len(rows) == 9
     assert reasons["absent"] == "no module 'no_such_package'"
