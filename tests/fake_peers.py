@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from functools import partial
@@ -68,6 +69,7 @@ def errs(x: Array, w: Any) -> Any:
 
 def raises(x: Array, w: Any) -> Any:
     if len(x) == 2:
+        atexit.register(os._exit, 3)  # as a GPU's driver may end it
         raise RuntimeError("two are too many")
     return product(x, w)
 

@@ -100,11 +100,12 @@ def nf4_product(x: Any, w: Any) -> Any:
 
 
 half = partial(Peer, dtype="float16")
+adding = partial(half, adds_in_halves=True)
+"""PyTorch lets cuBLAS add parts of a sum in halves, and gemlite's kernels that split k add to the result."""
 PEERS = [
-    half("cuBLAS float16", "dense", needs="torch", pack=cublas_pack, product=cublas_product),
-    # Its kernels that split k add to the result in halves.
+    adding("cuBLAS float16", "dense", needs="torch", pack=cublas_pack, product=cublas_product),
     *(
-        half(f"gemlite {w}", w, needs="gemlite", pack=gemlite_pack, product=gemlite_product, adds_in_halves=True)
+        adding(f"gemlite {w}", w, needs="gemlite", pack=gemlite_pack, product=gemlite_product)
         for w in ("uniform4", "uniform2")
     ),
     *(
@@ -112,5 +113,5 @@ PEERS = [
         for w in ("uniform4", "uniform3", "uniform2")
     ),
     Peer("torchao int4", "uniform4", "bfloat16", "torch", tinygemm_pack, tinygemm_product),
-    half("bitsandbytes nf4", "nf4", needs="bitsandbytes", pack=nf4_pack, product=nf4_product, rival="any_precision4"),
+    adding("bitsandbytes nf4", "nf4", needs="bitsandbytes", pack=nf4_pack, product=nf4_product, rival="any_precision4"),
 ]

@@ -75,6 +75,7 @@ def outcomes(
             if m := line.pop("m", None):
                 todo.remove(m)
                 yield m, line
+                reason = None if "reason" in line else reason  # that is why it ended, however it did
             elif not loaded:
                 reason = line
         if not lines and time.monotonic() < until:
