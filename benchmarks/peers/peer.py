@@ -98,8 +98,8 @@ def probes(k: int) -> tuple[Array, Array]:
     return rng.integers(edges[:-1], edges[1:]).reshape(NONZERO, rows).T, rng.choice([-1.0, 1.0], (rows, NONZERO))
 
 
-def check(peer: Peer, weight: Weight, m: int, product: Callable[[Array], Array]) -> None:
-    """Holds products of m rows to the decoded weight in float64, for every output. Raises AssertionError.
+def expected(peer: Peer, weight: Weight) -> tuple[Array, Array, Array]:
+    """Rows of x, their products with the decoded weight in float64, for every output, and bounds on a peer's error.
 
     Rows of x are zero but for a few inputs of 1 and -1, so that sums are short and the bound is sharp: a wrong weight
     shows, as does a tile of k that is left out or taken twice. An output is the sum of a few weights, each rounded so
@@ -113,20 +113,25 @@ def check(peer: Peer, weight: Weight, m: int, product: Callable[[Array], Array])
     exact, size = (part.reshape(weight.n, *inputs.shape) for part in weight.columns(inputs.reshape(-1)))
     roundings = weight.roundings + 2 + NONZERO * peer.adds_in_halves
     relative = roundings * UNIT[peer.dtype] / (1 - roundings * UNIT[peer.dtype]) + 2.0**-20
-    bound = (relative * size.sum(-1) + roundings * LEAST[peer.dtype]).T
-    expected = np.einsum("nrj,rj->rn", exact, signs)
+    bound = relative * size.sum(-1) + roundings * LEAST[peer.dtype]
+    return x, np.einsum("nrj,rj->rn", exact, signs), bound.T
+
+
+def check(expected: tuple[Array, Array, Array], m: int, product: Callable[[Array], Array]) -> None:
+    """Holds products of m rows at a time to what is `expected`. Raises AssertionError."""
+    x, exact, bound = expected
     for first in range(0, len(x), m):
         rows = np.arange(first, first + m) % len(x)
-        compare(product(x[rows]), expected[rows], bound[rows])
+        compare(product(x[rows]), exact[rows], bound[rows])
 
 
-def compare(got: Array, expected: Array, bound: Array) -> None:
+def compare(got: Array, exact: Array, bound: Array) -> None:
     """Raises AssertionError with what differs by more than its bound, NaN too."""
-    if got.shape != expected.shape:
-        raise AssertionError(f"y has shape {list(got.shape)}, not {list(expected.shape)}")
-    wrong = ~(np.abs(got - expected) <= bound)
+    if got.shape != exact.shape:
+        raise AssertionError(f"y has shape {list(got.shape)}, not {list(exact.shape)}")
+    wrong = ~(np.abs(got - exact) <= bound)
     if wrong.any():
         at = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise AssertionError(
-            f"{wrong.sum()} of {wrong.size} differ; at {at}: {got[at]:g}, not {expected[at]:g} +- {bound[at]:.2g}"
+            f"{wrong.sum()} of {wrong.size} differ; at {at}: {got[at]:g}, not {exact[at]:g} +- {bound[at]:.2g}"
         )

@@ -14,21 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.peer import Clock, Peer, check, clock_of, find
-from benchmarks.peers.weights import Weight, make
+from benchmarks.peers.peer import Clock, Peer, check, clock_of, expected, find
+from benchmarks.peers.weights import make
 
 TOLD = 500
 """Characters of a reason."""
 
 
-def measure(peer: Peer, clock: Clock, weight: Weight, packed: Any, rotated: Any, m: int) -> dict[str, Any]:
+def measure(peer: Peer, clock: Clock, k: int, m: int, packed: Any, rotated: Any, right: Any) -> dict[str, Any]:
     """Checked, then timed; what is wrong is not timed."""
     try:
-        check(peer, weight, m, lambda x: clock.run(peer, x, packed))
+        check(right, m, lambda x: clock.run(peer, x, packed))
     except AssertionError as err:
         return {"wrong": str(err)}
     # So small that sums stay within float16.
-    x = np.random.default_rng(9).standard_normal((m, weight.k), np.float32) / 64
+    x = np.random.default_rng(9).standard_normal((m, k), np.float32) / 64
     return {"bytes": clock.nbytes(packed), "versions": versions(peer, clock), **clock.timed(peer, x, rotated)}
 
 
@@ -54,11 +54,11 @@ def work(peer: Peer, n: int, k: int, batches: list[int], file: Path) -> None:
             return say(reason=f"no module {peer.needs!r}", missing=True)
         weight, clock = make(peer.what, n, k), clock_of(peer)
         packed = peer.pack(weight)
-        rotated = clock.rotation(packed)
+        rotated, right = clock.rotation(packed), expected(peer, weight)
         say(loaded=True)
         for m in batches:
             at = {"m": m}
-            say(**at, **measure(peer, clock, weight, packed, rotated, m))
+            say(**at, **measure(peer, clock, k, m, packed, rotated, right))
     except Exception as err:
         say(**at, reason=f"{type(err).__name__}: {err}"[:TOLD])
 

@@ -16,7 +16,7 @@ from benchmarks import cold
 from benchmarks.gpu_results import ASSUMED, KEPT, Results, newest
 from benchmarks.peers import __main__ as command
 from benchmarks.peers import jax_clock, papers, race, report
-from benchmarks.peers.peer import Peer, check, everyone, find, probes
+from benchmarks.peers.peer import Peer, check, everyone, expected, find, probes
 from benchmarks.peers.weights import BOOKS, Weight, make
 from benchmarks.peers.with_jax import FORMATS, lowbit_array
 from lowbit.ir import evaluate
@@ -105,14 +105,14 @@ def rounded(peer: Peer, w: Weight, change: Any = None) -> Any:
 @pytest.mark.parametrize("peer", everyone(), ids=lambda peer: peer.name)
 def test_a_check_passes_what_is_rounded_and_sees_one_wrong_weight(peer: Peer) -> None:
     w = make(peer.what, 8, 1024)
-    check(peer, w, 3, rounded(peer, w))
+    check(expected(peer, w), 3, rounded(peer, w))
     inputs, _ = probes(w.k)
 
     def change(dense: Any) -> None:
         dense[5, inputs[7, 0]] += 0.3 * np.abs(dense).mean()  # of 4-bit codes, as far as the next one
 
     with pytest.raises(AssertionError, match=r"^1 of 24 differ; at \(1, 5\)"):
-        check(peer, w, 3, rounded(peer, w, change))
+        check(expected(peer, w), 3, rounded(peer, w, change))
 
 
 def test_a_check_sees_tiles_nan_and_shapes() -> None:
@@ -123,11 +123,11 @@ def test_a_check_sees_tiles_nan_and_shapes() -> None:
 
     for m in (1, 16, 200):
         with pytest.raises(AssertionError, match="differ"):
-            check(peer, w, m, rounded(peer, w, left_out))
+            check(expected(peer, w), m, rounded(peer, w, left_out))
     with pytest.raises(AssertionError, match=r"8 of 8 differ; at .*: nan, not"):
-        check(peer, w, 1, lambda x: np.full((1, 8), np.nan))
+        check(expected(peer, w), 1, lambda x: np.full((1, 8), np.nan))
     with pytest.raises(AssertionError, match=r"y has shape \[1, 4\], not \[1, 8\]"):
-        check(peer, w, 1, lambda x: np.zeros((1, 4)))
+        check(expected(peer, w), 1, lambda x: np.zeros((1, 4)))
 
 
 def test_probes_reach_every_tile() -> None:
@@ -208,7 +208,7 @@ def test_contenders_of_jax_run_on_a_cpu(name: str, monkeypatch: pytest.MonkeyPat
     peer = contender(name)
     w = make(peer.what, 128, 1024)
     packed = peer.pack(w)
-    check(peer, w, 64, lambda x: jax_clock.run(peer, x, packed))
+    check(expected(peer, w), 64, lambda x: jax_clock.run(peer, x, packed))
     row = jax_clock.timed(peer, np.ones((2, 1024), np.float32), jax_clock.rotation(packed))
     assert row["seconds"] > 0 and row["clock"] == "host"
     assert 8 * jax_clock.nbytes(packed) / 128 / 1024 == {"XLA e4m3": 8, "lowbit bcq3": 3 + 3 * 16 / 128}[name]
