@@ -54,12 +54,27 @@ def _of_x(t: QuantType, asked: Lowering, dy: jax.Array, fields: dict[str, jax.Ar
     """On a Hopper GPU as planned there, elsewhere by the term: in one program for all platforms."""
     here, product = jax.default_backend(), (len(dy), t, short(dy.dtype))
     choice = planned_dx(*product, here).choice(asked)  # raises for a lowering that it lacks
-    by_term = partial(_of_x_by_term, t)
     if t.layout == "own" or (here == "gpu" and not is_hopper(jax.devices()[0])):
-        return by_term(dy, fields)
+        return _of_x_by_term(t, dy, fields)
     if here != "gpu":
         choice = planned_dx(*product, "gpu").choice()
-    return by_term(dy, fields) if isinstance(choice, Form) else by_platform(partial(by_mma_dx, t), by_term, dy, fields)
+    return (_of_x_by_term if isinstance(choice, Form) else _of_x_by_kernel)(t, dy, fields)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _of_x_by_kernel(t: QuantType, dy: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    return by_platform(partial(by_mma_dx, t), partial(_of_x_by_term, t), dy, fields)
+
+
+def _of_x_by_kernel_fwd(t: QuantType, dy: jax.Array, fields: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+    return _of_x_by_kernel(t, dy, fields), (dy, fields)
+
+
+def _of_x_by_kernel_bwd(t: QuantType, saved: Any, ddx: jax.Array) -> Any:
+    return jax.vjp(partial(_of_x_by_term, t), *saved)[1](ddx)
+
+
+_of_x_by_kernel.defvjp(_of_x_by_kernel_fwd, _of_x_by_kernel_bwd)
 
 
 def _of_x_by_term(t: QuantType, dy: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:

@@ -228,11 +228,11 @@ class Schedule:
 
     def tables(self, parameters: Sequence[Any], tile: jax.Array, shared: Any, staged: bool) -> Sequence[jax.Array]:
         """The tables of whole rows, in registers and, for `shared`, there."""
+        kept = bool(table_size(self.program))
+        stored = self.stored(parameters, tile, staged) if kept else []  # first: it is not loaded twice
         if shared is not None:
             self.fill(shared, parameters[0], tile, staged)
-        if not table_size(self.program):
-            return []
-        return self.verbs.tables(self.program, *self.stored(parameters, tile, staged))
+        return self.verbs.tables(self.program, *stored) if kept else []
 
     def fill(self, shared: Any, stored: Any, tile: jax.Array, staged: bool) -> None:
         """Copies a table to shared memory, in the program's halves."""

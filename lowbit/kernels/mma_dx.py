@@ -105,7 +105,7 @@ class _Schedule(Schedule):
             stored = self.tables(parameters, group, own, True)
         else:
             stored = self.stored(parameters, group, True)
-        weights = self.weights(group, table, words, stored)
+        weights = self.weights(group, table, words, stored)  # loads words last: no look-up goes before its table
         plgpu.commit_smem()  # all warps of the group have multiplied by the last tile, and looked up this one
         decoded[...] = weights
         plgpu.commit_smem()

@@ -115,6 +115,16 @@ def test_on_a_cpu_gradients_are_those_of_the_plain_array() -> None:
     np.testing.assert_array_equal(np.asarray(jax.jit(dx_of)(X, THERE)), np.asarray(jax.jit(dx_of)(X, W)))
 
 
+def test_gradients_of_gradients_are_those_of_the_plain_array() -> None:
+    def slope(dy: jax.Array, w: QuantArray) -> jax.Array:
+        dx: jax.Array = jax.vjp(lambda x: lb.matmul(x, w), X)[1](dy)[0]
+        return (dx.astype("float32") ** 2).sum()
+
+    got, want = (np.asarray(jax.jit(jax.grad(slope))(DY, w)) for w in (THERE, W))
+    np.testing.assert_array_equal(got, want)
+    assert KERNEL in for_cuda(slope, DY, THERE)
+
+
 def test_explain_lists_the_ways_to_the_gradient() -> None:
     def line(w: QuantArray, platform: str = "gpu", dtype: str = "bfloat16") -> str:
         table = lb.explain(w, batch=64, platform=platform, dtype=dtype, gradient=True).split("\n\n")[1].splitlines()

@@ -75,8 +75,8 @@ def catalog() -> Iterator[Listed]:
         yield listed(f"any_bcq2_at_{width}_bf16_m8", fmt, "bf16", 8, None)
     for width in (5, 8):
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
-    yield from gradients()
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
+    yield from gradients()
 
 
 def gradients() -> Iterator[Listed]:
@@ -136,9 +136,7 @@ def listed_fp8(name: str, m: int) -> Listed:
 
 
 def listed_dw(name: str, fmt: Format, m: int) -> Listed:
-    """The gradients of the parameters of a SIZE by SIZE weight, of x [m, SIZE] and dy [m, SIZE]."""
-    t = QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma")
-    like = listed(name, fmt, "bf16", m, None)
+    """The gradients of the parameters of that weight, from x and dy [m, SIZE] in bfloat16."""
+    like = laid_out(name, parameter_gradients, fmt, "bf16", m, STEP // 16, None)
     x, fields = like.avals
-    run = partial(parameter_gradients, kernel_layout(t), at=readings(t).index(t.decode))
-    return replace(like, function=run, avals=(x, x, fields), wgmmas=STEP // 16, times=m // STEP)
+    return replace(like, avals=(x, x, fields), times=m // STEP)
