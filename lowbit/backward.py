@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -35,6 +35,23 @@ def cotangents(
     return _of_x(t, of_x, dy, fields), none | (_of_floats(t, of_floats, x, fields, dy) if floats else {})
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_kernel(kernel: Callable[..., Any], by_term: Callable[..., Any], *args: Any) -> Any:
+    """`kernel(*args)` on CUDA, `by_term(*args)` elsewhere, and in gradients of it."""
+    return by_platform(kernel, by_term, *args)
+
+
+def _by_kernel_fwd(kernel: Callable[..., Any], by_term: Callable[..., Any], *args: Any) -> Any:
+    return _by_kernel(kernel, by_term, *args), args
+
+
+def _by_kernel_bwd(kernel: Callable[..., Any], by_term: Callable[..., Any], args: Any, ct: Any) -> Any:
+    return jax.vjp(by_term, *args)[1](ct)
+
+
+_by_kernel.defvjp(_by_kernel_fwd, _by_kernel_bwd)
+
+
 @lru_cache(maxsize=4096)
 def planned_dx(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
     """The plan of the gradient of x [m, k] in x @ w."""
@@ -58,23 +75,8 @@ def _of_x(t: QuantType, asked: Lowering, dy: jax.Array, fields: dict[str, jax.Ar
         return _of_x_by_term(t, dy, fields)
     if here != "gpu":
         choice = planned_dx(*product, "gpu").choice()
-    return (_of_x_by_term if isinstance(choice, Form) else _of_x_by_kernel)(t, dy, fields)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _of_x_by_kernel(t: QuantType, dy: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
-    return by_platform(partial(by_mma_dx, t), partial(_of_x_by_term, t), dy, fields)
-
-
-def _of_x_by_kernel_fwd(t: QuantType, dy: jax.Array, fields: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
-    return _of_x_by_kernel(t, dy, fields), (dy, fields)
-
-
-def _of_x_by_kernel_bwd(t: QuantType, saved: Any, ddx: jax.Array) -> Any:
-    return jax.vjp(partial(_of_x_by_term, t), *saved)[1](ddx)
-
-
-_of_x_by_kernel.defvjp(_of_x_by_kernel_fwd, _of_x_by_kernel_bwd)
+    by_term = partial(_of_x_by_term, t)
+    return by_term(dy, fields) if isinstance(choice, Form) else _by_kernel(partial(by_mma_dx, t), by_term, dy, fields)
 
 
 def _of_x_by_term(t: QuantType, dy: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
@@ -120,7 +122,7 @@ def _of_floats(
     made = _of_floats_by_term(t, left, x, fields, dy) if left else {}
     if summed := [name for name in names if name not in left]:
         by_term = partial(_of_floats_by_term, t, summed)
-        made |= by_platform(partial(by_mma_dw, t), by_term, x, fields, dy)
+        made |= _by_kernel(partial(by_mma_dw, t), by_term, x, fields, dy)
     return made
 
 

@@ -186,6 +186,15 @@ def test_on_a_cpu_gradients_are_those_of_the_plain_array() -> None:
     np.testing.assert_array_equal(own(there).fields["alpha_first"], jax.jit(scales)(W))
 
 
+def test_gradients_of_gradients_are_those_of_the_plain_array() -> None:
+    def slope(x: jax.Array, w: QuantArray) -> jax.Array:
+        return (scales(w, x) ** 2).sum()
+
+    both = [jax.jit(jax.grad(slope))(X, w) for w in (THERE, W)]
+    np.testing.assert_array_equal(*(np.asarray(dx, np.float32) for dx in both))
+    assert KERNEL in for_cuda(slope, X, THERE)
+
+
 def test_a_stack_and_an_export() -> None:
     stack = jax.tree.map(lambda a: jnp.stack([a, a]), THERE)
     both = jax.vmap(scales)
