@@ -2,7 +2,7 @@
 
 G[n, k] = sum_m dy[m, n] x[m, k] as tiles of ROWS outputs by STAGE inputs for each warpgroup that computes, in its
 registers; one more fetches dy and x by TMA. Then the tile's codes say which of its entries are summed
-(`lowbit.kernels.sums`), and only these sums leave the block, in an order that never changes.
+(`lowbit.kernels.sums`), in an order that never changes, and only these sums leave the block.
 """
 
 from __future__ import annotations
@@ -108,19 +108,17 @@ class _Schedule:
 
     @property
     def depth(self) -> int:
-        """Steps in flight: as many as fit."""
+        """Steps in flight, a power of two: four if they fit. Two do beside the sums of any table, or beside books."""
         beside = 4 * WARPGROUPS * self.sums.spans * len(self.sums.subsets) * ROWS
         beside += looked_up(self.sums.program) if self.sums.unscaled else 0
         fit = (SHARED - beside) // (2 * STEP * (WARPGROUPS * ROWS + STAGE))
-        return min(4 if fit >= 4 else 2, max(2, self.steps))
+        return 4 if min(fit, self.steps) >= 4 else 2
 
     def body(self, dy: Any, x: Any, *refs: Any) -> None:
         """The kernel."""
         count = len(self.sums.program.words)
-        words, (*books, out, staging), shared = refs[:count], refs[count:], []
-        if self.sums.unscaled:
-            *books, out, staging, table, barrier = refs[count:]
-            shared = [table, barrier]
+        words, rest = refs[:count], refs[count:]
+        books, (out, staging, *shared) = (rest[:1], rest[1:]) if self.sums.unscaled else ((), rest)
         row, stage, group = (lax.axis_index(axis) for axis in AXES)
         verbs, sums = self.verbs, self.sums
         tile = row * WARPGROUPS + group

@@ -43,16 +43,16 @@ DECODED = 4
 class Sums:
     """The sums of a stage that a program's parameters need.
 
-    Raises UnsuitableError where they are not sums of a row, or too many.
+    Raises UnsuitableError where there are none of a row, or too many.
     """
 
     program: Program
 
     def __post_init__(self) -> None:
         weights = self.program.weights
-        if weights.computed and not weights.parameters:
-            what = f"{min(weights.books)!r} is a table of all rows" if weights.books else "they are steps alone"
-            raise UnsuitableError(f"its weights have no parameters of their rows: {what}")
+        if not weights.parameters:
+            books = f": {min(weights.books)!r} is a table of all rows" if weights.books else ""
+            raise UnsuitableError(f"its weights have no parameters of their rows{books}")
         if weights.bits > COMPUTED_BITS and not weights.computed:
             raise UnsuitableError(f"its codes have {weights.bits} bits, and it sums for at most {COMPUTED_BITS}")
 
@@ -196,9 +196,8 @@ def in_numpy(sums: Sums, at: int, g: Array, words: Sequence[Array]) -> list[Arra
       g: f32 [ROWS, STAGE].
       words: array by array, as `lanes.in_numpy` has them.
     """
-    by_dim = (
-        np.ascontiguousarray(g, np.float32).view(np.uint32).reshape(4, 2, 8, STAGE // 8, 4, 2)
-    )  # warp, h, r, j, q, e
+    words_of_g = np.ascontiguousarray(g, np.float32).view(np.uint32)
+    by_dim = words_of_g.reshape(4, 2, 8, STAGE // 8, 4, 2)  # warp, h, r, j, q, e
     registers = by_dim.transpose(3, 1, 5, 0, 2, 4).reshape(-1, LANES)
     made = sums(NumpyAlu(), at, list(registers), [list(words_of_lanes(w)) for w in words])
     return [row_values(pair).view(np.float32) for pair in made]
