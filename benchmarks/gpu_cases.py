@@ -11,7 +11,7 @@ from benchmarks.gpu_results import Peaks, Row, Target
 from lowbit.backward import planned_dx
 from lowbit.ir.cost import cost
 from lowbit.ir.dtypes import short
-from lowbit.kernels.choice import GRADIENTS
+from lowbit.kernels.choice import DX
 from lowbit.planning import Plan
 
 SHAPES = ((28672, 8192), (8192, 28672), (14336, 4096), (4096, 4096))
@@ -52,7 +52,7 @@ class Case:
 
     Attributes:
       what: a name of FORMATS, or HALVES.
-      lowering: what it is asked to run as; None for products with dense weights. GRADIENTS are those of gradients.
+      lowering: what it is asked to run as; None for products with dense weights. DX are those of gradients.
     """
 
     what: str
@@ -70,7 +70,7 @@ class Case:
     @property
     def back(self) -> bool:
         """Whether it is a gradient."""
-        return self.lowering in GRADIENTS
+        return self.lowering in DX
 
     @property
     def type(self) -> lb.QuantType:
@@ -135,7 +135,7 @@ def cases(what: str, n: int, k: int) -> list[Case]:
     both = what in (HALVES, *IN_BOTH)
     out += [Case(what, n, k, m, DTYPES[1], ways(what, m)[0]) for m in BATCHES if both]
     if (n, k) in (SHAPES[0], SHAPES[-1]) and what in (HALVES, *BACK):
-        some = GRADIENTS[-1:] if what == HALVES else GRADIENTS
+        some = DX[-1:] if what == HALVES else DX
         out += [Case(what, n, k, m, DTYPES[0], way) for m in BACK_BATCHES for way in some]
     return out
 
