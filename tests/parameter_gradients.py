@@ -1,4 +1,4 @@
-"""What the sums of `lowbit.kernels.sums` may be off by, from their arithmetic."""
+"""What the sums of `lowbit.kernels.by_code` may be off by, from their arithmetic."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lowbit.ir.dtypes import short
 from lowbit.ir.oracle import evaluate
 from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params
+from lowbit.kernels.by_code import CodeSums
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS
 from lowbit.kernels.mma_dw import by_span
-from lowbit.kernels.sums import Sums
 from lowbit.passes.scalar import evaluated
 from lowbit.quant_type import kernel_layout, readings
 from lowbit.testing.terms import product_term
@@ -51,7 +51,7 @@ def check_parameter_gradients(got: Mapping[str, Any], x: Any, dy: Any, w: QuantA
 
 def _bounds(got: Mapping[str, Any], x: Any, dy: Any, w: QuantArray) -> dict[str, jax.Array]:
     of = kernel_layout(w.type)
-    sums = Sums(of.program(short(x.dtype), readings(w.type).index(w.type.decode)))
+    sums = CodeSums(of.program(short(x.dtype), readings(w.type).index(w.type.decode)))
     size = np.abs(dy.astype(np.float64)).T @ np.abs(x.astype(np.float64))
     looked_up = 0.0
     if isinstance(decoder := sums.program.decoder, Books):

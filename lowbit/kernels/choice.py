@@ -11,7 +11,7 @@ xla_dx   the cheapest form of its term
 
 And for those of the weight's parameters:
 
-mma_dw   the kernel: sums of dy^T x by codes, as `lowbit.kernels.sums` says
+mma_dw   the kernel: sums of dy^T x by codes, as `lowbit.kernels.by_code` says
 xla_dw   the cheapest forms of their terms
 """
 
@@ -23,9 +23,9 @@ from math import ceil
 
 from lowbit.ir.dtypes import DType
 from lowbit.ir.expr import Expr
+from lowbit.kernels.by_code import CodeSums
 from lowbit.kernels.layout import WARPGROUPS, layout
 from lowbit.kernels.memory import DY_ROWS, too_much_for_dx
-from lowbit.kernels.sums import Sums
 from lowbit.passes.pointwise import UnsuitableError
 
 KERNELS = ("mma", "fp8", "dense")
@@ -126,7 +126,7 @@ def _summed(readings: Sequence[Expr], at: int, laid_out: str) -> tuple[str | Non
     if (why := _no_layout(readings, laid_out)) is not None:
         return why, 0
     try:
-        return None, Sums(layout(*readings).program("f16", at)).instructions
+        return None, CodeSums(layout(*readings).program("f16", at)).instructions
     except UnsuitableError as err:
         return str(err), 0
 

@@ -18,10 +18,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from lowbit.kernels.alu import HALVES, Bit, Half, HalfOp, Register
+from lowbit.kernels.by_code import CodeSums
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES, Program, at_once
-from lowbit.kernels.sums import Sums
 
 WORDS = {count: plgpu.Layout.WG_STRIDED((count, LANES), vec_size=at_once(count)) for count in range(1, 65)}
 BYTES = plgpu.Layout.WGMMA_8BIT
@@ -205,7 +205,7 @@ def tables_in_registers(program: Program, count: int, *stored: jax.Array) -> lis
     return made(*stored)
 
 
-def sums_in_registers(sums: Sums, unit: int, total: jax.Array, words: Sequence[jax.Array]) -> list[jax.Array]:
+def sums_in_registers(sums: CodeSums, unit: int, total: jax.Array, words: Sequence[jax.Array]) -> list[jax.Array]:
     """As `sums.in_numpy`, in ROW."""
     out = [plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=ROW)] * len(sums.subsets)
 

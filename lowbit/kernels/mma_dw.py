@@ -2,7 +2,7 @@
 
 G[n, k] = sum_m dy[m, n] x[m, k] as tiles of ROWS outputs by STAGE inputs for each warpgroup that computes, in its
 registers; one more fetches dy and x by TMA. Then the tile's codes say which of its entries are summed
-(`lowbit.kernels.sums`), in an order that never changes, and only these sums leave the block.
+(`lowbit.kernels.by_code`), in an order that never changes, and only these sums leave the block.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from lowbit.ir.dtypes import is_float, short
 from lowbit.kernels.alu import HALVES
 from lowbit.kernels.arrange import Fields
+from lowbit.kernels.by_code import CodeSums
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.layout import WARPGROUPS, Layout
 from lowbit.kernels.memory import SHARED, looked_up
 from lowbit.kernels.mma import HALF, pipelined
 from lowbit.kernels.product import in_order, shared_tables
-from lowbit.kernels.sums import Sums
 from lowbit.kernels.verbs import Gpu, Verbs
 from lowbit.passes.scalar import Element
 
@@ -51,7 +51,7 @@ def parameter_gradients(
     kind = short(x.dtype)
     if kind not in ("f16", "bf16") or dy.dtype != x.dtype:
         raise TypeError(f"x is {x.dtype} and dy {dy.dtype}: the matrix unit multiplies two float16 or two bfloat16")
-    sums = Sums(of.program(kind, at))
+    sums = CodeSums(of.program(kind, at))
     more = STEP * ceil(len(x) / STEP) - len(x)
     x = in_order(jnp.pad(x, ((0, more), (0, of.stages * STAGE - of.k))), sums.program.decoder.consecutive)
     dy = jnp.pad(dy, ((0, more), (0, of.tiles * ROWS - of.n)))
@@ -69,7 +69,7 @@ def parameter_gradients(
     return dict(out)
 
 
-def by_span(of: Layout, sums: Sums, fields: Fields) -> dict[Element, jax.Array]:
+def by_span(of: Layout, sums: CodeSums, fields: Fields) -> dict[Element, jax.Array]:
     """The parameters in float32, for every span of inputs: [tile, span, ROWS] each."""
     count = of.stages * sums.spans
     out = {}
@@ -81,7 +81,7 @@ def by_span(of: Layout, sums: Sums, fields: Fields) -> dict[Element, jax.Array]:
 
 @dataclass(frozen=True)
 class _Schedule:
-    sums: Sums
+    sums: CodeSums
     steps: int
     tiles: int
     stages: int
@@ -130,14 +130,14 @@ class _Schedule:
                 plgpu.copy_gmem_to_smem(book, *shared)
 
         def compute(pipeline: Callable[..., Any]) -> None:
-            total = verbs.total((ROWS, STAGE), pipeline)
+            total = verbs.accumulated((ROWS, STAGE), pipeline)
             loaded = [verbs.words(ref.at[tile, stage], False) for ref in words]
             if sums.unscaled:
                 plgpu.barrier_wait(shared[1])
                 total *= verbs.decode(sums.unscaled, shared[0], loaded).astype(jnp.float32)
                 loaded = []
             for at in range(sums.spans):
-                for i, value in enumerate(verbs.sums(sums, at, total, loaded)):
+                for i, value in enumerate(verbs.by_code(sums, at, total, loaded)):
                     staging[group, at, i] = value
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(staging.at[group], out.at[tile, pl.ds(stage * sums.spans, sums.spans)])

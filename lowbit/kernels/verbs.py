@@ -17,11 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from lowbit.compat import load, transposed
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES
+from lowbit.kernels.by_code import CodeSums
+from lowbit.kernels.by_code import in_numpy as sums_in_numpy
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lane_gpu import BYTES, ROW, WORDS, in_registers, sums_in_registers, tables_in_registers
 from lowbit.kernels.lanes import Program, in_numpy, tables_in_numpy
-from lowbit.kernels.sums import Sums
-from lowbit.kernels.sums import in_numpy as sums_in_numpy
 
 Ref = Any
 
@@ -62,13 +62,13 @@ class Verbs(Protocol):
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         """weights [ROWS, k] @ x [columns, k]^T of two buffers, in float32."""
 
-    def total(self, shape: tuple[int, int], run: Callable[[Any], Any]) -> jax.Array:
+    def accumulated(self, shape: tuple[int, int], run: Callable[[Any], Any]) -> jax.Array:
         """What `run` makes of a sum that is zero at first, and that only `add_outer` adds to."""
 
     def add_outer(self, total: Any, dy: Ref, x: Ref) -> Any:
         """total + dy [m, ROWS]^T @ x [m, STAGE]."""
 
-    def sums(self, sums: Sums, at: int, total: jax.Array, words: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    def by_code(self, sums: CodeSums, at: int, total: jax.Array, words: Sequence[jax.Array]) -> Sequence[jax.Array]:
         """Those of one span of a stage by its codes, f32 [ROWS] each."""
 
     def release(self) -> None:
@@ -118,7 +118,7 @@ class Gpu:
         out: jax.Array = pl.run_scoped(scoped, plgpu.ACC((weights.shape[0], x.shape[0]), jnp.float32))  # type: ignore[attr-defined]
         return out
 
-    def total(self, shape: tuple[int, int], run: Callable[[Any], Any]) -> jax.Array:
+    def accumulated(self, shape: tuple[int, int], run: Callable[[Any], Any]) -> jax.Array:
         def scoped(acc: Ref) -> jax.Array:
             run(acc)
             return acc[...]
@@ -131,7 +131,7 @@ class Gpu:
         plgpu.wgmma_wait(0)
         return total
 
-    def sums(self, sums: Sums, at: int, total: jax.Array, words: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    def by_code(self, sums: CodeSums, at: int, total: jax.Array, words: Sequence[jax.Array]) -> Sequence[jax.Array]:
         return sums_in_registers(sums, at, total, words)
 
     def release(self) -> None:
@@ -182,14 +182,14 @@ class Twin:
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         return jnp.dot(weights[...].astype(jnp.float32), x[...].astype(jnp.float32).T)
 
-    def total(self, shape: tuple[int, int], run: Callable[[Any], Any]) -> jax.Array:
+    def accumulated(self, shape: tuple[int, int], run: Callable[[Any], Any]) -> jax.Array:
         out: jax.Array = run(jnp.zeros(shape, jnp.float32))
         return out
 
     def add_outer(self, total: Any, dy: Ref, x: Ref) -> Any:
         return total + jnp.dot(dy[...].astype(jnp.float32).T, x[...].astype(jnp.float32))
 
-    def sums(self, sums: Sums, at: int, total: jax.Array, words: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    def by_code(self, sums: CodeSums, at: int, total: jax.Array, words: Sequence[jax.Array]) -> Sequence[jax.Array]:
         def made(total: Any, *words: Any) -> Any:
             return sums_in_numpy(sums, at, np.asarray(total), [np.asarray(w) for w in words])
 

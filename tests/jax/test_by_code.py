@@ -15,9 +15,9 @@ import lowbit as lb
 from lowbit.array import QuantArray, laid_out, own
 from lowbit.compat import interpret_params, races_found
 from lowbit.ir.dtypes import numpy_dtype
+from lowbit.kernels.by_code import CodeSums, in_numpy, polynomial
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.mma_dw import by_span, parameter_gradients
-from lowbit.kernels.sums import Sums, in_numpy, polynomial
 from lowbit.kernels.verbs import HALVES, Twin
 from lowbit.passes.pointwise import UnsuitableError
 from lowbit.passes.scalar import evaluated
@@ -48,8 +48,8 @@ def array(fmt: lb.Format, n: int, k: int) -> QuantArray:
     return random_array(QuantType((("k", k), ("n", n)), "f32", fmt))
 
 
-def sums_of(w: QuantArray, kind: Any = "f16") -> Sums:
-    return Sums(kernel_layout(w.type).program(kind, readings(w.type).index(w.type.decode)))
+def sums_of(w: QuantArray, kind: Any = "f16") -> CodeSums:
+    return CodeSums(kernel_layout(w.type).program(kind, readings(w.type).index(w.type.decode)))
 
 
 @given(st.integers(0, 4).flatmap(lambda b: st.lists(st.integers(-9, 9), min_size=1 << b, max_size=1 << b)))
@@ -84,7 +84,7 @@ def distinct(w: QuantArray) -> QuantArray:
     return QuantArray({**w.fields, **own}, w.type)
 
 
-def codes_of(w: QuantArray, sums: Sums) -> Any:
+def codes_of(w: QuantArray, sums: CodeSums) -> Any:
     """The codes [n, span, k] as they are stored: the entry that each weight is."""
     parameters = by_span(kernel_layout(w.type), sums, laid_out(w).fields)
     entries = np.stack([np.asarray(evaluated(e, parameters.__getitem__))[0].T for e in sums.entries])  # [code, n, span]
@@ -144,7 +144,7 @@ def test_tables_of_all_rows_are_not_summed() -> None:
     scaled = sums_of(array(lb.codebook(1, 8, vec=4, group=128), ROWS, STAGE))
     assert scaled.subsets == (0,) and scaled.instructions < 6 and scaled.unscaled
     with pytest.raises(UnsuitableError, match="no parameters of their rows: 'codebooks' is a table of all rows"):
-        Sums(scaled.unscaled)
+        CodeSums(scaled.unscaled)
 
 
 def test_only_halves_are_multiplied() -> None:

@@ -1,4 +1,4 @@
-"""Sums over inputs by their codes: what the gradients of a weight's parameters are made of.
+"""CodeSums over inputs by their codes: what the gradients of a weight's parameters are made of.
 
 With G = dy^T x, the gradient of the dense weight, and weights f_c(parameters) for codes c with bits c_i: every f_c is a
 polynomial of these bits, f_c = sum_A t_A prod_{i in A} c_i over sets A of bits, and so
@@ -40,7 +40,7 @@ DECODED = 4
 
 
 @dataclass(frozen=True)
-class Sums:
+class CodeSums:
     """The sums of a stage that a program's parameters need.
 
     Raises UnsuitableError where there are none of a row, or too many.
@@ -189,7 +189,7 @@ def polynomial(values: Sequence[Any]) -> list[Any]:
     return terms
 
 
-def in_numpy(sums: Sums, at: int, g: Array, words: Sequence[Array]) -> list[Array]:
+def in_numpy(sums: CodeSums, at: int, g: Array, words: Sequence[Array]) -> list[Array]:
     """The sums of one span, f32 [ROWS] for each of the subsets.
 
     Args:
