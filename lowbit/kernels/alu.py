@@ -6,6 +6,7 @@ here, and as PTX in `lowbit.kernels.lane_gpu`. Operations are those of the PTX I
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import jax.numpy as jnp
@@ -44,6 +45,13 @@ class Alu(Protocol):
 
     def load_vector(self, table: Any, index: Register, size: int) -> list[Register]:
         """A vector of `size` halves of one, two in a register."""
+
+    def load_words(self, memory: Any, address: Register, count: int, behind: int) -> list[Register]:
+        """Words of shared memory that follow each other, from so many bytes behind an address."""
+
+    def store_words(self, memory: Any, address: Register, words: Sequence[Register], behind: int) -> None: ...
+    def across(self, a: Register, distance: int) -> Register:
+        """What the lane holds whose number differs by the bits of `distance`."""
 
     def to_bf16(self, a: Register) -> Register:
         """Two float16 as two bfloat16, rounded to nearest even."""
@@ -106,6 +114,16 @@ class NumpyAlu:
 
     def load_vector(self, table: Any, index: Register, size: int) -> list[Register]:
         return list(np.ascontiguousarray(table[index]).view(np.uint32).reshape(-1, size // 2).T)
+
+    def load_words(self, memory: Any, address: Register, count: int, behind: int) -> list[Register]:
+        return [memory[0][(address + np.uint32(behind)) // 4 + np.uint32(i)] for i in range(count)]
+
+    def store_words(self, memory: Any, address: Register, words: Sequence[Register], behind: int) -> None:
+        for i, word in enumerate(words):
+            memory[0][(address + np.uint32(behind)) // 4 + np.uint32(i)] = word
+
+    def across(self, a: Register, distance: int) -> Register:
+        return a[np.arange(len(a)) ^ distance]
 
     def to_bf16(self, a: Register) -> Register:
         return self.pack2("bf16", *map(_bits, _halves(a, "f16")))

@@ -88,6 +88,19 @@ class GpuAlu:
             made += _load_shared(arith.addi(where, constant(at)) if at else where, words)
         return made
 
+    def load_words(self, memory: Any, address: Register, count: int, behind: int) -> list[Register]:
+        del memory
+        return _load_shared(arith.addi(address, constant(behind)), count)
+
+    def store_words(self, memory: Any, address: Register, words: Sequence[Register], behind: int) -> None:
+        del memory
+        pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<3>"), arith.addi(address, constant(behind)))
+        vector_type = ir.VectorType.get((len(words),), i32())
+        llvm.store(vector.from_elements(vector_type, list(words)), pointer, alignment=4 * len(words))
+
+    def across(self, a: Register, distance: int) -> Register:
+        return utils.shfl_bfly(a, distance)
+
     def to_bf16(self, a: Register) -> Register:
         halves = (ptx(f"{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.f32.f16 $0, {half}; }}", a) for half in "lh")
         return self.pack2("bf16", *halves)
@@ -152,7 +165,7 @@ def in_registers(program: Program, table: Any, words: Sequence[jax.Array], *stor
         for ref in refs:
             at = program.decoder
             tables += _tables_of_all(ref, at.shape) if isinstance(at, Books) else _tables_of_rows(ref)
-        registers = program(GpuAlu(), [_raw(a) for a in arrays], *map(_raw, rows), shared=tables)
+        registers = program(GpuAlu(), [raw(a) for a in arrays], *map(raw, rows), shared=tables)
         return _fragments(registers, program.kind)
 
     return decoded(*shared, *words, *stored)
@@ -161,7 +174,7 @@ def in_registers(program: Program, table: Any, words: Sequence[jax.Array], *stor
 def _tables_of_rows(ref: Any) -> list[tuple[Register, int]]:
     """Where the first entries of the lane's two rows are, and the bytes from an entry to the next."""
     stride = 2 * ir.MemRefType(ref.type).shape[1]
-    first, lane = llvm.ptrtoint(i32(), utils.memref_ptr(ref)), _lane()
+    first, lane = llvm.ptrtoint(i32(), utils.memref_ptr(ref)), this_lane()
     row = ptx("{ .reg .b32 w, r; shr.u32 w, $1, 5; bfe.u32 r, $1, 2, 3; mad.lo.u32 $0, w, 16, r; }", lane)
     return [(ptx("mad.lo.u32 $0, $1, 2, $2;", row, arith.addi(first, constant(16 * h))), stride) for h in range(2)]
 
@@ -169,13 +182,13 @@ def _tables_of_rows(ref: Any) -> list[tuple[Register, int]]:
 def _tables_of_all(ref: Any, shape: tuple[int, int, int, int]) -> list[tuple[Register, int]]:
     """For each of some tables, where the first entry is in the copy that the lane reads; and the bytes of an entry."""
     count, entries, copies, size = shape
-    first, lane = llvm.ptrtoint(i32(), utils.memref_ptr(ref)), _lane()
+    first, lane = llvm.ptrtoint(i32(), utils.memref_ptr(ref)), this_lane()
     own = ptx("{ .reg .b32 c; and.b32 c, $1, $2; mad.lo.u32 $0, c, $3, $4; }", lane, copies - 1, 2 * size, first)
     stride = 2 * size * copies
     return [(arith.addi(own, constant(i * entries * stride)) if i else own, stride) for i in range(count)]
 
 
-def _lane() -> Register:
+def this_lane() -> Register:
     return ptx("{ .reg .b32 t; mov.u32 t, %tid.x; and.b32 $0, t, 127; }")
 
 
@@ -186,12 +199,12 @@ def tables_in_registers(program: Program, count: int, *stored: jax.Array) -> lis
     @plgpu.inline_mgpu(arg_types=tuple(ROW for _ in stored), return_type=out)
     def made(ctx: Any, *rows: Any) -> Any:
         del ctx
-        return [_of_rows(register) for register in program.tables(GpuAlu(), *map(_raw, rows))]
+        return [of_rows(register) for register in program.tables(GpuAlu(), *map(raw, rows))]
 
     return made(*stored)
 
 
-def _raw(array: Any) -> list[Register]:
+def raw(array: Any) -> list[Register]:
     """A fragmented array's registers, each 32 bits: elements of 32, four bytes, or narrower ones of their own."""
     out: list[Register] = []
     for register in array.registers.flat:
@@ -207,13 +220,15 @@ def _raw(array: Any) -> list[Register]:
     return out
 
 
-def _of_rows(register: list[Register]) -> Any:
-    """A word for each of the lane's two rows as an array in ROW."""
+def of_rows(register: list[Register]) -> Any:
+    """A word, or a float, for each of the lane's two rows as an array in ROW."""
     layout = ROW.to_mgpu()
     made = np.empty(layout.registers_shape((ROWS,)), dtype=object)
+    element = register[0].type
     for word, at in zip(register, np.ndindex(*made.shape), strict=True):
-        made[at] = vector.broadcast(ir.VectorType.get((1,), i32()), word)
-    return fa.FragmentedArray(_registers=made, _layout=layout, _is_signed=False)
+        made[at] = vector.broadcast(ir.VectorType.get((1,), element), word)
+    signed = False if element == i32() else None
+    return fa.FragmentedArray(_registers=made, _layout=layout, _is_signed=signed)
 
 
 def _fragments(registers: list[Register], kind: Half) -> Any:

@@ -1,9 +1,10 @@
-"""x @ w by the schedules `mma` and `fp8`, for weights in the kernels' layout: padding, the launch, and the parts of k
-summed."""
+"""x @ w by the schedules `mma`, `fp8` and `table`, for weights in the kernels' layout: padding, the launch, and the
+parts of k summed."""
 
 from __future__ import annotations
 
 from math import ceil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from lowbit.kernels.fp8 import tuning as fp8_tuning
 from lowbit.kernels.lanes import Program
 from lowbit.kernels.layout import Layout
 from lowbit.kernels.mma import COLUMNS_A_BLOCK, Shape, Tuning, mma, tuning
+from lowbit.kernels.sums import COLUMNS, Sums
+from lowbit.kernels.table import bands, table
 from lowbit.kernels.verbs import Verbs
 
 
@@ -60,6 +63,27 @@ def product_of_codes(
     return parts.sum(0)[: of.n, : len(x)].T * factor
 
 
+def product_by_table(
+    of: Layout, x: jax.Array, fields: Fields, count: int | None = None, verbs: Verbs | None = None
+) -> jax.Array:
+    """x [m, k] by weights from codebooks, of which x makes tables of partial sums: [m, n] in float32, as all of it is.
+
+    Args:
+      count: bands of rows, those of `bands` if None.
+      verbs: what it runs on, the GPU if None.
+    """
+    m = len(x)
+    columns = next((c for c in COLUMNS if c >= m), max(COLUMNS))
+    sums = Sums(of.program("f16"), columns)
+    shape = Shape(columns * ceil(m / columns), of.tiles, of.stages)
+    run = table(sums, shape, count or bands(shape, sums), verbs)
+    x_padded = jnp.pad(x.astype(jnp.float32), ((0, shape.m - m), (0, of.stages * STAGE - of.k)))
+    stored = [fields[name] for name in of.read() if name not in of.books]
+    vectors = jnp.stack(_vectors(sums.books, fields, jnp.float32))
+    parts = run(*stored, vectors, x_padded)
+    return parts.sum(0).swapaxes(0, 1).reshape(shape.m, -1)[:m, : of.n]
+
+
 def _padded(m: int) -> int:
     """Rows of x as blocks take them."""
     return 8 * ceil(m / 8) if m <= COLUMNS_A_BLOCK else COLUMNS_A_BLOCK * ceil(m / COLUMNS_A_BLOCK)
@@ -73,11 +97,17 @@ def _in_order(x: jax.Array, consecutive: int) -> jax.Array:
 
 def shared_tables(program: Program, decoder: Books, fields: Fields) -> jax.Array:
     """Tables of all rows as they are copied to shared memory, from what is stored."""
+    each = _vectors(decoder, fields, HALVES[program.kind])
+    return jnp.broadcast_to(jnp.stack(each)[:, :, None], decoder.shape).reshape(program.table_shape)
+
+
+def _vectors(decoder: Books, fields: Fields, dtype: Any) -> list[jax.Array]:
+    """The vectors [entry, input] of each look-up."""
     each = []
     for lookup in decoder.lookups:
         at = [int(w.values[0, 0]) for w in lookup.at]
         kept = {lookup.axis, len(at) - 1}
         entries = fields[lookup.table.name][tuple(slice(None) if i in kept else p for i, p in enumerate(at))]
         ragged = decoder.shape[1] - len(entries)
-        each.append(jnp.pad(entries.astype(HALVES[program.kind]), ((0, ragged), (0, 0))))
-    return jnp.broadcast_to(jnp.stack(each)[:, :, None], decoder.shape).reshape(program.table_shape)
+        each.append(jnp.pad(entries.astype(dtype), ((0, ragged), (0, 0))))
+    return each

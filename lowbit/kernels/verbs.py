@@ -20,6 +20,8 @@ from lowbit.kernels.alu import HALVES
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lane_gpu import BYTES, ROW, WORDS, in_registers, tables_in_registers
 from lowbit.kernels.lanes import Program, in_numpy, tables_in_numpy
+from lowbit.kernels.sums import Sums, filled_in_numpy, total_in_numpy
+from lowbit.kernels.sums_gpu import filled_in_shared, total_in_registers
 
 Ref = Any
 
@@ -56,6 +58,12 @@ class Verbs(Protocol):
 
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         """weights [ROWS, k] @ x [columns, k]^T of two buffers, in float32."""
+
+    def fill(self, sums: Sums, table: Ref, x: Ref, books: Ref) -> None:
+        """Make half of a table of partial sums, from its half of x and the codebooks."""
+
+    def total(self, sums: Sums, table: Ref, words: jax.Array, *scales: jax.Array) -> Sequence[jax.Array]:
+        """For each row of x, what the ROWS add up to: float32 [ROWS]."""
 
     def release(self) -> None:
         """Say that the stage's buffers were read."""
@@ -99,6 +107,12 @@ class Gpu:
 
         out: jax.Array = pl.run_scoped(scoped, plgpu.ACC((weights.shape[0], x.shape[0]), jnp.float32))  # type: ignore[attr-defined]
         return out
+
+    def fill(self, sums: Sums, table: Ref, x: Ref, books: Ref) -> None:
+        filled_in_shared(sums, table, x, books)
+
+    def total(self, sums: Sums, table: Ref, words: jax.Array, *scales: jax.Array) -> Sequence[jax.Array]:
+        return total_in_registers(sums, table, words, *scales)
 
     def release(self) -> None:
         pass
@@ -144,6 +158,19 @@ class Twin:
 
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         return jnp.dot(weights[...].astype(jnp.float32), x[...].astype(jnp.float32).T)
+
+    def fill(self, sums: Sums, table: Ref, x: Ref, books: Ref) -> None:
+        out = jax.ShapeDtypeStruct((sums.spans // 2, *sums.shape[1:]), jnp.float32)
+        table[...] = jax.pure_callback(
+            lambda *raw: filled_in_numpy(sums, *map(np.asarray, raw)), out, x[...], books[...]
+        )
+
+    def total(self, sums: Sums, table: Ref, words: jax.Array, *scales: jax.Array) -> Sequence[jax.Array]:
+        out = [jax.ShapeDtypeStruct((ROWS,), jnp.float32)] * sums.columns
+        made: Sequence[jax.Array] = jax.pure_callback(
+            lambda *raw: total_in_numpy(sums, *map(np.asarray, raw)), out, table[...], words, *scales
+        )
+        return made
 
     def release(self) -> None:
         plgpu.commit_smem()

@@ -15,7 +15,8 @@ from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES, Half
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES
-from lowbit.kernels.product import product, product_of_codes
+from lowbit.kernels.product import product, product_by_table, product_of_codes
+from lowbit.kernels.sums import Sums
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from tests.fp3 import fp3_rows
 
@@ -72,6 +73,9 @@ def catalog() -> Iterator[Listed]:
         yield listed(f"any_bcq2_at_{width}_bf16_m8", fmt, "bf16", 8, None)
     for width in (5, 8):
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
+    for m in (1, 2, 4):
+        yield listed_by_table(f"codebook_m1v4_table_m{m}", lb.codebook(1, 8, vec=4, group=128, scale_dtype="float16"), m)
+        yield listed_by_table(f"codebook_m2v8_table_m{m}", lb.codebook(2, 8, vec=8, group=128, scale_dtype="float16"), m)
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
 
 
@@ -86,6 +90,19 @@ def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> 
     x = jax.ShapeDtypeStruct((m, SIZE), HALVES[kind])
     read = sum(fields[field].size * dtype_bits(of.fields[field].dtype) for field in of.read(at)) / SIZE**2
     return Listed(name, partial(product, of, at=at), (x, fields), ROWS * STAGE // LANES, read, STAGE // 16, target)
+
+
+def listed_by_table(name: str, fmt: Format, m: int) -> Listed:
+    """As `listed`, by the schedule `table`."""
+    of = kernel_layout(QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma"))
+    fields = {
+        field: jax.ShapeDtypeStruct(tuple(leaf.dims.values()), numpy_dtype(leaf.dtype))
+        for field, leaf in of.fields.items()
+    }
+    x = jax.ShapeDtypeStruct((m, SIZE), jnp.float16)
+    read = sum(fields[field].size * dtype_bits(of.fields[field].dtype) for field in of.read()) / SIZE**2
+    weights = ROWS * Sums(of.program("f16"), m).inputs // LANES
+    return Listed(name, partial(product_by_table, of), (x, fields), weights, read, 0, None)
 
 
 def listed_fp8(name: str, m: int) -> Listed:
