@@ -29,8 +29,6 @@ SLOT = 4
 """Words that a lane stores at once, for one entry and vector."""
 COLUMNS = (1, 2, 4)
 """Rows of x that share a slot."""
-SUMS = 128 << 10
-"""Bytes of shared memory for a table."""
 AT_ONCE = LANES // QUADS
 """Entries that a warpgroup makes at a time."""
 
@@ -48,15 +46,12 @@ class Sums:
     columns: int
 
     def __post_init__(self) -> None:
-        where, most = (self.spans, self.bytes), SUMS
         if 32 * self.words % (2 * self.books.bits) or self.spans % 2:
             what = f"{self.books.bits} bits for {self.books.grain} inputs"
-            raise UnsuitableError(f"{what} do not fill {self.words} words of a lane, an even number of times each row")
+            raise UnsuitableError(f"{what} do not fill {self.words} words of a lane with an even number of codes a row")
         if self.entries < AT_ONCE or self.books.grain < SLOT:
             shape = f"{self.entries} vectors of {self.books.grain}"
             raise UnsuitableError(f"tables of sums are for at least {AT_ONCE} vectors of {SLOT} and more, not {shape}")
-        if where[1] > most:
-            raise UnsuitableError(f"its tables of sums take {where[1]} bytes, and shared memory has {most} for them")
 
     @property
     def books(self) -> Books:
@@ -97,10 +92,6 @@ class Sums:
     def shape(self) -> tuple[int, int, int, int]:
         """Of the table."""
         return self.spans, len(self.books.lookups), self.entries, QUADS * SLOT
-
-    @property
-    def bytes(self) -> int:
-        return 4 * int(np.prod(self.shape))
 
     def fill(self, alu: Alu, lane: Register, x: Any, books: Any, table: Any) -> None:
         """Half of the spans of a table, in each lane the sums of one vector of each with some entries.
@@ -174,16 +165,20 @@ def filled_in_numpy(sums: Sums, x: Array, books: Array) -> Array:
     """Half of a table, from its half of x and the codebooks."""
     spans, *rest = sums.shape
     made = np.zeros((spans // 2, *rest), np.float32)
-    memories = [(np.ascontiguousarray(a, np.float32).reshape(-1).view(np.uint32), np.uint32(0)) for a in (x, books)]
-    sums.fill(NumpyAlu(), _lane(), *memories, (made.reshape(-1).view(np.uint32), np.uint32(0)))
+    sums.fill(NumpyAlu(), _lane(), _memory(x), _memory(books), _memory(made))
     return made
 
 
 def total_in_numpy(sums: Sums, table: Array, words: Array, *scales: Array) -> list[Array]:
     """For each row of x, float32 [ROWS]; `scales` [ROWS] for each group."""
-    memory = np.ascontiguousarray(table, np.float32).reshape(-1).view(np.uint32), np.uint32(0)
-    totals = sums.total(NumpyAlu(), _lane(), list(lane_words(words)), [row_registers(s) for s in scales], memory)
+    of_groups = [row_registers(s) for s in scales]
+    totals = sums.total(NumpyAlu(), _lane(), list(lane_words(words)), of_groups, _memory(table))
     return [by_row(pair).view(np.float32).reshape(ROWS) for pair in totals]
+
+
+def _memory(a: Array) -> tuple[Array, Any]:
+    """Its words, and where they begin."""
+    return np.ascontiguousarray(a).reshape(-1).view(np.uint32), np.uint32(0)
 
 
 def _lane() -> Array:

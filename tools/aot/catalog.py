@@ -74,8 +74,12 @@ def catalog() -> Iterator[Listed]:
     for width in (5, 8):
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
     for m in (1, 2, 4):
-        yield listed_by_table(f"codebook_m1v4_table_m{m}", lb.codebook(1, 8, vec=4, group=128, scale_dtype="float16"), m)
-        yield listed_by_table(f"codebook_m2v8_table_m{m}", lb.codebook(2, 8, vec=8, group=128, scale_dtype="float16"), m)
+        yield listed_by_table(
+            f"codebook_m1v4_table_m{m}", lb.codebook(1, 8, vec=4, group=128, scale_dtype="float16"), m
+        )
+        yield listed_by_table(
+            f"codebook_m2v8_table_m{m}", lb.codebook(2, 8, vec=8, group=128, scale_dtype="float16"), m
+        )
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
 
 

@@ -56,7 +56,8 @@ def slots(instruction: Instruction) -> int:
 
 @dataclass(frozen=True)
 class Load:
-    """`pipes`: how full memory speed makes each; `worst` names the fullest. `clocks`: what an SM has for one WGMMA, 0 without any.
+    """`pipes`: how full memory speed makes each; `worst` names the fullest. `clocks`: what an SM has for one WGMMA,
+    0 without any.
 
     `stall` is the mean clocks from one instruction of a warp to its next, by their control codes alone: that many warps
     keep a scheduler busy when nothing else waits.
