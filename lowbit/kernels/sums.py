@@ -1,11 +1,11 @@
-"""Lane programs of partial sums: a table of what x makes of every vector of a codebook, and its look-ups.
+"""Lane programs of partial sums: a table of what x makes of every vector of a book of them, and its look-ups.
 
 For a span of QUADS vectors of inputs, lane 4 r + q of a warp looks up vector q. Its place in the table is
 
-    float32 [span, codebook, entry, q, SLOT],      SLOT = copies * columns
+    float32 [span, book, entry, q, SLOT],      SLOT = copies * columns
 
-for `columns` rows of x: where few leave place for copies, every `copies`-th r reads its own, so that at most two of a
-warp's lanes that load together have one bank, and these only for entries that differ by an even number.
+for `columns` rows of x. The copies are read by one r in `copies` each. Of the lanes that load together, two at most share
+their banks, and meet there where their entries differ by an even number.
 
 The formula is CodeGEMM's "Psumbook" (NeurIPS 2025): sum_v scale sum_c <x_v, book_c[code_c(v)]>.
 """
@@ -96,7 +96,7 @@ class Sums:
     def fill(self, alu: Alu, lane: Register, x: Any, books: Any, table: Any) -> None:
         """Half of the spans of a table, in each lane the sums of one vector of each with some entries.
 
-        x: [columns, inputs of those spans], books: [codebook, entry, vector], all in float32.
+        x: [columns, inputs of those spans], books: [book, entry, vector], all in float32.
         """
         grain, (spans, count, entries, _) = self.books.grain, self.shape
         inputs = self.inputs // 2

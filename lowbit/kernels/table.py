@@ -46,7 +46,7 @@ def bands(shape: Shape, sums: Sums) -> int:
 def table(sums: Sums, shape: Shape, count: int, verbs: Verbs | None = None) -> Callable[..., jax.Array]:
     """The product as a function (words, *scales, books, x) -> f32 [chunks, tiles, m, ROWS], of `count` bands.
 
-    words and scales are those of `lowbit.kernels.layout`; books: f32 [codebook, entry, vector]; x: f32 [m, k], with m
+    words and scales are those of `lowbit.kernels.layout`; books: f32 [book, entry, vector]; x: f32 [m, k], with m
     and k those of `shape`, and m a multiple of `sums.columns`.
     """
     return _launch(_Schedule(sums, shape, count, verbs or Gpu()))

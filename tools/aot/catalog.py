@@ -73,14 +73,15 @@ def catalog() -> Iterator[Listed]:
         yield listed(f"any_bcq2_at_{width}_bf16_m8", fmt, "bf16", 8, None)
     for width in (5, 8):
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
-    for m in (1, 2, 4):
-        yield listed_by_table(
-            f"codebook_m1v4_table_m{m}", lb.codebook(1, 8, vec=4, group=128, scale_dtype="float16"), m
-        )
-        yield listed_by_table(
-            f"codebook_m2v8_table_m{m}", lb.codebook(2, 8, vec=8, group=128, scale_dtype="float16"), m
-        )
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
+    yield from by_table()
+
+
+def by_table() -> Iterator[Listed]:
+    for books, vec in ((1, 4), (2, 8)):
+        fmt = lb.codebook(books, 8, vec=vec, group=128, scale_dtype="float16")
+        for m in (1, 2, 4):
+            yield listed_by_table(f"codebook_m{books}v{vec}_table_m{m}", fmt, m)
 
 
 def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> Listed:
