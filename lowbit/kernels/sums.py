@@ -4,8 +4,8 @@ For a span of QUADS vectors of inputs, lane 4 r + q of a warp looks up vector q.
 
     float32 [span, book, entry, q, SLOT],      SLOT = copies * columns
 
-for `columns` rows of x. The copies are read by one r in `copies` each. Of the lanes that load together, two at most share
-their banks, and meet there where their entries differ by an even number.
+for `columns` rows of x. The copies are read by one r in `copies` each. Of the lanes that load together, two at most
+share their banks, and meet there where their entries differ by an even number.
 
 The formula is CodeGEMM's "Psumbook" (NeurIPS 2025): sum_v scale sum_c <x_v, book_c[code_c(v)]>.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ SLOT = 4
 """Words that a lane stores at once, for one entry and vector."""
 COLUMNS = (1, 2, 4)
 """Rows of x that share a slot."""
+SHARED_SUMS = 160 << 10
+"""Bytes of shared memory for a table and the vectors that it is made of."""
 AT_ONCE = LANES // QUADS
 """Entries that a warpgroup makes at a time."""
 
@@ -52,6 +55,9 @@ class Sums:
         if self.entries < AT_ONCE or self.books.grain < SLOT:
             shape = f"{self.entries} vectors of {self.books.grain}"
             raise UnsuitableError(f"tables of sums are for at least {AT_ONCE} vectors of {SLOT} and more, not {shape}")
+        if (size := 4 * (prod(self.shape) + prod(self.vectors))) > SHARED_SUMS:
+            what = f"a table of its sums and its vectors take {size} bytes"
+            raise UnsuitableError(f"{what}, and shared memory has {SHARED_SUMS} for them")
 
     @property
     def books(self) -> Books:
@@ -81,6 +87,11 @@ class Sums:
     @property
     def entries(self) -> int:
         return self.books.shape[1]
+
+    @property
+    def vectors(self) -> tuple[int, int, int]:
+        """Shape of those that are looked up."""
+        return len(self.books.lookups), self.entries, self.books.grain
 
     @property
     def groups(self) -> int:

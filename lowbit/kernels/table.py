@@ -30,7 +30,7 @@ BUILDING = 8
 DEPTH = 4
 """Stages in flight."""
 STEPS = 64
-"""Of a block at most: their results wait in shared memory."""
+"""Of a block at most, for one row of x: their results wait in shared memory."""
 
 
 def bands(shape: Shape, sums: Sums) -> int:
@@ -40,7 +40,7 @@ def bands(shape: Shape, sums: Sums) -> int:
     def longest(count: int) -> int:
         return ceil(count * chunks / SMS) * (pairs // count + BUILDING)
 
-    return min((b for b in range(1, pairs + 1) if pairs % b == 0 and pairs // b <= STEPS), key=longest)
+    return min((b for b in range(1, pairs + 1) if pairs % b == 0 and pairs // b * sums.columns <= STEPS), key=longest)
 
 
 def table(sums: Sums, shape: Shape, count: int, verbs: Verbs | None = None) -> Callable[..., jax.Array]:
@@ -67,10 +67,9 @@ class _Schedule:
     def scratch(self) -> list[Any]:
         """The table; what it is made of; results on their way out; barriers for what is fetched, and for the table."""
         sums, f32 = self.sums, jnp.float32
-        books = (len(sums.books.lookups), sums.entries, sums.books.grain)
         return [
             plgpu.SMEM((WARPGROUPS, sums.spans // WARPGROUPS, *sums.shape[1:]), f32),
-            plgpu.SMEM(books, f32),
+            plgpu.SMEM(sums.vectors, f32),
             plgpu.SMEM((WARPGROUPS, sums.columns, sums.inputs // WARPGROUPS), f32),
             plgpu.SMEM((WARPGROUPS, self.steps, sums.columns, ROWS), f32),
             plgpu.Barrier(num_barriers=2),

@@ -59,6 +59,7 @@ def test_the_twin_is_the_oracles_product(fmt: lb.Format, m: int, n: int, k: int,
         (lb.codebook(1, 4, vec=4, group=128), "tables of sums are for at least 32 vectors of 4 and more, not 16 vec"),
         (lb.codebook(1, 8, vec=2), "tables of sums are for at least 32 vectors of 4 and more, not 256 vectors of 2"),
         (lb.codebook(1, 6, vec=4), "6 bits for 4 inputs do not fill 2 words of a lane with an even number of codes"),
+        (lb.codebook(4, 8, vec=16), "a table of its sums and its vectors take 196608 bytes, and .* has 163840 for"),
     ],
     ids=str,
 )
