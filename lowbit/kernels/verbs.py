@@ -166,10 +166,12 @@ class Twin:
         )
 
     def total(self, sums: Sums, table: Ref, words: jax.Array, *scales: jax.Array) -> Sequence[jax.Array]:
+        def totalled(halves: Sequence[Any], *stored: Any) -> Any:
+            return total_in_numpy(sums, np.stack([np.asarray(h) for h in halves]), *map(np.asarray, stored))
+
         out = [jax.ShapeDtypeStruct((ROWS,), jnp.float32)] * sums.columns
-        made: Sequence[jax.Array] = jax.pure_callback(
-            lambda *raw: total_in_numpy(sums, *map(np.asarray, raw)), out, table[...], words, *scales
-        )
+        # By halves: XLA hands a callback what is above 100 KiB in a thread, and all of them may be in callbacks.
+        made: Sequence[jax.Array] = jax.pure_callback(totalled, out, [table[0], table[1]], words, *scales)
         return made
 
     def release(self) -> None:
