@@ -1,196 +1,152 @@
-"""Lane programs of partial sums: a table of what x makes of every vector of a book of them, and its look-ups.
+"""The schedule `table`: what x makes of every vector of the codebooks is summed first, and looked up for the weights.
 
-For a span of QUADS vectors of inputs, lane 4 r + q of a warp looks up vector q. Its place in the table is
-
-    float32 [span, book, entry, q, SLOT],      SLOT = copies * columns
-
-for `columns` rows of x. The copies are read by one r in `copies` each. Of the lanes that load together, two at most
-share their banks, and meet there where their entries differ by an even number.
-
-The formula is CodeGEMM's "Psumbook" (NeurIPS 2025): sum_v scale sum_c <x_v, book_c[code_c(v)]>.
+CodeGEMM (NeurIPS 2025): a block keeps the partial sums of one chunk of inputs in shared memory, and serves many rows
+of the weight from it. Each lane adds what its codes look up in float32, and scales it group by group. Chunks of k are
+summed in order afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
-from math import prod
+from math import ceil
 from typing import Any
 
-import numpy as np
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lowbit.kernels.alu import AND, Alu, NumpyAlu, Register
-from lowbit.kernels.computed import QUADS, Books, field
-from lowbit.kernels.decoders import ROWS, STAGE
-from lowbit.kernels.lanes import LANES, Array, Program, at_once, by_row, lane_words, row_registers
-from lowbit.passes.pointwise import UnsuitableError
+from lowbit.kernels.decoders import ROWS
+from lowbit.kernels.lanes import LANES
+from lowbit.kernels.layout import WARPGROUPS
+from lowbit.kernels.mma import SMS, Shape
+from lowbit.kernels.sums import Sums
+from lowbit.kernels.verbs import Gpu, Verbs
 
-SLOT = 4
-"""Words that a lane stores at once, for one entry and vector."""
-COLUMNS = (1, 2, 4)
-"""Rows of x that share a slot."""
-SHARED_SUMS = 160 << 10
-"""Bytes of shared memory for a table and the vectors that it is made of."""
-AT_ONCE = LANES // QUADS
-"""Entries that a warpgroup makes at a time."""
+BUILDING = 8
+"""Steps that filling its table and its pipeline costs a block, about."""
+DEPTH = 4
+"""Stages in flight."""
+STEPS = 64
+"""Of a block at most, for one row of x: their results wait in shared memory."""
+
+
+def bands(shape: Shape, sums: Sums) -> int:
+    """Into how many bands of rows blocks divide a weight: as few steps as possible of the SM that has most of them."""
+    pairs, chunks = shape.rows // WARPGROUPS, shape.stages * sums.chunks * shape.m // sums.columns
+
+    def longest(count: int) -> int:
+        return ceil(count * chunks / SMS) * (pairs // count + BUILDING)
+
+    return min((b for b in range(1, pairs + 1) if pairs % b == 0 and pairs // b * sums.columns <= STEPS), key=longest)
+
+
+def table(sums: Sums, shape: Shape, count: int, verbs: Verbs | None = None) -> Callable[..., jax.Array]:
+    """The product as a function (words, *scales, books, x) -> f32 [chunks, tiles, m, ROWS], of `count` bands.
+
+    words and scales are those of `lowbit.kernels.layout`; books: f32 [book, entry, vector]; x: f32 [m, k], with m
+    and k those of `shape`, and m a multiple of `sums.columns`.
+    """
+    return _launch(_Schedule(sums, shape, count, verbs or Gpu()))
 
 
 @dataclass(frozen=True)
-class Sums:
-    """How one chunk of inputs is summed: that of the words which a lane loads at once.
-
-    Attributes:
-      program: what the weights are.
-      columns: rows of x, one of COLUMNS.
-    """
-
-    program: Program
-    columns: int
-
-    def __post_init__(self) -> None:
-        if 32 * self.words % (2 * self.books.bits) or self.spans % 2:
-            what = f"{self.books.bits} bits for {self.books.grain} inputs"
-            raise UnsuitableError(f"{what} do not fill {self.words} words of a lane with an even number of codes a row")
-        if self.entries < AT_ONCE or self.books.grain < SLOT:
-            shape = f"{self.entries} vectors of {self.books.grain}"
-            raise UnsuitableError(f"tables of sums are for at least {AT_ONCE} vectors of {SLOT} and more, not {shape}")
-        if (size := 4 * (prod(self.shape) + prod(self.vectors))) > SHARED_SUMS:
-            what = f"a table of its sums and its vectors take {size} bytes"
-            raise UnsuitableError(f"{what}, and shared memory has {SHARED_SUMS} for them")
+class _Schedule:
+    sums: Sums
+    shape: Shape
+    bands: int
+    verbs: Verbs
 
     @property
-    def books(self) -> Books:
-        decoder = self.program.decoder
-        if not isinstance(decoder, Books):
-            raise UnsuitableError("its weights are no sums of vectors from codebooks")
-        return decoder
+    def steps(self) -> int:
+        return self.shape.rows // WARPGROUPS // self.bands
 
     @property
-    def words(self) -> int:
-        """Of a lane."""
-        return at_once(self.program.words[0])
-
-    @property
-    def chunks(self) -> int:
-        """Of a stage."""
-        return self.program.words[0] // self.words
-
-    @property
-    def inputs(self) -> int:
-        return STAGE // self.chunks
-
-    @property
-    def spans(self) -> int:
-        return self.inputs // (QUADS * self.books.grain)
-
-    @property
-    def entries(self) -> int:
-        return self.books.shape[1]
-
-    @property
-    def vectors(self) -> tuple[int, int, int]:
-        """Shape of those that are looked up."""
-        return len(self.books.lookups), self.entries, self.books.grain
-
-    @property
-    def groups(self) -> int:
-        """Scales of a row."""
-        scale = self.books.scale
-        return 0 if scale is None else self.inputs // scale.span if 0 < scale.span < self.inputs else 1
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Of the table."""
-        return self.spans, len(self.books.lookups), self.entries, QUADS * SLOT
-
-    def fill(self, alu: Alu, lane: Register, x: Any, books: Any, table: Any) -> None:
-        """Half of the spans of a table, in each lane the sums of one vector of each with some entries.
-
-        x: [columns, inputs of those spans], books: [book, entry, vector], all in float32.
-        """
-        grain, (spans, count, entries, _) = self.books.grain, self.shape
-        inputs = self.inputs // 2
-        own = alu.mad(alu.lop3(lane, QUADS - 1, 0, AND), 4 * grain, x[1])
-        vectors = [
-            [_loaded(alu, x, own, grain, 4 * (m * inputs + t * QUADS * grain)) for m in range(self.columns)]
-            for t in range(spans // 2)
+    def scratch(self) -> list[Any]:
+        """The table; what it is made of; results on their way out; barriers for what is fetched, and for the table."""
+        sums, f32 = self.sums, jnp.float32
+        return [
+            plgpu.SMEM((WARPGROUPS, sums.spans // WARPGROUPS, *sums.shape[1:]), f32),
+            plgpu.SMEM(sums.vectors, f32),
+            plgpu.SMEM((WARPGROUPS, sums.columns, sums.inputs // WARPGROUPS), f32),
+            plgpu.SMEM((WARPGROUPS, self.steps, sums.columns, ROWS), f32),
+            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
         ]
-        entry = alu.mad(alu.shr(lane, 2), 4 * grain, books[1])
-        to = alu.mad(lane, 4 * SLOT, table[1])
-        for first in range(0, entries, AT_ONCE):
-            for c in range(count):
-                vector = _loaded(alu, books, entry, grain, 4 * grain * (c * entries + first))
-                for t in range(spans // 2):
-                    sums = [_dot(alu, part, vector) for part in vectors[t]] * (SLOT // self.columns)
-                    alu.store_words(table, to, sums, 4 * SLOT * QUADS * ((t * count + c) * entries + first))
 
-    def total(
-        self, alu: Alu, lane: Register, words: Sequence[Register], scales: Sequence[Sequence[Register]], table: Any
-    ) -> list[list[Register]]:
-        """For each row of x, that of the lane's two rows.
+    def body(self, *refs: Any) -> None:
+        """The kernel."""
+        *inputs, books_stored, x_stored, out, table, books, x, staging, fetched, filled = refs
+        sums, verbs = self.sums, self.verbs
+        band, chunk, column = (lax.axis_index(name) for name in ("band", "chunk", "column"))
+        group = lax.axis_index("group")
 
-        scales: for each group, those of the two rows.
-        """
-        (spans, count, entries, _), widths = self.shape, self.books.widths
-        slot = alu.lop3(lane, QUADS - 1, 0, AND)
-        copy = alu.lop3(alu.shr(lane, 2), SLOT // self.columns - 1, 0, AND)
-        own = alu.mad(slot, 4 * SLOT, alu.mad(copy, 4 * self.columns, table[1]))
-        found: dict[tuple[int, int, int], list[Register]] = {}
-        at, groups = 0, max(self.groups, 1)
-        for t in range(spans):
-            for h in range(2):
-                for c, width in enumerate(widths):
-                    address = alu.mad(field(alu, words, at, width), 4 * SLOT * QUADS, own)
-                    behind = 4 * SLOT * QUADS * (t * count + c) * entries
-                    for m, value in enumerate(alu.load_words(table, address, self.columns, behind)):
-                        found.setdefault((m, h, t * groups // spans), []).append(value)
-                    at += width
-        return [[self._scaled(alu, found, m, h, scales) for h in range(2)] for m in range(self.columns)]
+        @pl.when(group == 0)
+        def _() -> None:
+            plgpu.copy_gmem_to_smem(books_stored, books, fetched.at[0])
+            plgpu.copy_gmem_to_smem(x_stored.at[column, chunk], x, fetched.at[1])
 
-    def _scaled(self, alu: Alu, found: Any, m: int, h: int, scales: Sequence[Sequence[Register]]) -> Register:
-        parts = [_summed(alu, found[m, h, g]) for g in range(max(self.groups, 1))]
-        if (scale := self.books.scale) is not None:
-            widened = [alu.widen(both[h], scale.leaf.dtype) for both in scales]
-            parts = [alu.f32("mul", part, by) for part, by in zip(parts, widened, strict=True)]
-        out = _summed(alu, parts)
-        for distance in (1, 2):  # the four lanes of a row
-            out = alu.f32("add", out, alu.across(out, distance))
-        return out
+        def compute(pipeline: Callable[..., Any]) -> None:
+            plgpu.barrier_wait(fetched.at[0])
+            plgpu.barrier_wait(fetched.at[1])
+            verbs.fill(sums, table.at[group], x.at[group], books)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(filled)
+            plgpu.barrier_wait(filled)
+            pipeline(jnp.int32(0))
+            plgpu.commit_smem()
+            steps = pl.ds(band * self.steps, self.steps)
+            plgpu.copy_smem_to_gmem(staging.at[group], out.at[chunk, column, group, steps])
+            plgpu.wait_smem_to_gmem(0)
 
+        def step(_: Any, *args: Any) -> Any:
+            words, *scales, done = args
+            stored = [verbs.rows(ref.at[group, g, 0], True) for ref in scales for g in range(sums.groups)]
+            for m, total in enumerate(verbs.total(sums, table, verbs.words(words.at[group, 0]), *stored)):
+                staging[group, done, m] = total
+            verbs.release()
+            return done + 1
 
-def _loaded(alu: Alu, memory: Any, address: Register, count: int, behind: int) -> list[Register]:
-    parts = (alu.load_words(memory, address, SLOT, behind + 4 * i) for i in range(0, count, SLOT))
-    return [word for part in parts for word in part]
+        plgpu.emit_pipeline_warp_specialized(
+            step, grid=(self.steps,), in_specs=self.specs(band, chunk), wg_axis="group", num_compute_wgs=WARPGROUPS,
+            memory_registers=40, max_concurrent_steps=min(DEPTH, self.steps), compute_context=compute,
+        )(*inputs)  # fmt: skip
 
-
-def _dot(alu: Alu, a: Sequence[Register], b: Sequence[Register]) -> Register:
-    return _summed(alu, [alu.f32("mul", x, y) for x, y in zip(a, b, strict=True)])
+    def specs(self, band: jax.Array, chunk: jax.Array) -> list[plgpu.BlockSpec]:
+        """What a step fetches: words, and scales where there are some."""
+        sums, first = self.sums, band * self.steps
+        stage, part = lax.div(chunk, sums.chunks), lax.rem(chunk, sums.chunks)
+        words = plgpu.BlockSpec((WARPGROUPS, 1, sums.words, LANES), lambda i: (first + i, stage, part, 0))
+        if (scale := sums.books.scale) is None:
+            return [words]
+        group = lax.div(chunk, max(1, scale.span // sums.inputs) if scale.span else self.shape.stages * sums.chunks)
+        return [words, plgpu.BlockSpec((WARPGROUPS, sums.groups, 1, ROWS), lambda i: (first + i, group, 0, 0))]
 
 
-def _summed(alu: Alu, values: Sequence[Register]) -> Register:
-    return reduce(lambda a, b: alu.f32("add", a, b), values)
+def _launch(schedule: _Schedule) -> Callable[..., jax.Array]:
+    sums, shape = schedule.sums, schedule.shape
+    grid = schedule.bands, shape.stages * sums.chunks, shape.m // sums.columns
+    chunks, columns = grid[1:]
+    out = (chunks, columns, WARPGROUPS, shape.rows // WARPGROUPS, sums.columns, ROWS)
+    run = plgpu.kernel(
+        schedule.body,
+        out_type=jax.ShapeDtypeStruct(out, jnp.float32),
+        scratch_types=schedule.scratch,
+        grid=grid,
+        grid_names=("band", "chunk", "column"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=schedule.verbs.interpret,
+    )
 
+    def product(*operands: jax.Array) -> jax.Array:
+        *stored, x = operands
+        inputs = sums.inputs // WARPGROUPS
+        by_chunk = x.reshape(columns, sums.columns, chunks, WARPGROUPS, inputs).transpose(0, 2, 3, 1, 4)
+        made: jax.Array = run(*stored, by_chunk)
+        return made.transpose(0, 3, 2, 1, 4, 5).reshape(chunks, shape.rows, shape.m, ROWS)
 
-def filled_in_numpy(sums: Sums, x: Array, books: Array) -> Array:
-    """Half of a table, from its half of x and the codebooks."""
-    spans, *rest = sums.shape
-    made = np.zeros((spans // 2, *rest), np.float32)
-    sums.fill(NumpyAlu(), _lane(), _memory(x), _memory(books), _memory(made))
-    return made
-
-
-def total_in_numpy(sums: Sums, table: Array, words: Array, *scales: Array) -> list[Array]:
-    """For each row of x, float32 [ROWS]; `scales` [ROWS] for each group."""
-    of_groups = [row_registers(s) for s in scales]
-    totals = sums.total(NumpyAlu(), _lane(), list(lane_words(words)), of_groups, _memory(table))
-    return [by_row(pair).view(np.float32).reshape(ROWS) for pair in totals]
-
-
-def _memory(a: Array) -> tuple[Array, Any]:
-    """Its words, and where they begin."""
-    return np.ascontiguousarray(a).reshape(-1).view(np.uint32), np.uint32(0)
-
-
-def _lane() -> Array:
-    return np.arange(LANES, dtype=np.uint32)
+    return product
