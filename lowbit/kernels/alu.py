@@ -16,6 +16,7 @@ Register = Any
 """32 bits a lane: uint32[128] in numpy, an i32 value in MLIR."""
 Half = Literal["f16", "bf16"]
 HalfOp = Literal["add", "mul", "fma"]
+FloatOp = Literal["add", "sub", "mul", "fma"]
 AND, OR, XOR = 0xC0, 0xFC, 0x3C
 AND_OR, AND_XOR, SELECT = 0xEA, 0x6A, 0xCA
 """Truth tables of `lop3` over a = 0xF0, b = 0xCC, c = 0xAA: a & b, a | b, a ^ b; (a & b) | c, (a & b) ^ c,
@@ -63,7 +64,9 @@ class Alu(Protocol):
     def half2(self, op: HalfOp, kind: Half, *operands: Register | int) -> Register:
         """Two halves at once, a + b, a b or a b + c, rounded to nearest even."""
 
-    def f32(self, op: Literal["add", "sub", "mul"], a: Register, b: Register) -> Register: ...
+    def f32(self, op: FloatOp, *operands: Register) -> Register:
+        """a + b, a - b, a b or a b + c."""
+
     def number(self, value: float) -> Register:
         """A float32 constant."""
 
@@ -144,8 +147,10 @@ class NumpyAlu:
             pair.append(x + y if op == "add" else x * y + z[0] if z else x * y)
         return self.pack2(kind, *map(_bits, pair))
 
-    def f32(self, op: Literal["add", "sub", "mul"], a: Register, b: Register) -> Register:
-        x, y = _float(a), _float(b)
+    def f32(self, op: FloatOp, *operands: Register) -> Register:
+        x, y, *z = map(_float, operands)
+        if z:  # a product of two is exact in float64
+            return _bits(x.astype(np.float64) * y + z[0])
         return _bits(x + y if op == "add" else x - y if op == "sub" else x * y)
 
     def number(self, value: float) -> Register:

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from lowbit.kernels.alu import HALVES, Half, HalfOp, Register
+from lowbit.kernels.alu import HALVES, FloatOp, Half, HalfOp, Register
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES, Program, at_once
@@ -118,8 +118,9 @@ class GpuAlu:
         places = ", ".join(f"${i + 1}" for i in range(len(operands)))
         return ptx(f"{op}.rn.{kind}x2 $0, {places};", *operands)
 
-    def f32(self, op: str, a: Register, b: Register) -> Register:
-        return ptx(f"{op}.rn.f32 $0, $1, $2;", a, b)
+    def f32(self, op: FloatOp, *operands: Register) -> Register:
+        places = ", ".join(f"${i + 1}" for i in range(len(operands)))
+        return ptx(f"{op}.rn.f32 $0, {places};", *operands)
 
     def number(self, value: float) -> Register:
         return constant(int(np.float32(value).view(np.uint32)))

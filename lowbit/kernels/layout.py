@@ -31,6 +31,11 @@ from lowbit.passes.scalar import Element, Where
 WORDS = "words"
 WARPGROUPS = 2
 """That compute in a kernel, each on a tile of rows."""
+SMS = 132
+SHARED = 226 << 10
+"""Bytes of an SM's shared memory for buffers; barriers take the rest."""
+ALIGNED = 1024
+"""Bytes that a buffer begins at a multiple of."""
 Array = np.ndarray[Any, Any]
 
 

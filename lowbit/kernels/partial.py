@@ -1,44 +1,48 @@
-"""Lane programs of partial sums: a table of what x makes of every vector of a book of them, and its look-ups.
+"""Lane programs of partial sums: tables of what x makes of whatever a code can say of some inputs, and the look-ups.
 
-For a span of QUADS vectors of inputs, lane 4 r + q of a warp looks up vector q. Its place in the table is
+For a span of QUADS vectors of inputs, lane 4 r + q of a warp looks up vector q. Its place in the tables is
 
-    float32 [span, book, entry, q, SLOT],      SLOT = copies * columns
+    float32 [span, book, entry, layer, q, WORD],      layer * WORD = copies * columns
 
-for `columns` rows of x. The copies are read by one r in `copies` each. Of the lanes that load together, two at most
-share their banks, and meet there where their entries differ by an even number.
-
-The formula is CodeGEMM's "Psumbook" (NeurIPS 2025): sum_v scale sum_c <x_v, book_c[code_c(v)]>.
+for `columns` rows of x; a copy is read by every so many r. Where shared memory has room for two layers, lanes that load
+together meet in no bank. With one, two of them share their banks, and meet there where their entries differ by an even
+number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from math import prod
+from functools import cached_property
+from itertools import accumulate
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
 
-from lowbit.kernels.alu import AND, Alu, NumpyAlu, Register
-from lowbit.kernels.computed import QUADS, Books, field
+from lowbit.ir.dtypes import bits as dtype_bits
+from lowbit.kernels.alu import AND, XOR, Alu, NumpyAlu, Register
+from lowbit.kernels.computed import QUADS
 from lowbit.kernels.decoders import ROWS, STAGE
-from lowbit.kernels.lanes import LANES, Array, Program, at_once, by_row, lane_words, row_registers
+from lowbit.kernels.lanes import LANES, Array, Program, by_leaf, by_row, groups_of, lane_words, row_registers
+from lowbit.kernels.layout import ALIGNED, SHARED, SMS, WARPGROUPS, Layout
+from lowbit.kernels.looked_up import WORD, Source, added, loaded, source
 from lowbit.passes.pointwise import UnsuitableError
+from lowbit.passes.scalar import Element
 
-SLOT = 4
-"""Words that a lane stores at once, for one entry and vector."""
 COLUMNS = (1, 2, 4)
-"""Rows of x that share a slot."""
-SHARED_SUMS = 160 << 10
-"""Bytes of shared memory for a table and the vectors that it is made of."""
-AT_ONCE = LANES // QUADS
-"""Entries that a warpgroup makes at a time."""
+"""Rows of x that share a table."""
+BUILDING = 8
+"""Steps that making its tables and filling its pipeline costs a block, about."""
+STEPS = 64
+"""Of a block at most, for one row of x: their results wait in shared memory."""
+DEPTH = 4
+"""Stages in flight, where they fit."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """How one chunk of inputs is summed: that of the words which a lane loads at once.
+    """How one chunk of inputs is summed: that for which the tables fit, some words of a lane.
 
     Attributes:
       program: what the weights are.
@@ -49,32 +53,24 @@ class Sums:
     columns: int
 
     def __post_init__(self) -> None:
-        if 32 * self.words % (2 * self.books.bits) or self.spans % 2:
-            what = f"{self.books.bits} bits for {self.books.grain} inputs"
-            raise UnsuitableError(f"{what} do not fill {self.words} words of a lane with an even number of codes a row")
-        if self.entries < AT_ONCE or self.books.grain < SLOT:
-            shape = f"{self.entries} vectors of {self.books.grain}"
-            raise UnsuitableError(f"tables of sums are for at least {AT_ONCE} vectors of {SLOT} and more, not {shape}")
-        if (size := 4 * (prod(self.shape) + prod(self.vectors))) > SHARED_SUMS:
-            what = f"a table of its sums and its vectors take {size} bytes"
-            raise UnsuitableError(f"{what}, and shared memory has {SHARED_SUMS} for them")
+        if (size := self.fixed(self.layers) + 2 * self.stage) > SHARED:
+            raise UnsuitableError(f"its tables and buffers take {size} bytes, and shared memory has {SHARED} for them")
 
-    @property
-    def books(self) -> Books:
-        decoder = self.program.decoder
-        if not isinstance(decoder, Books):
-            raise UnsuitableError("its weights are no sums of vectors from codebooks")
-        return decoder
+    @staticmethod
+    def of(program: Program, m: int) -> Sums:
+        """For `m` rows of x. Raises UnsuitableError with the reason where there is none."""
+        if m > max(COLUMNS):
+            raise UnsuitableError(f"tables of sums serve at most {max(COLUMNS)} rows of x, and it has {m}")
+        return Sums(program, next(c for c in COLUMNS if c >= m))
 
-    @property
-    def words(self) -> int:
-        """Of a lane."""
-        return at_once(self.program.words[0])
+    @cached_property
+    def source(self) -> Source:
+        return source(self.program)
 
     @property
     def chunks(self) -> int:
         """Of a stage."""
-        return self.program.words[0] // self.words
+        return self.program.words[0] // self.source.words
 
     @property
     def inputs(self) -> int:
@@ -82,108 +78,136 @@ class Sums:
 
     @property
     def spans(self) -> int:
-        return self.inputs // (QUADS * self.books.grain)
+        return self.inputs // (QUADS * self.source.grain)
+
+    def groups(self, e: Element) -> int:
+        """Of a chunk, that a scale has a value for."""
+        return max(1, groups_of(e) // self.chunks)
 
     @property
-    def entries(self) -> int:
-        return self.books.shape[1]
+    def stored(self) -> tuple[tuple[Element, int], ...]:
+        """The source's scales, each once for every group: (element, group)."""
+        return tuple((e, g) for e in self.source.scales for g in range(self.groups(e)))
+
+    @cached_property
+    def layers(self) -> int:
+        return 2 if self.fixed(2) + 2 * self.stage <= SHARED else 1
 
     @property
-    def vectors(self) -> tuple[int, int, int]:
-        """Shape of those that are looked up."""
-        return len(self.books.lookups), self.entries, self.books.grain
+    def shape(self) -> tuple[int, ...]:
+        """Of the tables."""
+        return self._shape(self.layers)
+
+    def _shape(self, layers: int) -> tuple[int, ...]:
+        return self.spans, self.source.books, self.source.entries, layers * QUADS * WORD
+
+    def fixed(self, layers: int) -> int:
+        """Bytes of shared memory for tables, what they are made of, and results on their way out."""
+        buffers = self._shape(layers), self.source.vectors, (self.columns, self.inputs), (WARPGROUPS, STEPS, ROWS)
+        return sum(4 * prod(shape) + ALIGNED for shape in buffers if shape)
 
     @property
-    def groups(self) -> int:
-        """Scales of a row."""
-        scale = self.books.scale
-        return 0 if scale is None else self.inputs // scale.span if 0 < scale.span < self.inputs else 1
+    def stage(self) -> int:
+        """Bytes of shared memory that are fetched for one step."""
+        size = 4 * WARPGROUPS * self.source.words * LANES + ALIGNED
+        for elements in by_leaf(self.program.weights).values():
+            each = self.groups(elements[0]) * ROWS * dtype_bits(elements[0].leaf.dtype) // 8
+            size += WARPGROUPS * len(elements) * each + ALIGNED
+        return size
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Of the table."""
-        return self.spans, len(self.books.lookups), self.entries, QUADS * SLOT
+    def depth(self, steps: int) -> int:
+        """Stages in flight: a power of two, for the loop divides by it."""
+        fit = min(DEPTH, steps, (SHARED - self.fixed(self.layers)) // self.stage)
+        return 1 << fit.bit_length() - 1
+
+    def bands(self, of: Layout) -> int:
+        """Into how many bands of rows blocks divide a weight: as few steps as possible of the SM that has most."""
+        pairs, chunks = of.tiles // WARPGROUPS, of.stages * self.chunks
+
+        def longest(count: int) -> int:
+            return ceil(count * chunks / SMS) * (pairs // count + BUILDING)
+
+        every = (b for b in range(1, pairs + 1) if pairs % b == 0 and pairs // b * self.columns <= STEPS)
+        return min(every, key=longest)
 
     def fill(self, alu: Alu, lane: Register, x: Any, books: Any, table: Any) -> None:
-        """Half of the spans of a table, in each lane the sums of one vector of each with some entries.
+        """Half of the spans of the tables, in each lane the sums of one vector of each with some entries.
 
-        x: [columns, inputs of those spans], books: [book, entry, vector], all in float32.
+        x: [columns, span, QUADS, grain], books: those of the source, all in float32.
         """
-        grain, (spans, count, entries, _) = self.books.grain, self.shape
-        inputs = self.inputs // 2
-        own = alu.mad(alu.lop3(lane, QUADS - 1, 0, AND), 4 * grain, x[1])
-        vectors = [
-            [_loaded(alu, x, own, grain, 4 * (m * inputs + t * QUADS * grain)) for m in range(self.columns)]
-            for t in range(spans // 2)
-        ]
-        entry = alu.mad(alu.shr(lane, 2), 4 * grain, books[1])
-        to = alu.mad(lane, 4 * SLOT, table[1])
-        for first in range(0, entries, AT_ONCE):
-            for c in range(count):
-                vector = _loaded(alu, books, entry, grain, 4 * grain * (c * entries + first))
-                for t in range(spans // 2):
-                    sums = [_dot(alu, part, vector) for part in vectors[t]] * (SLOT // self.columns)
-                    alu.store_words(table, to, sums, 4 * SLOT * QUADS * ((t * count + c) * entries + first))
+        grain, (_, count, entries, entry) = self.source.grain, self.shape
+        quad, which = alu.lop3(lane, QUADS - 1, 0, AND), alu.shr(lane, 2)
+        own = alu.mad(quad, 4 * grain, x[1])
+        to = alu.mad(which, 4 * entry, alu.mad(quad, 4 * WORD, table[1]))
+        places = [to]
+        if self.layers == 2:  # the lanes of odd entries begin with the other layer, and so in the other banks
+            odd = alu.lop3(which, 1, 0, AND)
+            places = [alu.mad(bit, 4 * WORD * QUADS, to) for bit in (odd, alu.lop3(odd, 1, 0, XOR))]
+
+        def part(t: int, m: int) -> list[Register]:
+            return loaded(alu, x, own, grain, 4 * (m * self.inputs // 2 + t * QUADS * grain))
+
+        for t, book, first, sums in self.source.made(alu, lane, part, self.spans // 2, self.columns, books):
+            for place in places:
+                behind = 4 * entry * ((t * count + book) * entries + first)
+                alu.store_words(table, place, sums * (WORD // self.columns), behind)
 
     def total(
-        self, alu: Alu, lane: Register, words: Sequence[Register], scales: Sequence[Sequence[Register]], table: Any
+        self, alu: Alu, lane: Register, words: Sequence[Register], stored: Sequence[Sequence[Register]], table: Any
     ) -> list[list[Register]]:
         """For each row of x, that of the lane's two rows.
 
-        scales: for each group, those of the two rows.
+        stored: for each of `self.stored`, its value for the two rows.
         """
-        (spans, count, entries, _), widths = self.shape, self.books.widths
-        slot = alu.lop3(lane, QUADS - 1, 0, AND)
-        copy = alu.lop3(alu.shr(lane, 2), SLOT // self.columns - 1, 0, AND)
-        own = alu.mad(slot, 4 * SLOT, alu.mad(copy, 4 * self.columns, table[1]))
-        found: dict[tuple[int, int, int], list[Register]] = {}
-        at, groups = 0, max(self.groups, 1)
-        for t in range(spans):
-            for h in range(2):
-                for c, width in enumerate(widths):
-                    address = alu.mad(field(alu, words, at, width), 4 * SLOT * QUADS, own)
-                    behind = 4 * SLOT * QUADS * (t * count + c) * entries
-                    for m, value in enumerate(alu.load_words(table, address, self.columns, behind)):
-                        found.setdefault((m, h, t * groups // spans), []).append(value)
-                    at += width
-        return [[self._scaled(alu, found, m, h, scales) for h in range(2)] for m in range(self.columns)]
+        (spans, count, entries, entry), own = self.shape, self._own(alu, lane, table)
+        found: dict[tuple[int, int, int], dict[int, Register]] = {}
+        groups = [self.groups(e) for e in self.source.scales] or [1]
+        first = list(accumulate(groups, initial=0))
+        for look in self.source.looks(alu, words):
+            address = alu.mad(look.entry, 4 * entry, own)
+            behind = 4 * entry * (look.span * count + look.book) * entries
+            scale = first[look.scale] + look.span * groups[look.scale] // spans
+            for m, value in enumerate(alu.load_words(table, address, self.columns, behind)):
+                sums = found.setdefault((m, look.half), {})
+                sums[scale] = _with(alu, sums.get(scale), value, look.sign)
+        widened = [[alu.widen(row, e.leaf.dtype) for row in both] for (e, _), both in zip(self.stored, stored, strict=True)]
+        return [[_row(alu, found[m, h], [w[h] for w in widened]) for h in range(2)] for m in range(self.columns)]
 
-    def _scaled(self, alu: Alu, found: Any, m: int, h: int, scales: Sequence[Sequence[Register]]) -> Register:
-        parts = [_summed(alu, found[m, h, g]) for g in range(max(self.groups, 1))]
-        if (scale := self.books.scale) is not None:
-            widened = [alu.widen(both[h], scale.leaf.dtype) for both in scales]
-            parts = [alu.f32("mul", part, by) for part, by in zip(parts, widened, strict=True)]
-        out = _summed(alu, parts)
-        for distance in (1, 2):  # the four lanes of a row
-            out = alu.f32("add", out, alu.across(out, distance))
-        return out
+    def _own(self, alu: Alu, lane: Register, table: Any) -> Register:
+        """Where the copy begins that the lane reads."""
+        in_layer = WORD // self.columns
+        copy = alu.lop3(alu.shr(lane, 2), self.layers * in_layer - 1, 0, AND)
+        own = alu.mad(alu.lop3(lane, QUADS - 1, 0, AND), 4 * WORD, table[1])
+        own = alu.mad(alu.lop3(copy, in_layer - 1, 0, AND), 4 * self.columns, own)
+        return alu.mad(alu.shr(copy, in_layer.bit_length() - 1), 4 * WORD * QUADS, own)
 
 
-def _loaded(alu: Alu, memory: Any, address: Register, count: int, behind: int) -> list[Register]:
-    parts = (alu.load_words(memory, address, SLOT, behind + 4 * i) for i in range(0, count, SLOT))
-    return [word for part in parts for word in part]
+def _with(alu: Alu, total: Register | None, value: Register, sign: Register | None) -> Register:
+    if sign is None:
+        return value if total is None else alu.f32("add", total, value)
+    return alu.f32("mul", value, sign) if total is None else alu.f32("fma", value, sign, total)
 
 
-def _dot(alu: Alu, a: Sequence[Register], b: Sequence[Register]) -> Register:
-    return _summed(alu, [alu.f32("mul", x, y) for x, y in zip(a, b, strict=True)])
+def _row(alu: Alu, sums: Mapping[int, Register], scales: Sequence[Register]) -> Register:
+    """A row's, from what its lane found under each of the scales."""
+    out = added(alu, [alu.f32("mul", part, scales[s]) if scales else part for s, part in sums.items()])
+    for distance in (1, 2):  # the four lanes of a row
+        out = alu.f32("add", out, alu.across(out, distance))
+    return out
 
 
-def _summed(alu: Alu, values: Sequence[Register]) -> Register:
-    return reduce(lambda a, b: alu.f32("add", a, b), values)
-
-
-def filled_in_numpy(sums: Sums, x: Array, books: Array) -> Array:
-    """Half of a table, from its half of x and the codebooks."""
+def filled_in_numpy(sums: Sums, x: Array, *books: Array) -> Array:
+    """Half of the tables, from its half of x and the codebooks."""
     spans, *rest = sums.shape
     made = np.zeros((spans // 2, *rest), np.float32)
-    sums.fill(NumpyAlu(), _lane(), _memory(x), _memory(books), _memory(made))
+    sums.fill(NumpyAlu(), _lane(), _memory(x), next(map(_memory, books), None), _memory(made))
     return made
 
 
 def total_in_numpy(sums: Sums, table: Array, words: Array, *scales: Array) -> list[Array]:
-    """For each row of x, float32 [ROWS]; `scales` [ROWS] for each group."""
-    of_groups = [row_registers(s) for s in scales]
-    totals = sums.total(NumpyAlu(), _lane(), list(lane_words(words)), of_groups, _memory(table))
+    """For each row of x, float32 [ROWS]; `scales`: [ROWS] for each of `sums.stored`."""
+    pairs = [row_registers(s) for s in scales]
+    totals = sums.total(NumpyAlu(), _lane(), list(lane_words(words)), pairs, _memory(table))
     return [by_row(pair).view(np.float32).reshape(ROWS) for pair in totals]
 
 

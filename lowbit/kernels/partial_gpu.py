@@ -1,4 +1,4 @@
-"""Partial sums on the GPU: `lowbit.kernels.sums` over registers and shared memory."""
+"""Partial sums on the GPU: `lowbit.kernels.partial` over registers and shared memory."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from jaxlib.mlir.dialects import llvm
 
 from lowbit.kernels.decoders import ROWS
 from lowbit.kernels.lane_gpu import ROW, WORDS, GpuAlu, i32, of_rows, raw, this_lane
-from lowbit.kernels.sums import Sums
+from lowbit.kernels.partial import Sums
 
 
-def filled_in_shared(sums: Sums, table: Any, x: Any, books: Any) -> None:
-    """Half of a table, from its half of x and the codebooks, all in shared memory."""
+def filled_in_shared(sums: Sums, table: Any, x: Any, *books: Any) -> None:
+    """Half of the tables, from its half of x and the codebooks, all in shared memory."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (2 + len(books)))
     def filled(ctx: Any, *refs: Any) -> None:
         del ctx
-        table, x, books = map(_memory, refs)
-        sums.fill(GpuAlu(), this_lane(), x, books, table)
+        table, x, *books = map(_memory, refs)
+        sums.fill(GpuAlu(), this_lane(), x, next(iter(books), None), table)
 
-    filled(table, x, books)
+    filled(table, x, *books)
 
 
 def total_in_registers(sums: Sums, table: Any, words: jax.Array, *scales: jax.Array) -> Sequence[jax.Array]:
     """For each row of x, float32 [ROWS] in ROW; `words` in WORDS, `scales` in ROW."""
     out = [plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=ROW)] * sums.columns
-    types = (plgpu.RefType(), WORDS[sums.words], *(ROW for _ in scales))
+    types = (plgpu.RefType(), WORDS[sums.source.words], *(ROW for _ in scales))
 
     @plgpu.inline_mgpu(arg_types=types, return_type=out)
     def totalled(ctx: Any, table: Any, words: Any, *scales: Any) -> Any:

@@ -1,4 +1,4 @@
-"""x @ w by the schedules `mma`, `fp8` and `table`, for weights in the kernels' layout: padding, the launch, and the
+"""x @ w by the schedules `mma`, `fp8` and `sums`, for weights in the kernels' layout: padding, the launch, and the
 parts of k summed."""
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lowbit.kernels.fp8 import tuning as fp8_tuning
 from lowbit.kernels.lanes import Program
 from lowbit.kernels.layout import Layout
 from lowbit.kernels.mma import COLUMNS_A_BLOCK, Shape, Tuning, mma, tuning
-from lowbit.kernels.sums import COLUMNS, Sums
-from lowbit.kernels.table import bands, table
+from lowbit.kernels.partial import Sums
+from lowbit.kernels.sums import sums
 from lowbit.kernels.verbs import Verbs
 
 
@@ -63,25 +63,27 @@ def product_of_codes(
     return parts.sum(0)[: of.n, : len(x)].T * factor
 
 
-def product_by_table(
-    of: Layout, x: jax.Array, fields: Fields, count: int | None = None, verbs: Verbs | None = None
+def product_by_sums(
+    of: Layout, x: jax.Array, fields: Fields, bands: int | None = None, verbs: Verbs | None = None
 ) -> jax.Array:
-    """x [m, k] by weights from codebooks, of which x makes tables of partial sums: [m, n] in float32, as all of it is.
+    """x [m, k], of at most 4 rows, by weights that are looked up among partial sums: [m, n] in x's dtype, accumulated
+    in float32, which weights and sums are in too.
 
     Args:
-      count: bands of rows, those of `bands` if None.
+      bands: of rows, those of `Sums.bands` if None.
       verbs: what it runs on, the GPU if None.
+
+    Raises UnsuitableError for weights, or rows, that they do not suit.
     """
-    m = len(x)
-    columns = next((c for c in COLUMNS if c >= m), max(COLUMNS))
-    sums = Sums(of.program("f16"), columns)
-    shape = Shape(columns * ceil(m / columns), of.tiles, of.stages)
-    run = table(sums, shape, count or bands(shape, sums), verbs)
-    x_padded = jnp.pad(x.astype(jnp.float32), ((0, shape.m - m), (0, of.stages * STAGE - of.k)))
+    m, how = len(x), Sums.of(of.program("f16"), len(x))
+    run = sums(of, how, bands or how.bands(of), verbs)
+    padded = jnp.pad(x.astype(jnp.float32), ((0, how.columns - m), (0, of.stages * STAGE - of.k)))
     stored = [fields[name] for name in of.read() if name not in of.books]
-    vectors = jnp.stack(_vectors(sums.books, fields, jnp.float32))
-    parts = run(*stored, vectors, x_padded)
-    return parts.sum(0).swapaxes(0, 1).reshape(shape.m, -1)[:m, : of.n]
+    decoder = how.program.decoder
+    books = [jnp.stack(_vectors(decoder, fields, jnp.float32))] if isinstance(decoder, Books) else []
+    in_order = padded if books else _in_order(padded, how.source.grain)  # signs are of every fourth pair of inputs
+    parts = run(*stored, *books, in_order)
+    return parts.sum(0).swapaxes(0, 1).reshape(how.columns, -1)[:m, : of.n].astype(x.dtype)
 
 
 def _padded(m: int) -> int:
@@ -90,7 +92,8 @@ def _padded(m: int) -> int:
 
 
 def _in_order(x: jax.Array, consecutive: int) -> jax.Array:
-    """x with its inputs where WGMMA reads them, if a lane has more than two that follow each other."""
+    """x with its inputs where WGMMA reads them, if a lane has more than two that follow each other; and the inverse for
+    as many pairs as a row has lanes."""
     blocks = x.reshape(len(x), -1, 4, consecutive // 2, 2)  # quarter of a warp's row, pair, input
     return blocks.swapaxes(2, 3).reshape(x.shape)
 

@@ -20,8 +20,8 @@ from lowbit.kernels.alu import HALVES
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lane_gpu import BYTES, ROW, WORDS, in_registers, tables_in_registers
 from lowbit.kernels.lanes import Program, in_numpy, tables_in_numpy
-from lowbit.kernels.sums import Sums, filled_in_numpy, total_in_numpy
-from lowbit.kernels.sums_gpu import filled_in_shared, total_in_registers
+from lowbit.kernels.partial import Sums, filled_in_numpy, total_in_numpy
+from lowbit.kernels.partial_gpu import filled_in_shared, total_in_registers
 
 Ref = Any
 
@@ -59,8 +59,8 @@ class Verbs(Protocol):
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         """weights [ROWS, k] @ x [columns, k]^T of two buffers, in float32."""
 
-    def fill(self, sums: Sums, table: Ref, x: Ref, books: Ref) -> None:
-        """Make half of a table of partial sums, from its half of x and the codebooks."""
+    def fill(self, sums: Sums, table: Ref, x: Ref, *books: Ref) -> None:
+        """Make half of the tables of partial sums, from its half of x and the codebooks."""
 
     def total(self, sums: Sums, table: Ref, words: jax.Array, *scales: jax.Array) -> Sequence[jax.Array]:
         """For each row of x, what the ROWS add up to: float32 [ROWS]."""
@@ -108,8 +108,8 @@ class Gpu:
         out: jax.Array = pl.run_scoped(scoped, plgpu.ACC((weights.shape[0], x.shape[0]), jnp.float32))  # type: ignore[attr-defined]
         return out
 
-    def fill(self, sums: Sums, table: Ref, x: Ref, books: Ref) -> None:
-        filled_in_shared(sums, table, x, books)
+    def fill(self, sums: Sums, table: Ref, x: Ref, *books: Ref) -> None:
+        filled_in_shared(sums, table, x, *books)
 
     def total(self, sums: Sums, table: Ref, words: jax.Array, *scales: jax.Array) -> Sequence[jax.Array]:
         return total_in_registers(sums, table, words, *scales)
@@ -159,11 +159,12 @@ class Twin:
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         return jnp.dot(weights[...].astype(jnp.float32), x[...].astype(jnp.float32).T)
 
-    def fill(self, sums: Sums, table: Ref, x: Ref, books: Ref) -> None:
+    def fill(self, sums: Sums, table: Ref, x: Ref, *books: Ref) -> None:
+        def filled(*stored: Any) -> Any:
+            return filled_in_numpy(sums, *map(np.asarray, stored))
+
         out = jax.ShapeDtypeStruct((sums.spans // 2, *sums.shape[1:]), jnp.float32)
-        table[...] = jax.pure_callback(
-            lambda *raw: filled_in_numpy(sums, *map(np.asarray, raw)), out, x[...], books[...]
-        )
+        table[...] = jax.pure_callback(filled, out, x[...], *(book[...] for book in books))
 
     def total(self, sums: Sums, table: Ref, words: jax.Array, *scales: jax.Array) -> Sequence[jax.Array]:
         def totalled(halves: Sequence[Any], *stored: Any) -> Any:

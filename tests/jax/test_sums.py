@@ -1,4 +1,4 @@
-"""The schedule `table`: its twin in the Mosaic GPU interpreter against the oracle, and what it refuses."""
+"""The schedule `sums`: its twin in the Mosaic GPU interpreter against the oracle, and what it refuses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import lowbit as lb
 from lowbit.array import QuantArray, laid_out
 from lowbit.compat import interpret_params, races_found
-from lowbit.kernels.product import product_by_table
-from lowbit.kernels.sums import Sums
+from lowbit.kernels.product import product_by_sums
+from lowbit.kernels.partial import Sums
 from lowbit.kernels.verbs import Twin
 from lowbit.passes.pipeline import PIPELINES
 from lowbit.passes.pipeline import run as rewritten
@@ -30,7 +30,7 @@ def array(fmt: lb.Format, n: int, k: int) -> QuantArray:
 
 def run(w: QuantArray, x: Any, count: int | None = None) -> jax.Array:
     verbs = Twin(interpret_params(detect_races=True))
-    y = product_by_table(kernel_layout(w.type), jnp.asarray(x), laid_out(w).fields, count, verbs)
+    y = product_by_sums(kernel_layout(w.type), jnp.asarray(x), laid_out(w).fields, count, verbs)
     return jax.block_until_ready(y)
 
 
