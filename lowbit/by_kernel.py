@@ -27,6 +27,13 @@ def by_mma(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Arra
     return product(kernel_layout(t), x, fields, at=readings(t).index(t.decode))
 
 
+def by_sums(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """Weights in the kernels' layout, looked up among sums of x."""
+    from lowbit.kernels.product import product_by_sums
+
+    return product_by_sums(kernel_layout(t), x, fields)
+
+
 def by_fp8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
     """Weights in the kernels' layout that are e4m3, and x encoded as their format says: codes, and factors."""
     from lowbit.kernels.product import product_of_codes

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit.array import QuantArray, expect_array, over_stack, own
-from lowbit.by_kernel import by_fp8, by_mma, dense
+from lowbit.by_kernel import by_fp8, by_mma, by_sums, dense
 from lowbit.devices import is_hopper
 from lowbit.dispatch import by_platform
 from lowbit.ir.build import param
@@ -240,7 +240,7 @@ def _laid_out(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.A
     by_term = partial(_forward, t)
     if isinstance(choice, Form):
         return by_term(x, fields)
-    cuda = partial({"mma": by_mma, "fp8": by_fp8, "dense": dense}[choice.name], t)
+    cuda = partial({"mma": by_mma, "sums": by_sums, "fp8": by_fp8, "dense": dense}[choice.name], t)
     return by_platform(cuda, by_term, x, fields)
 
 

@@ -1,6 +1,7 @@
 """Ways to run a product that are no form of its term: whether they can, why not, and what they are predicted to take.
 
 mma      the kernel: weights are decoded on their way to the tensor cores
+sums     the kernel for few activations: what they make of all that codes can say is summed first, and looked up
 fp8      the kernel for weights and activations in e4m3, which the tensor cores multiply as they are
 dense    the weight is decoded once, to halves, and multiplied by the platform's own matrix product
 """
@@ -9,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 
-from lowbit.ir.dtypes import DType
+from lowbit.ir.dtypes import DType, bits
 from lowbit.ir.expr import Expr
-from lowbit.kernels.layout import layout
+from lowbit.kernels.computed import Books
+from lowbit.kernels.decoders import OneBit, Wide
+from lowbit.kernels.lanes import Program
+from lowbit.kernels.layout import SMS, layout
+from lowbit.kernels.partial import Sums
 from lowbit.passes.pointwise import UnsuitableError
 
-KERNELS = ("mma", "fp8", "dense")
+KERNELS = ("mma", "sums", "fp8", "dense")
 BYTES_A_NANOSECOND = 3350 * 0.8
 """Of an H100's memory, at the share of its peak that streaming kernels are expected to reach."""
 PRODUCTS_A_NANOSECOND = 495_000
@@ -26,6 +31,11 @@ DECODING, MULTIPLYING = 0.45, 0.75
 LAUNCH = 5_000.0
 """Nanoseconds: launching, filling the pipeline, and adding the parts of k."""
 RESTORING_LAUNCHES = 25_000.0
+CLOCKS_A_NANOSECOND = SMS * 1.755
+LOADED, ISSUED = 32, 128
+"""Words of shared memory that an SM moves for its lanes each clock, and instructions of a lane that it issues."""
+INSTRUCTIONS: dict[type, float] = {OneBit: 1.6, Wide: 10}
+"""Of `mma` for a weight, as `make aot` counts them, where an SM issues fewer than memory brings weights for."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +61,61 @@ def kernel_choices(
     n, k = readings[0].dims["n"], readings[0].dims["k"]
     nbytes, products = stored + 2 * m * k, 8 * ceil(m / 8) * n * k
     streamed = nbytes / BYTES_A_NANOSECOND
-    fused = LAUNCH + max(streamed, products / (PRODUCTS_A_NANOSECOND * DECODING))
+    refused = _no_decoder(readings, at, laid_out)
+    lanes = 0.0 if refused else n * k * _decoding(layout(*readings).program("f16", at))
+    fused = LAUNCH + max(streamed, lanes, products / (PRODUCTS_A_NANOSECOND * DECODING))
     dense = 2 * LAUNCH + restoring(readings, stored, laid_out) + streamed + 4 * n * k / BYTES_A_NANOSECOND
     halves = None if machine == "gpu" and dtype in ("f16", "bf16") else _no_halves(dtype, machine)
     return (
-        KernelChoice("mma", halves or _no_decoder(readings, at, laid_out), nbytes, fused),
+        KernelChoice("mma", halves or refused, nbytes, fused),
+        sums_choice(m, readings, at, stored, laid_out, dtype, machine),
         KernelChoice("dense", halves, nbytes, dense + products / (PRODUCTS_A_NANOSECOND * MULTIPLYING)),
     )
+
+
+def _decoding(program: Program) -> float:
+    """Nanoseconds for one weight, by what its lanes do."""
+    decoder = program.decoder
+    words = decoder.bits / decoder.grain / 32
+    if isinstance(decoder, Books):
+        words += len(decoder.lookups) / 2  # halves of as many vectors
+    return busy(words, INSTRUCTIONS.get(type(decoder), 0))
+
+
+def busy(words: float, instructions: float) -> float:
+    """Nanoseconds that all SMs are busy for one weight with so many words and instructions of a lane."""
+    return max(words / LOADED, instructions / ISSUED) / CLOCKS_A_NANOSECOND
+
+
+def sums_choice(
+    m: int, readings: Sequence[Expr], at: int, stored: int, laid_out: str, dtype: DType, machine: str
+) -> KernelChoice:
+    """Of x [m, k] by a weight that is read as `readings[at]`: the tables are made first, and sums written and read."""
+    n, k = readings[0].dims["n"], readings[0].dims["k"]
+    nbytes = stored + bits(dtype) // 8 * m * k
+    nanoseconds = LAUNCH + nbytes / BYTES_A_NANOSECOND
+    if (refused := _no_sums(m, readings, at, laid_out, dtype, machine)) is None:
+        of = layout(*readings)
+        how = Sums.of(of.program("f16", at), m)
+        chunks, bands = of.stages * how.chunks, how.bands(of)
+        tables = ceil(chunks * bands / SMS) * prod(how.shape) / LOADED / (CLOCKS_A_NANOSECOND / SMS)
+        parts = 2 * 4 * chunks * how.columns * n / BYTES_A_NANOSECOND
+        nanoseconds = LAUNCH + max(nbytes / BYTES_A_NANOSECOND, n * k * busy(how.loaded, how.issued)) + tables + parts
+    return KernelChoice("sums", refused, nbytes, nanoseconds)
+
+
+def _no_sums(m: int, readings: Sequence[Expr], at: int, laid_out: str, dtype: DType, machine: str) -> str | None:
+    if machine != "gpu":
+        return "it is for GPUs"
+    if bits(dtype) > 32:
+        return f"x is {dtype}, and it adds in float32"
+    if (why := _no_layout(readings, laid_out)) is not None:
+        return why
+    try:
+        Sums.of(layout(*readings).program("f16", at), m)
+    except UnsuitableError as err:
+        return str(err)
+    return None
 
 
 def fp8_choice(

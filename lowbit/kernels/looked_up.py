@@ -1,6 +1,6 @@
 """What tables of partial sums hold in place of weights, and where a lane's codes point into them.
 
-Vectors   what x makes of each vector of a codebook               CodeGEMM (NeurIPS 2025)
+Vectors   what x makes of each vector of a book of them           CodeGEMM (NeurIPS 2025)
 Signs     8 inputs of x added up with each choice of their signs  LUT-GEMM (ICLR 2024)
 
 Their tables are for QUADS vectors of inputs at a time, one for each lane of a row.
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from lowbit.kernels.alu import AND_OR, XOR, Alu, Register
 from lowbit.kernels.computed import QUADS, Books, field
-from lowbit.kernels.decoders import COLUMNS, RUN, STAGE, Eights, OneBit, SignedTable, TwoBits
+from lowbit.kernels.decoders import COLUMNS, RUN, STAGE
 from lowbit.kernels.lanes import LANES, Program, at_once
 from lowbit.passes.pointwise import Pointwise, UnsuitableError
 from lowbit.passes.scalar import Element, Node, Scalar, Sum, negated, plus
@@ -57,7 +57,9 @@ class Source(Protocol):
       entries: of a table.
       words: of a lane, for as many inputs as one table is made for at once.
       scales: one for each `Look.scale`; none if all are 1.
+      vectors: shape of the books, in float32; empty without any.
       looks_a_vector: look-ups of a row for one vector of inputs.
+      instructions: for a look-up, beside one for each row of x, about.
     """
 
     grain: int
@@ -65,11 +67,9 @@ class Source(Protocol):
     entries: int
     words: int
     scales: Sequence[Element]
+    vectors: tuple[int, ...]
     looks_a_vector: int
-
-    @property
-    def vectors(self) -> tuple[int, ...]:
-        """Shape of the codebooks, in float32; empty without any."""
+    instructions: int
 
     def looks(self, alu: Alu, words: Sequence[Register]) -> Iterator[Look]: ...
     def made(
@@ -83,24 +83,22 @@ def source(program: Program) -> Source:
     return Vectors(program) if isinstance(program.decoder, Books) else Signs(program)
 
 
-class Vectors:
+class Vectors(Source):
+    instructions = 4
+
     def __init__(self, program: Program) -> None:
         assert isinstance(program.decoder, Books)
         self.decoder = decoder = program.decoder
         self.grain, self.books, self.entries = decoder.grain, len(decoder.lookups), decoder.shape[1]
         self.words = at_once(program.words[0])
         self.scales = () if decoder.scale is None else (decoder.scale,)
-        self.looks_a_vector = self.books
+        self.vectors, self.looks_a_vector = (self.books, self.entries, self.grain), self.books
         if 32 * self.words % (2 * decoder.bits) or 16 * self.words // decoder.bits % 2:
             what = f"{decoder.bits} bits for {self.grain} inputs"
             raise UnsuitableError(f"{what} do not fill {self.words} words of a lane with an even number of codes a row")
         if self.entries < AT_ONCE or self.grain < WORD:
             shape = f"{self.entries} vectors of {self.grain}"
             raise UnsuitableError(f"tables of sums are for at least {AT_ONCE} vectors of {WORD} and more, not {shape}")
-
-    @property
-    def vectors(self) -> tuple[int, ...]:
-        return self.books, self.entries, self.grain
 
     def looks(self, alu: Alu, words: Sequence[Register]) -> Iterator[Look]:
         at = 0
@@ -122,18 +120,19 @@ class Vectors:
                     yield t, book, first, [_dot(alu, part, vector) for part in parts[t]]
 
 
-class Signs:
+class Signs(Source):
     """Of T[~c] = -T[c], the codes c with their top bit clear are kept: 128 of 256 entries."""
 
-    grain, books, entries = 8, 1, 128
-    vectors = ()
+    grain, books, entries, instructions = 8, 1, 128, 8
+    vectors: tuple[int, ...] = ()
 
     def __init__(self, program: Program) -> None:
         self.bits, self.scales = program.weights.bits, planes(program.weights)
         self.offset = len(self.scales) > self.bits
-        known = (OneBit, TwoBits, Eights)[self.bits - 1] if self.bits < 4 else SignedTable
-        if program.nested or not isinstance(program.decoder, known):
-            raise UnsuitableError("its words hold planes for several widths, or four of them and an offset")
+        if program.nested:
+            raise UnsuitableError("its words hold the planes of several widths")
+        if self.bits == 4 and self.offset:
+            raise UnsuitableError("with an offset, words of four planes are those of two tables")
         self.words, self.looks_a_vector = program.words[0], len(self.scales)
 
     def looks(self, alu: Alu, words: Sequence[Register]) -> Iterator[Look]:
@@ -142,7 +141,7 @@ class Signs:
                 h, jj = divmod(s, 2)
                 t = COLUMNS // RUN * tile + jj
                 for p, ((entries, signs), byte) in enumerate(run):
-                    sign = alu.prmt(signs, 0x80, byte << 12 | 0x455)  # with the second byte: a float of one power
+                    sign = alu.prmt(signs, 0x80, byte << 12 | 0x455)  # 1.0 or -1.0
                     yield Look(t, h, 0, alu.prmt(entries, 0, 0x4440 + byte), sign, p)
                 if self.offset:  # the plain sum is that of code 255
                     yield Look(t, h, 0, alu.number(0.0), alu.number(-1.0), self.bits)

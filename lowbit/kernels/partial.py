@@ -115,6 +115,27 @@ class Sums:
             size += WARPGROUPS * len(elements) * each + ALIGNED
         return size
 
+    @property
+    def looks(self) -> int:
+        """Look-ups of a lane for its two rows."""
+        return 2 * self.spans * self.source.looks_a_vector
+
+    @property
+    def loaded(self) -> float:
+        """Words of shared memory for a weight: with one layer, lanes that load together meet, and wait for two."""
+        found = self.looks * self.columns * (3 - self.layers)
+        return (found + self.source.words + 2 * len(self.stored) + 6 * self.columns) / self._weights
+
+    @property
+    def issued(self) -> float:
+        """Instructions for a weight, about, as `make aot` counts them."""
+        return (self.looks * (self.source.instructions + self.columns) + 16 * (1 + self.columns)) / self._weights
+
+    @property
+    def _weights(self) -> int:
+        """Of a lane."""
+        return self.inputs * ROWS // LANES
+
     def depth(self, steps: int) -> int:
         """Stages in flight: a power of two, for the loop divides by it."""
         fit = min(DEPTH, steps, (SHARED - self.fixed(self.layers)) // self.stage)
@@ -159,8 +180,8 @@ class Sums:
 
         stored: for each of `self.stored`, its value for the two rows.
         """
-        (spans, count, entries, entry), own = self.shape, self._own(alu, lane, table)
-        found: dict[tuple[int, int, int], dict[int, Register]] = {}
+        (spans, count, entries, entry), own = self.shape, self.own(alu, lane, table)
+        found: dict[tuple[int, int], dict[int, Register]] = {}
         groups = [self.groups(e) for e in self.source.scales] or [1]
         first = list(accumulate(groups, initial=0))
         for look in self.source.looks(alu, words):
@@ -170,11 +191,13 @@ class Sums:
             for m, value in enumerate(alu.load_words(table, address, self.columns, behind)):
                 sums = found.setdefault((m, look.half), {})
                 sums[scale] = _with(alu, sums.get(scale), value, look.sign)
-        widened = [[alu.widen(row, e.leaf.dtype) for row in both] for (e, _), both in zip(self.stored, stored, strict=True)]
+        widened = [
+            [alu.widen(row, e.leaf.dtype) for row in both] for (e, _), both in zip(self.stored, stored, strict=True)
+        ]
         return [[_row(alu, found[m, h], [w[h] for w in widened]) for h in range(2)] for m in range(self.columns)]
 
-    def _own(self, alu: Alu, lane: Register, table: Any) -> Register:
-        """Where the copy begins that the lane reads."""
+    def own(self, alu: Alu, lane: Register, table: Any) -> Register:
+        """Where the lane's copy of the first entry is."""
         in_layer = WORD // self.columns
         copy = alu.lop3(alu.shr(lane, 2), self.layers * in_layer - 1, 0, AND)
         own = alu.mad(alu.lop3(lane, QUADS - 1, 0, AND), 4 * WORD, table[1])
@@ -194,6 +217,11 @@ def _row(alu: Alu, sums: Mapping[int, Register], scales: Sequence[Register]) -> 
     for distance in (1, 2):  # the four lanes of a row
         out = alu.f32("add", out, alu.across(out, distance))
     return out
+
+
+def own_in_numpy(sums: Sums) -> Array:
+    """For each lane, how far behind the beginning of an entry it loads, in bytes."""
+    return sums.own(NumpyAlu(), _lane(), (None, np.uint32(0)))
 
 
 def filled_in_numpy(sums: Sums, x: Array, *books: Array) -> Array:

@@ -77,13 +77,17 @@ def product_by_sums(
     """
     m, how = len(x), Sums.of(of.program("f16"), len(x))
     run = sums(of, how, bands or how.bands(of), verbs)
-    padded = jnp.pad(x.astype(jnp.float32), ((0, how.columns - m), (0, of.stages * STAGE - of.k)))
-    stored = [fields[name] for name in of.read() if name not in of.books]
-    decoder = how.program.decoder
-    books = [jnp.stack(_vectors(decoder, fields, jnp.float32))] if isinstance(decoder, Books) else []
-    in_order = padded if books else _in_order(padded, how.source.grain)  # signs are of every fourth pair of inputs
-    parts = run(*stored, *books, in_order)
+    parts = run(*operands_of_sums(of, how, x, fields))
     return parts.sum(0).swapaxes(0, 1).reshape(how.columns, -1)[:m, : of.n].astype(x.dtype)
+
+
+def operands_of_sums(of: Layout, how: Sums, x: jax.Array, fields: Fields) -> list[jax.Array]:
+    """What the schedule takes: words, scales, codebooks and x."""
+    padded = jnp.pad(x.astype(jnp.float32), ((0, how.columns - len(x)), (0, of.stages * STAGE - of.k)))
+    stored = [fields[name] for name in of.read() if name not in of.books]
+    if isinstance(decoder := how.program.decoder, Books):
+        return [*stored, jnp.stack(_vectors(decoder, fields, jnp.float32)), padded]
+    return [*stored, _in_order(padded, how.source.grain)]  # a lane has every fourth pair of inputs
 
 
 def _padded(m: int) -> int:

@@ -30,8 +30,8 @@ def sums(of: Layout, how: Sums, bands: int, verbs: Verbs | None = None) -> Calla
     """The product as a function (words, *scales, *books, x) -> f32 [chunks, tiles, columns, ROWS], of so many bands of
     rows.
 
-    words and scales are those of `lowbit.kernels.layout`; books: where there are some, f32 [book, entry, vector]; x: f32
-    [columns, k], k that of whole stages, the inputs of a vector next to each other.
+    words and scales are those of `lowbit.kernels.layout`; books: where there are some, f32 [book, entry, vector]; x:
+    f32 [columns, k], k that of whole stages, the inputs of a vector next to each other.
     """
     schedule = _Schedule(of, how, bands, verbs or Gpu())
     chunks, pairs = of.stages * how.chunks, of.tiles // WARPGROUPS
@@ -80,7 +80,7 @@ class _Schedule:
         *inputs, out = refs[:-count]
         table, x, staging, fetched, filled, *books = refs[-count:]
         x_stored, books_stored = inputs.pop(), inputs[1 + len(self.leaves) :]
-        band, chunk, _, group = (lax.axis_index(axis) for axis in AXES)
+        band, chunk, _column, group = (lax.axis_index(axis) for axis in AXES)
 
         @pl.when(group == 0)
         def _() -> None:

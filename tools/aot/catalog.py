@@ -75,12 +75,16 @@ def catalog() -> Iterator[Listed]:
     for width in (5, 8):
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
-    for m in (1, 2, 4):
-        for bits in (1, 2, 3, 4):
-            yield listed_sums(f"bcq{bits}_sums_m{m}", lb.bcq(bits, group=128, scale_dtype="float16"), m)
-        for books, vec in ((1, 4), (2, 8)):
-            fmt = lb.codebook(books, 8, vec=vec, group=128, scale_dtype="float16")
-            yield listed_sums(f"codebook_m{books}v{vec}_sums_m{m}", fmt, m)
+    yield from by_sums()
+
+
+def by_sums() -> Iterator[Listed]:
+    formats = {f"bcq{bits}": lb.bcq(bits, group=128, scale_dtype="float16") for bits in (1, 2, 3, 4)}
+    for books, vec in ((1, 4), (2, 8)):
+        formats[f"codebook_m{books}v{vec}"] = lb.codebook(books, 8, vec=vec, group=128, scale_dtype="float16")
+    for name, fmt in formats.items():
+        for m in (1, 2, 4):
+            yield listed_sums(f"{name}_sums_m{m}", fmt, m)
 
 
 def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> Listed:
