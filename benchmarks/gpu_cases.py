@@ -34,7 +34,7 @@ IN_BOTH = ("uniform4", "bcq4", "bcq3", "bcq2")
 """Timed in both halves, the others in the first."""
 HALVES, COPY = "halves", "copy"
 """A weight of 16 bits in an ordinary product; reading and writing memory."""
-WEIGHTS = (*((what,) for what in (HALVES, *IN_BOTH)), ("bcq1",), ("any_precision4", "any_precision3"), ("m1v4",), ("m2v8",))
+WEIGHTS = (*((what,) for what in (HALVES, *IN_BOTH, "bcq1", "m1v4", "m2v8")), ("any_precision4", "any_precision3"))
 NESTED = ((HALVES,), ("nested_fp16", "nested_fp8"))
 """Widths of one array stand together."""
 PREFILL = 512
