@@ -20,11 +20,17 @@ def dense(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array
     return jax.lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def by_mma(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
-    """Weights in the kernels' layout, decoded on their way to the tensor cores."""
-    from lowbit.kernels.product import product  # imports Mosaic GPU, which other platforms do without
+Schedule = tuple[int, int, int] | None
+"""Columns, parts and depth (`lowbit.kernels.mma.Tuning`); None for those that the kernel finds itself."""
 
-    return product(kernel_layout(t), x, fields, at=readings(t).index(t.decode))
+
+def by_mma(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], schedule: Schedule = None) -> jax.Array:
+    """Weights in the kernels' layout, decoded on their way to the tensor cores."""
+    from lowbit.kernels.mma import Tuning  # imports Mosaic GPU, which other platforms do without
+    from lowbit.kernels.product import product
+
+    tuned = None if schedule is None else Tuning(*schedule)
+    return product(kernel_layout(t), x, fields, tuned, at=readings(t).index(t.decode))
 
 
 def by_sums(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
@@ -34,14 +40,17 @@ def by_sums(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Arr
     return product_by_sums(kernel_layout(t), x, fields)
 
 
-def by_fp8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+def by_fp8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], schedule: Schedule = None) -> jax.Array:
     """Weights in the kernels' layout that are e4m3, and x encoded as their format says: codes, and factors."""
+    from lowbit.kernels.mma import Tuning
     from lowbit.kernels.product import product_of_codes
+
+    tuned = None if schedule is None else Tuning(*schedule)
 
     encoded = t.format.activations(param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1]))
     factors = encoded.factors if isinstance(encoded, Contract) else (encoded,)
     (codes,) = (f for f in factors if "k" in f.dims)
-    sums = product_of_codes(kernel_layout(t), emit(codes, {"x": x}), fields, readings(t).index(t.decode))
+    sums = product_of_codes(kernel_layout(t), emit(codes, {"x": x}), fields, readings(t).index(t.decode), tuned)
     for factor in factors:
         if factor is not codes:
             sums = sums * align(emit(factor, {"x": x}), factor.dims, {"m": len(x), "n": 1})

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit.array import QuantArray, expect_array, over_stack, own
+from lowbit.autotuning.lookup import chosen
 from lowbit.by_kernel import by_fp8, by_mma, by_sums, dense
 from lowbit.devices import is_hopper
 from lowbit.dispatch import by_platform
@@ -212,11 +213,11 @@ def _matmul(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Arr
 @partial(jax.jit, static_argnums=(0, 3))
 def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], plain: bool = False) -> jax.Array:
     """As XLA compiles it, in whatever layout the fields are."""
-    planned_here = planned(x.shape[0], t, short(x.dtype), jax.default_backend(), plain)
-    choice = planned_here.choice(FORCED.value)
+    how = x.shape[0], t, short(x.dtype), jax.default_backend(), plain
+    choice, _ = chosen(*how)
     if choice.name == "dense":
         return dense(t, x, fields)
-    term = choice.term if isinstance(choice, Form) else planned_here.term
+    term = choice.term if isinstance(choice, Form) else planned(*how).term
     return _emit_in_order(term, {**own(QuantArray(fields, t)).fields, "x": x}, ("m", "n"), x.dtype)
 
 
@@ -235,12 +236,18 @@ def _laid_out(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.A
     here = jax.default_backend()
     if here == "gpu" and not is_hopper(jax.devices()[0]):
         return _forward(t, x, fields)
-    planned(x.shape[0], t, short(x.dtype), here).choice(FORCED.value)  # raises for a lowering that it lacks
-    choice = planned(x.shape[0], t, short(x.dtype), "gpu").choice(FORCED.value if here == "gpu" else None)
+    product = x.shape[0], t, short(x.dtype)
+    choice, schedule = chosen(*product, here)  # raises for a lowering that it lacks
+    if here != "gpu":
+        choice, schedule = planned(*product, "gpu").choice(), None
     by_term = partial(_forward, t)
     if isinstance(choice, Form):
         return by_term(x, fields)
-    cuda = partial({"mma": by_mma, "sums": by_sums, "fp8": by_fp8, "dense": dense}[choice.name], t)
+    with_schedule = {"mma": by_mma, "fp8": by_fp8}
+    if choice.name in with_schedule:
+        cuda = partial(with_schedule[choice.name], t, schedule=schedule)
+    else:
+        cuda = partial({"sums": by_sums, "dense": dense}[choice.name], t)
     return by_platform(cuda, by_term, x, fields)
 
 
@@ -262,9 +269,9 @@ def _matmul_fwd(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> tup
 def _matmul_bwd(t: QuantType, saved: Residuals, dy: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
     x, fields = saved
     if t.layout != "own":
-        to = replace(t, layout="own")
-        dx, dfields = jax.vjp(lambda x, f: _matmul(to, x, own(QuantArray(f, t)).fields), x, fields)[1](dy)
-        return dx, dfields
+        restored, back = jax.vjp(lambda f: own(QuantArray(f, t)).fields, fields)
+        dx, drestored = _matmul_bwd(replace(t, layout="own"), (x, restored), dy)
+        return dx, back(drestored)[0]
     dx = _cotangent(t, "x", x, fields, dy)
     out: dict[str, Any] = {}
     for name, value in fields.items():
