@@ -17,7 +17,7 @@ from lowbit.ir.expr import Expr
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import OneBit, Wide
 from lowbit.kernels.lanes import Program
-from lowbit.kernels.layout import SMS, layout
+from lowbit.kernels.layout import SMS, Layout, layout
 from lowbit.kernels.partial import Sums
 from lowbit.passes.pointwise import UnsuitableError
 
@@ -79,10 +79,10 @@ def _decoding(program: Program) -> float:
     words = decoder.bits / decoder.grain / 32
     if isinstance(decoder, Books):
         words += len(decoder.lookups) / 2  # halves of as many vectors
-    return busy(words, INSTRUCTIONS.get(type(decoder), 0))
+    return _busy(words, INSTRUCTIONS.get(type(decoder), 0))
 
 
-def busy(words: float, instructions: float) -> float:
+def _busy(words: float, instructions: float) -> float:
     """Nanoseconds that all SMs are busy for one weight with so many words and instructions of a lane."""
     return max(words / LOADED, instructions / ISSUED) / CLOCKS_A_NANOSECOND
 
@@ -90,32 +90,32 @@ def busy(words: float, instructions: float) -> float:
 def sums_choice(
     m: int, readings: Sequence[Expr], at: int, stored: int, laid_out: str, dtype: DType, machine: str
 ) -> KernelChoice:
-    """Of x [m, k] by a weight that is read as `readings[at]`: the tables are made first, and sums written and read."""
-    n, k = readings[0].dims["n"], readings[0].dims["k"]
-    nbytes = stored + bits(dtype) // 8 * m * k
-    nanoseconds = LAUNCH + nbytes / BYTES_A_NANOSECOND
-    if (refused := _no_sums(m, readings, at, laid_out, dtype, machine)) is None:
-        of = layout(*readings)
-        how = Sums.of(of.program("f16", at), m)
-        chunks, bands = of.stages * how.chunks, how.bands(of)
-        tables = ceil(chunks * bands / SMS) * prod(how.shape) / LOADED / (CLOCKS_A_NANOSECOND / SMS)
-        parts = 2 * 4 * chunks * how.columns * n / BYTES_A_NANOSECOND
-        nanoseconds = LAUNCH + max(nbytes / BYTES_A_NANOSECOND, n * k * busy(how.loaded, how.issued)) + tables + parts
-    return KernelChoice("sums", refused, nbytes, nanoseconds)
-
-
-def _no_sums(m: int, readings: Sequence[Expr], at: int, laid_out: str, dtype: DType, machine: str) -> str | None:
+    """Of x [m, k] by a weight that is read as `readings[at]`."""
+    nbytes = stored + bits(dtype) // 8 * m * readings[0].dims["k"]
     if machine != "gpu":
-        return "it is for GPUs"
-    if bits(dtype) > 32:
-        return f"x is {dtype}, and it adds in float32"
-    if (why := _no_layout(readings, laid_out)) is not None:
-        return why
+        how: Sums | str = "it is for GPUs"
+    elif bits(dtype) > 32:
+        how = f"x is {dtype}, and it adds in float32"
+    else:
+        how = _no_layout(readings, laid_out) or _sums(m, readings, at)
+    if isinstance(how, str):
+        return KernelChoice("sums", how, nbytes, LAUNCH + nbytes / BYTES_A_NANOSECOND)
+    return KernelChoice("sums", None, nbytes, LAUNCH + _summing(how, layout(*readings), nbytes))
+
+
+def _sums(m: int, readings: Sequence[Expr], at: int) -> Sums | str:
     try:
-        Sums.of(layout(*readings).program("f16", at), m)
+        return Sums.of(layout(*readings).program("f16", at), m)
     except UnsuitableError as err:
         return str(err)
-    return None
+
+
+def _summing(how: Sums, of: Layout, nbytes: int) -> float:
+    """Nanoseconds to make the tables, to look up, and to write and read the sums of each chunk."""
+    chunks = of.stages * how.chunks
+    tables = ceil(chunks * how.bands(of) / SMS) * prod(how.shape) * SMS / LOADED / CLOCKS_A_NANOSECOND
+    looking_up = max(nbytes / BYTES_A_NANOSECOND, of.n * of.k * _busy(how.loaded, how.issued))
+    return tables + looking_up + 2 * 4 * chunks * how.columns * of.n / BYTES_A_NANOSECOND
 
 
 def fp8_choice(

@@ -19,7 +19,7 @@ from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.kernels.decoders import ROWS
 from lowbit.kernels.lanes import by_leaf
 from lowbit.kernels.layout import WARPGROUPS
-from lowbit.kernels.partial import Sums, filled_in_numpy, own_in_numpy, total_in_numpy
+from lowbit.kernels.partial import STEPS, Sums, filled_in_numpy, own_in_numpy, total_in_numpy
 from lowbit.kernels.product import operands_of_sums, product_by_sums
 from lowbit.kernels.verbs import Twin
 from lowbit.passes.pointwise import UnsuitableError
@@ -96,6 +96,16 @@ def test_lanes_that_load_together_meet_in_no_bank(fmt: lb.Format, m: int) -> Non
     banks = (rows + own_in_numpy(how)[:32] // 4)[..., None] + np.arange(m)
     for together in np.split(banks % 32, m, axis=1):
         assert all(len(set(one.reshape(-1))) == 32 for one in together)
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, lb.bcq(4, group=32), lb.codebook(1, 8, vec=8)], ids=str)
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_tables_and_what_is_in_flight_fit(fmt: lb.Format, m: int) -> None:
+    of = kernel_layout(large(fmt))
+    how = Sums.of(of.program("f16"), m)
+    depth, steps = how.depth(STEPS), of.tiles // WARPGROUPS // how.bands(of)
+    assert how.fixed(how.layers) + depth * how.stage <= 226 << 10 and depth in (2, 4)
+    assert steps * how.columns <= STEPS and how.depth(1) == 1
 
 
 # ---------------------------------------------------------------- the twin
