@@ -158,12 +158,11 @@ class Signs(Source):
 
 
 def _doubled(alu: Alu, bits: Sequence[Register], x: Sequence[Register]) -> list[Register]:
-    """With signs of the first inputs from the lane, T[c + 2^i] = T[c] + 2 x_i for those that follow, but the last."""
+    """With signs of the first inputs from the lane, and the last one minus; each of the others doubles the sums."""
     own = [alu.lop3(bit, 0x80000000, value, 0xA6) for bit, value in zip(bits, x, strict=False)]  # (~a & b) ^ c
-    made = [reduce(lambda a, b: alu.f32("sub", a, b), x[len(bits) :], added(alu, own))]
+    made = [alu.f32("sub", added(alu, own), x[-1])]
     for value in x[len(bits) : -1]:
-        twice = alu.f32("add", value, value)
-        made += [alu.f32("add", a, twice) for a in made]
+        made = [alu.f32(op, a, value) for op in ("sub", "add") for a in made]
     return made
 
 

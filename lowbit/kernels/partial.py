@@ -228,7 +228,7 @@ def filled_in_numpy(sums: Sums, x: Array, *books: Array) -> Array:
     """Half of the tables, from its half of x and the codebooks."""
     spans, *rest = sums.shape
     made = np.zeros((spans // 2, *rest), np.float32)
-    sums.fill(NumpyAlu(), _lane(), _memory(x), next(map(_memory, books), None), _memory(made))
+    sums.fill(NumpyAlu(), _lane(), _memory(x), _memory(books[0]) if books else None, _memory(made))
     return made
 
 

@@ -24,7 +24,7 @@ def filled_in_shared(sums: Sums, table: Any, x: Any, *books: Any) -> None:
     def filled(ctx: Any, *refs: Any) -> None:
         del ctx
         table, x, *books = map(_memory, refs)
-        sums.fill(GpuAlu(), this_lane(), x, next(iter(books), None), table)
+        sums.fill(GpuAlu(), this_lane(), x, books[0] if books else None, table)
 
     filled(table, x, *books)
 

@@ -79,7 +79,7 @@ class _Schedule:
         how, verbs, count = self.how, self.verbs, len(self.scratch)
         *inputs, out = refs[:-count]
         table, x, staging, fetched, filled, *books = refs[-count:]
-        x_stored, books_stored = inputs.pop(), inputs[1 + len(self.leaves) :]
+        x_stored, books_stored = inputs.pop(), inputs[1 + len(self.leaves) :]  # behind words and scales
         band, chunk, _column, group = (lax.axis_index(axis) for axis in AXES)
 
         @pl.when(group == 0)
@@ -111,10 +111,8 @@ class _Schedule:
             verbs.release()
             return done + 1
 
-        depth = how.depth(self.steps)
-        pipelined(step, self.steps, self.specs(band * self.steps, chunk), depth, compute)(
-            *inputs[: 1 + len(self.leaves)]
-        )
+        specs = self.specs(band * self.steps, chunk)
+        pipelined(step, self.steps, specs, how.depth(self.steps), compute)(*inputs[: len(specs)])
 
     def specs(self, first: jax.Array, chunk: jax.Array) -> list[plgpu.BlockSpec]:
         """What a step fetches: words, and scales."""

@@ -86,6 +86,12 @@ def test_lanes_look_up_the_oracles_product(fmt: lb.Format, m: int) -> None:
     check(by_lanes(w, x), x, w)
 
 
+def test_what_is_infinite_stays_so() -> None:
+    w, x = array(FORMATS[0], 128, 300), random_rows(1, 300)  # no padded rows, whose scales are zero
+    x[0, 77] = np.inf
+    assert np.array_equal(by_lanes(w, x) > 0, np.asarray(lb.dequantize(w))[77][None] > 0)
+
+
 @pytest.mark.parametrize("fmt", [*FORMATS[:4], FORMATS[-1]], ids=str)
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_lanes_that_load_together_meet_in_no_bank(fmt: lb.Format, m: int) -> None:
