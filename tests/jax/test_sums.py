@@ -17,7 +17,7 @@ from lowbit.array import QuantArray, laid_out
 from lowbit.compat import interpret_params, races_found
 from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.kernels.decoders import ROWS
-from lowbit.kernels.lanes import by_leaf
+from lowbit.kernels.lanes import LANES, by_leaf
 from lowbit.kernels.layout import WARPGROUPS
 from lowbit.kernels.partial import STEPS, Sums, filled_in_numpy, own_in_numpy, total_in_numpy
 from lowbit.kernels.product import operands_of_sums, product_by_sums
@@ -192,6 +192,17 @@ def on_the_page(name: str) -> tuple[lb.Format, int]:
     return kinds[what], int(m)
 
 
+def worst(row: dict[str, str]) -> float:
+    """The fullest pipe, in percent."""
+    (found,) = re.findall(r"(\d+)%", row["worst"].partition(" of ")[0])
+    return float(found)
+
+
+def meeting(how: Sums) -> float:
+    """Words for a weight that look-ups wait for where two lanes meet."""
+    return how.looks * how.columns * (2 - how.layers) / (how.inputs * ROWS / LANES)
+
+
 SUMMED = [name for name in rows_of_the_page() if "_sums_" in name]
 
 
@@ -202,9 +213,21 @@ def test_the_plan_counts_what_the_page_counts(name: str) -> None:
     t = large(fmt)
     how = Sums.of(kernel_layout(t).program("f16"), m)
     fed = 8 * BYTES / t.bits_per_weight
-    meeting = how.looks * how.columns * (2 - how.layers) / (how.inputs * ROWS / 128)
-    assert fed * (how.loaded - meeting) / RATES["LSU"] == pytest.approx(float(row["LSU"][:-1]) / 100, rel=0.05)
+    assert fed * (how.loaded - meeting(how)) / RATES["LSU"] == pytest.approx(float(row["LSU"][:-1]) / 100, rel=0.05)
     assert fed * how.issued / RATES["issue"] == pytest.approx(float(row["issue"][:-1]) / 100, rel=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in SUMMED if name.endswith("_m1")])
+def test_the_page_compares_what_it_counts(name: str) -> None:
+    rows, what = rows_of_the_page(), name.removesuffix("_sums_m1")
+    (said,) = re.findall(rf"^\| `{what}` \|(.*)\|$", PAGE.read_text("utf-8"), re.MULTILINE)
+    mma, *sums = (float(cell.strip(" *%")) for cell in said.split("|"))
+    assert mma == worst(rows[f"{what}_bf16_m8"])
+    for m, percent in zip((1, 2, 4), sums, strict=True):
+        t, row = large(on_the_page(name)[0]), rows[f"{what}_sums_m{m}"]
+        how = Sums.of(kernel_layout(t).program("f16"), m)
+        waited = 100 * 8 * BYTES / t.bits_per_weight * meeting(how) / RATES["LSU"]
+        assert percent == pytest.approx(max(worst(row), float(row["LSU"][:-1]) + waited), rel=0.04)
 
 
 def test_it_is_chosen_for_two_codebooks_and_one_row() -> None:
