@@ -26,6 +26,7 @@ FORMATS = {
     "bcq4": lb.bcq(4, group=128, scale_dtype="float16"),
     "bcq3": lb.bcq(3, group=128, scale_dtype="float16"),
     "bcq2": lb.bcq(2, group=128, scale_dtype="float16"),
+    "bcq1": lb.bcq(1, group=128, scale_dtype="float16"),
     "any_precision4": lb.any_precision(3, 4),
     "any_precision3": lb.any_precision(3, 4, width=3),
     "m1v4": lb.codebook(1, 8, vec=4, group=128, scale_dtype="float16"),
@@ -37,13 +38,16 @@ IN_BOTH = ("uniform4", "bcq4", "bcq3", "bcq2")
 """Timed in both halves, the others in the first."""
 HALVES, COPY = "halves", "copy"
 """A weight of 16 bits in an ordinary product; reading and writing memory."""
-WEIGHTS = (*((what,) for what in (HALVES, *IN_BOTH)), ("any_precision4", "any_precision3"), ("m1v4",), ("m2v8",))
+WEIGHTS = (*((what,) for what in (HALVES, *IN_BOTH, "bcq1", "m1v4", "m2v8")), ("any_precision4", "any_precision3"))
 NESTED = ((HALVES,), ("nested_fp16", "nested_fp8"))
 """Widths of one array stand together."""
 BACK, BACK_BATCHES = ("uniform4", "bcq3", "any_precision4", "m1v4"), (64, 512, 2048)
 """Whose gradients of activations are timed, of the first shape and the last."""
 PREFILL = 512
 """Rows from which on decoding once and an ordinary product are a candidate too."""
+SUMMED = ("bcq4", "bcq3", "bcq2", "bcq1", "m1v4", "m2v8")
+"""What `sums` looks up too, for at most so many rows:"""
+SUMMED_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,8 @@ def ways(what: str, m: int) -> list[str | None]:
         return [None]
     if what == "nested_fp8":
         return ["fp8", "decode"]
+    if what in SUMMED and m <= SUMMED_ROWS:
+        return ["mma", "sums"]
     return ["mma", "dense"] if m >= PREFILL else ["mma"]
 
 

@@ -150,9 +150,10 @@ def check(case: Case, host: Any, x: Any, y: jax.Array) -> None:
         assert_within(got, exact, bound, case.name)
         return
     few = sampled(host, columns, canonical(case.what, case.n, case.k))
-    kernel = case.lowering in ("mma", "fp8")  # which take no array in its format's own layout
+    kernel = case.lowering in ("mma", "sums", "fp8")  # which take no array in its format's own layout
     form = None if kernel else lb.plan(some.shape, few.type, "gpu", some.dtype).choice(case.lowering)
-    term = form.term if isinstance(form, Form) else kernel_term(len(some), few.type, short(some.dtype))
+    name = case.lowering or "mma"
+    term = form.term if isinstance(form, Form) else kernel_term(len(some), few.type, short(some.dtype), name)
     assert_product(got, some, few, term)
 
 

@@ -47,6 +47,13 @@ def by_mma_dw(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], dy: jax.
     return parameter_gradients(kernel_layout(t), x, dy, fields, at=readings(t).index(t.decode))
 
 
+def by_sums(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """Weights in the kernels' layout, looked up among sums of x."""
+    from lowbit.kernels.product import product_by_sums
+
+    return product_by_sums(kernel_layout(t), x, fields)
+
+
 def by_fp8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], schedule: Schedule = None) -> jax.Array:
     """Weights in the kernels' layout that are e4m3, and x encoded as their format says: codes, and factors."""
     from lowbit.kernels.mma import Tuning

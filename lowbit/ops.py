@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lowbit.array import QuantArray, expect_array, over_stack, own
 from lowbit.autotuning.lookup import chosen
 from lowbit.backward import cotangents
-from lowbit.by_kernel import by_fp8, by_mma, dense
+from lowbit.by_kernel import by_fp8, by_mma, by_sums, dense
 from lowbit.by_term import emit_in_order
 from lowbit.devices import is_hopper
 from lowbit.dispatch import by_platform
@@ -244,8 +244,12 @@ def _laid_out(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.A
     by_term = partial(_forward, t)
     if isinstance(choice, Form):
         return by_term(x, fields)
-    cuda = dense if choice.name == "dense" else partial({"mma": by_mma, "fp8": by_fp8}[choice.name], schedule=schedule)
-    return by_platform(partial(cuda, t), by_term, x, fields)
+    with_schedule = {"mma": by_mma, "fp8": by_fp8}
+    if choice.name in with_schedule:
+        cuda = partial(with_schedule[choice.name], t, schedule=schedule)
+    else:
+        cuda = partial({"sums": by_sums, "dense": dense}[choice.name], t)
+    return by_platform(cuda, by_term, x, fields)
 
 
 Residuals = tuple[jax.Array, dict[str, jax.Array]]

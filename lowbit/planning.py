@@ -212,8 +212,8 @@ def planned(m: int, t: QuantType, dtype: Any, platform: str, plain: bool = False
     made = tuple(replace(f, nanoseconds=f.nanoseconds + before) for f in made)
     read = cost(t.decode).bytes if t.format.widths else stored  # of one width
     at = readings(t).index(t.decode)
-    mma, dense = kernel_choices(m, readings(t), at, read, t.layout, dtype, machine.name)
-    kernels = (replace(mma, refused=mma.refused or no_kernels_here()), dense)
+    *own, dense = kernel_choices(m, readings(t), at, read, t.layout, dtype, machine.name)
+    kernels = (*(replace(k, refused=k.refused or no_kernels_here()) for k in own), dense)
     encoded = x if plain else t.format.activations(x)
     if encoded is x:
         return Plan(f"x[{m}, k] @ {t}", machine.name, made, kernels)

@@ -6,6 +6,7 @@ here, and as PTX in `lowbit.kernels.lane_gpu`. Operations are those of the PTX I
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ Bit = Any
 """A bit a lane: bool[128] in numpy, an i1 value in MLIR."""
 Half = Literal["f16", "bf16"]
 HalfOp = Literal["add", "mul", "fma"]
+FloatOp = Literal["add", "sub", "mul", "fma"]
 AND, OR, XOR = 0xC0, 0xFC, 0x3C
 AND_OR, AND_XOR, SELECT = 0xEA, 0x6A, 0xCA
 """Truth tables of `lop3` over a = 0xF0, b = 0xCC, c = 0xAA: a & b, a | b, a ^ b; (a & b) | c, (a & b) ^ c,
@@ -47,6 +49,13 @@ class Alu(Protocol):
     def load_vector(self, table: Any, index: Register, size: int) -> list[Register]:
         """A vector of `size` halves of one, two in a register."""
 
+    def load_words(self, memory: Any, address: Register, count: int, behind: int) -> list[Register]:
+        """Words of shared memory that follow each other, from so many bytes behind an address."""
+
+    def store_words(self, memory: Any, address: Register, words: Sequence[Register], behind: int) -> None: ...
+    def across(self, a: Register, distance: int) -> Register:
+        """What the lane holds whose number differs by the bits of `distance`."""
+
     def to_bf16(self, a: Register) -> Register:
         """Two float16 as two bfloat16, rounded to nearest even."""
 
@@ -57,7 +66,9 @@ class Alu(Protocol):
     def half2(self, op: HalfOp, kind: Half, *operands: Register | int) -> Register:
         """Two halves at once, a + b, a b or a b + c, rounded to nearest even."""
 
-    def f32(self, op: Literal["add", "sub", "mul"], a: Register, b: Register) -> Register: ...
+    def f32(self, op: FloatOp, *operands: Register) -> Register:
+        """a + b, a - b, a b or a b + c."""
+
     def number(self, value: float) -> Register:
         """A float32 constant."""
 
@@ -75,9 +86,6 @@ class Alu(Protocol):
 
     def add_where(self, bit: Bit, a: Register, b: Register) -> Register:
         """a + b in float32, or a."""
-
-    def across(self, a: Register, by: int) -> Register:
-        """What lane i ^ by has."""
 
 
 HALVES = {"f16": jnp.float16, "bf16": jnp.bfloat16}
@@ -121,6 +129,16 @@ class NumpyAlu:
     def load_vector(self, table: Any, index: Register, size: int) -> list[Register]:
         return list(np.ascontiguousarray(table[index]).view(np.uint32).reshape(-1, size // 2).T)
 
+    def load_words(self, memory: Any, address: Register, count: int, behind: int) -> list[Register]:
+        return [memory[0][(address + np.uint32(behind)) // 4 + np.uint32(i)] for i in range(count)]
+
+    def store_words(self, memory: Any, address: Register, words: Sequence[Register], behind: int) -> None:
+        for i, word in enumerate(words):
+            memory[0][(address + np.uint32(behind)) // 4 + np.uint32(i)] = word
+
+    def across(self, a: Register, distance: int) -> Register:
+        return a[np.arange(len(a)) ^ distance]
+
     def to_bf16(self, a: Register) -> Register:
         return self.pack2("bf16", *map(_bits, _halves(a, "f16")))
 
@@ -140,8 +158,10 @@ class NumpyAlu:
             pair.append(x + y if op == "add" else x * y + z[0] if z else x * y)
         return self.pack2(kind, *map(_bits, pair))
 
-    def f32(self, op: Literal["add", "sub", "mul"], a: Register, b: Register) -> Register:
-        x, y = _float(a), _float(b)
+    def f32(self, op: FloatOp, *operands: Register) -> Register:
+        x, y, *z = map(_float, operands)
+        if z:  # a product of two is exact in float64
+            return _bits(x.astype(np.float64) * y + z[0])
         return _bits(x + y if op == "add" else x - y if op == "sub" else x * y)
 
     def number(self, value: float) -> Register:
@@ -164,9 +184,6 @@ class NumpyAlu:
 
     def add_where(self, bit: Bit, a: Register, b: Register) -> Register:
         return np.where(bit, self.f32("add", a, b), a)
-
-    def across(self, a: Register, by: int) -> Register:
-        return a[np.arange(len(a)) ^ by]
 
 
 def _float(a: Register) -> Any:

@@ -1,4 +1,4 @@
-"""CodeSums over inputs by their codes: what the gradients of a weight's parameters are made of.
+"""Sums over inputs by their codes: what the gradients of a weight's parameters are made of.
 
 With G = dy^T x, the gradient of the dense weight, and weights f_c(parameters) for codes c with bits c_i: every f_c is a
 polynomial of these bits, f_c = sum_A t_A prod_{i in A} c_i over sets A of bits, and so

@@ -1,6 +1,7 @@
 """Ways to run a product that are no form of its term: whether they can, why not, and what they are predicted to take.
 
 mma      the kernel: weights are decoded on their way to the tensor cores
+sums     the kernel for few activations: what they make of all that codes can say is summed first, and looked up
 fp8      the kernel for weights and activations in e4m3, which the tensor cores multiply as they are
 dense    the weight is decoded once, to halves, and multiplied by the platform's own matrix product
 
@@ -19,16 +20,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 
-from lowbit.ir.dtypes import DType
+from lowbit.ir.dtypes import DType, bits
 from lowbit.ir.expr import Expr
 from lowbit.kernels.by_code import CodeSums
-from lowbit.kernels.layout import WARPGROUPS, layout
+from lowbit.kernels.computed import Books
+from lowbit.kernels.decoders import OneBit, Wide
+from lowbit.kernels.lanes import Program
+from lowbit.kernels.layout import SMS, WARPGROUPS, Layout, layout
 from lowbit.kernels.memory import DY_ROWS, too_much_for_dx
+from lowbit.kernels.partial import Sums
 from lowbit.passes.pointwise import UnsuitableError
 
-KERNELS = ("mma", "fp8", "dense")
+KERNELS = ("mma", "sums", "fp8", "dense")
 DX, DW = ("mma_dx", "xla_dx"), ("mma_dw", "xla_dw")
 GRADIENTS = (*DX, *DW)
 BYTES_A_NANOSECOND = 3350 * 0.8
@@ -37,11 +42,14 @@ PRODUCTS_A_NANOSECOND = 495_000
 """Multiply-adds of its tensor cores in halves."""
 DECODING, MULTIPLYING = 0.45, 0.75
 """Shares of that which are expected with weights decoded on the way, and without. None of these is measured yet."""
-INSTRUCTIONS_A_NANOSECOND = 132 * 128 * 1.755
-"""Of single lanes, that its SMs issue."""
 LAUNCH = 5_000.0
 """Nanoseconds: launching, filling the pipeline, and adding the parts of k."""
 RESTORING_LAUNCHES = 25_000.0
+CLOCKS_A_NANOSECOND = SMS * 1.755
+LOADED, ISSUED = 32, 128
+"""Words of shared memory that an SM moves for its lanes each clock, and instructions of a lane that it issues."""
+INSTRUCTIONS: dict[type, float] = {OneBit: 1.6, Wide: 10}
+"""Of `mma` for a weight, as `make aot` counts them, where an SM issues fewer than memory brings weights for."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +75,61 @@ def kernel_choices(
     n, k = readings[0].dims["n"], readings[0].dims["k"]
     nbytes, products = stored + 2 * m * k, 8 * ceil(m / 8) * n * k
     streamed = nbytes / BYTES_A_NANOSECOND
-    fused = LAUNCH + max(streamed, products / (PRODUCTS_A_NANOSECOND * DECODING))
+    refused = _no_decoder(readings, at, laid_out)
+    lanes = 0.0 if refused else n * k * _decoding(layout(*readings).program("f16", at))
+    fused = LAUNCH + max(streamed, lanes, products / (PRODUCTS_A_NANOSECOND * DECODING))
     dense = 2 * LAUNCH + restoring(readings, stored, laid_out) + streamed + 4 * n * k / BYTES_A_NANOSECOND
     halves = None if machine == "gpu" and dtype in ("f16", "bf16") else _no_halves(dtype, machine)
     return (
-        KernelChoice("mma", halves or _no_decoder(readings, at, laid_out), nbytes, fused),
+        KernelChoice("mma", halves or refused, nbytes, fused),
+        sums_choice(m, readings, at, stored, laid_out, dtype, machine),
         KernelChoice("dense", halves, nbytes, dense + products / (PRODUCTS_A_NANOSECOND * MULTIPLYING)),
     )
+
+
+def _decoding(program: Program) -> float:
+    """Nanoseconds for one weight, by what its lanes do."""
+    decoder = program.decoder
+    words = decoder.bits / decoder.grain / 32
+    if isinstance(decoder, Books):
+        words += len(decoder.lookups) / 2  # halves of as many vectors
+    return _busy(words, INSTRUCTIONS.get(type(decoder), 0))
+
+
+def _busy(words: float, instructions: float) -> float:
+    """Nanoseconds that all SMs are busy for one weight with so many words and instructions of a lane."""
+    return max(words / LOADED, instructions / ISSUED) / CLOCKS_A_NANOSECOND
+
+
+def sums_choice(
+    m: int, readings: Sequence[Expr], at: int, stored: int, laid_out: str, dtype: DType, machine: str
+) -> KernelChoice:
+    """Of x [m, k] by a weight that is read as `readings[at]`."""
+    nbytes = stored + bits(dtype) // 8 * m * readings[0].dims["k"]
+    if machine != "gpu":
+        how: Sums | str = "it is for GPUs"
+    elif bits(dtype) > 32:
+        how = f"x is {dtype}, and it adds in float32"
+    else:
+        how = _no_layout(readings, laid_out) or _sums(m, readings, at)
+    if isinstance(how, str):
+        return KernelChoice("sums", how, nbytes, LAUNCH + nbytes / BYTES_A_NANOSECOND)
+    return KernelChoice("sums", None, nbytes, LAUNCH + _summing(how, layout(*readings), nbytes))
+
+
+def _sums(m: int, readings: Sequence[Expr], at: int) -> Sums | str:
+    try:
+        return Sums.of(layout(*readings).program("f16", at), m)
+    except UnsuitableError as err:
+        return str(err)
+
+
+def _summing(how: Sums, of: Layout, nbytes: int) -> float:
+    """Nanoseconds to make the tables, to look up, and to write and read the sums of each chunk."""
+    chunks = of.stages * how.chunks
+    tables = ceil(chunks * how.bands(of) / SMS) * prod(how.shape) * SMS / LOADED / CLOCKS_A_NANOSECOND
+    looking_up = max(nbytes / BYTES_A_NANOSECOND, of.n * of.k * _busy(how.loaded, how.issued))
+    return tables + looking_up + 2 * 4 * chunks * how.columns * of.n / BYTES_A_NANOSECOND
 
 
 def fp8_choice(
@@ -117,7 +173,7 @@ def dw_choice(
     why, instructions = (why, 0) if why else _summed(readings, at, laid_out)
     nbytes = stored + 2 * m * (n + k)
     multiplied = max(nbytes / BYTES_A_NANOSECOND, m * n * k / (PRODUCTS_A_NANOSECOND * MULTIPLYING))
-    summed = n * k * instructions / INSTRUCTIONS_A_NANOSECOND
+    summed = n * k * _busy(0, instructions)
     return KernelChoice("mma_dw", why, nbytes, LAUNCH + multiplied + summed)
 
 

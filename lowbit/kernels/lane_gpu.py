@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from lowbit.kernels.alu import HALVES, Bit, Half, HalfOp, Register
+from lowbit.kernels.alu import HALVES, Bit, FloatOp, Half, HalfOp, Register
 from lowbit.kernels.by_code import CodeSums
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS, STAGE
@@ -89,6 +89,19 @@ class GpuAlu:
             made += _load_shared(arith.addi(where, constant(at)) if at else where, words)
         return made
 
+    def load_words(self, memory: Any, address: Register, count: int, behind: int) -> list[Register]:
+        del memory
+        return _load_shared(arith.addi(address, constant(behind)), count)
+
+    def store_words(self, memory: Any, address: Register, words: Sequence[Register], behind: int) -> None:
+        del memory
+        pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<3>"), arith.addi(address, constant(behind)))
+        vector_type = ir.VectorType.get((len(words),), i32())
+        llvm.store(vector.from_elements(vector_type, list(words)), pointer, alignment=4 * len(words))
+
+    def across(self, a: Register, distance: int) -> Register:
+        return utils.shfl_bfly(a, distance)
+
     def to_bf16(self, a: Register) -> Register:
         halves = (ptx(f"{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.f32.f16 $0, {half}; }}", a) for half in "lh")
         return self.pack2("bf16", *halves)
@@ -106,8 +119,9 @@ class GpuAlu:
         places = ", ".join(f"${i + 1}" for i in range(len(operands)))
         return ptx(f"{op}.rn.{kind}x2 $0, {places};", *operands)
 
-    def f32(self, op: str, a: Register, b: Register) -> Register:
-        return ptx(f"{op}.rn.f32 $0, $1, $2;", a, b)
+    def f32(self, op: FloatOp, *operands: Register) -> Register:
+        places = ", ".join(f"${i + 1}" for i in range(len(operands)))
+        return ptx(f"{op}.rn.f32 $0, {places};", *operands)
 
     def number(self, value: float) -> Register:
         return constant(int(np.float32(value).view(np.uint32)))
@@ -136,9 +150,6 @@ class GpuAlu:
     def add_where(self, bit: Bit, a: Register, b: Register) -> Register:
         return llvm.inline_asm(i32(), [a, b, bit], "@$3 add.rn.f32 $0, $0, $2;", "=r,0,r,b")
 
-    def across(self, a: Register, by: int) -> Register:
-        return utils.shfl_bfly(a, by)
-
 
 def _load_shared(address: Register, words: int) -> list[Register]:
     pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<3>"), address)
@@ -166,7 +177,7 @@ def in_registers(program: Program, table: Any, words: Sequence[jax.Array], *stor
         for ref in refs:
             at = program.decoder
             tables += _tables_of_all(ref, at.shape) if isinstance(at, Books) else _tables_of_rows(ref)
-        registers = program(GpuAlu(), [_raw(a) for a in arrays], *map(_raw, rows), shared=tables)
+        registers = program(GpuAlu(), [raw(a) for a in arrays], *map(raw, rows), shared=tables)
         return _fragments(registers, program.kind)
 
     return decoded(*shared, *words, *stored)
@@ -175,7 +186,7 @@ def in_registers(program: Program, table: Any, words: Sequence[jax.Array], *stor
 def _tables_of_rows(ref: Any) -> list[tuple[Register, int]]:
     """Where the first entries of the lane's two rows are, and the bytes from an entry to the next."""
     stride = 2 * ir.MemRefType(ref.type).shape[1]
-    first, lane = llvm.ptrtoint(i32(), utils.memref_ptr(ref)), _lane()
+    first, lane = llvm.ptrtoint(i32(), utils.memref_ptr(ref)), this_lane()
     row = ptx("{ .reg .b32 w, r; shr.u32 w, $1, 5; bfe.u32 r, $1, 2, 3; mad.lo.u32 $0, w, 16, r; }", lane)
     return [(ptx("mad.lo.u32 $0, $1, 2, $2;", row, arith.addi(first, constant(16 * h))), stride) for h in range(2)]
 
@@ -183,13 +194,13 @@ def _tables_of_rows(ref: Any) -> list[tuple[Register, int]]:
 def _tables_of_all(ref: Any, shape: tuple[int, int, int, int]) -> list[tuple[Register, int]]:
     """For each of some tables, where the first entry is in the copy that the lane reads; and the bytes of an entry."""
     count, entries, copies, size = shape
-    first, lane = llvm.ptrtoint(i32(), utils.memref_ptr(ref)), _lane()
+    first, lane = llvm.ptrtoint(i32(), utils.memref_ptr(ref)), this_lane()
     own = ptx("{ .reg .b32 c; and.b32 c, $1, $2; mad.lo.u32 $0, c, $3, $4; }", lane, copies - 1, 2 * size, first)
     stride = 2 * size * copies
     return [(arith.addi(own, constant(i * entries * stride)) if i else own, stride) for i in range(count)]
 
 
-def _lane() -> Register:
+def this_lane() -> Register:
     return ptx("{ .reg .b32 t; mov.u32 t, %tid.x; and.b32 $0, t, 127; }")
 
 
@@ -200,24 +211,25 @@ def tables_in_registers(program: Program, count: int, *stored: jax.Array) -> lis
     @plgpu.inline_mgpu(arg_types=tuple(ROW for _ in stored), return_type=out)
     def made(ctx: Any, *rows: Any) -> Any:
         del ctx
-        return [_of_rows(register) for register in program.tables(GpuAlu(), *map(_raw, rows))]
+        return [of_rows(register) for register in program.tables(GpuAlu(), *map(raw, rows))]
 
     return made(*stored)
 
 
 def sums_in_registers(sums: CodeSums, unit: int, total: jax.Array, words: Sequence[jax.Array]) -> list[jax.Array]:
-    """As `sums.in_numpy`, in ROW."""
+    """As `by_code.in_numpy`, in ROW."""
     out = [plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=ROW)] * len(sums.subsets)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, *(WORDS[len(a)] for a in words)), return_type=out)
     def made(ctx: Any, total: Any, *arrays: Any) -> Any:
         del ctx
-        return [_of_rows(pair, ir.F32Type.get()) for pair in sums(GpuAlu(), unit, _raw(total), list(map(_raw, arrays)))]
+        pairs = sums(GpuAlu(), unit, raw(total), list(map(raw, arrays)))
+        return [of_rows([utils.bitcast(word, ir.F32Type.get()) for word in pair]) for pair in pairs]
 
     return made(total, *words)
 
 
-def _raw(array: Any) -> list[Register]:
+def raw(array: Any) -> list[Register]:
     """A fragmented array's registers, each 32 bits: elements of 32, four bytes, or narrower ones of their own."""
     out: list[Register] = []
     for register in array.registers.flat:
@@ -233,14 +245,15 @@ def _raw(array: Any) -> list[Register]:
     return out
 
 
-def _of_rows(register: Sequence[Register], element: Any = None) -> Any:
-    """A word for each of the lane's two rows as an array in ROW, of `element` or of unsigned words."""
+def of_rows(register: Sequence[Register]) -> Any:
+    """A word, or a float, for each of the lane's two rows as an array in ROW."""
     layout = ROW.to_mgpu()
     made = np.empty(layout.registers_shape((ROWS,)), dtype=object)
+    element = register[0].type
     for word, at in zip(register, np.ndindex(*made.shape), strict=True):
-        one = vector.broadcast(ir.VectorType.get((1,), i32()), word)
-        made[at] = one if element is None else utils.bitcast(one, ir.VectorType.get((1,), element))
-    return fa.FragmentedArray(_registers=made, _layout=layout, _is_signed=False if element is None else None)
+        made[at] = vector.broadcast(ir.VectorType.get((1,), element), word)
+    signed = False if element == i32() else None
+    return fa.FragmentedArray(_registers=made, _layout=layout, _is_signed=signed)
 
 
 def _fragments(registers: list[Register], kind: Half) -> Any:

@@ -141,8 +141,8 @@ def in_numpy(program: Program, words: Sequence[Array], *stored: Array, table: Ar
       table: what is in shared memory, of `program.table_shape`.
     """
     tables = [] if table is None else _tables_of_lanes(program, table)
-    lane_words = [list(words_of_lanes(w)) for w in words]
-    registers = program(NumpyAlu(), lane_words, *map(row_registers, stored), shared=tables)
+    of_lanes = [list(words_of_lanes(w)) for w in words]
+    registers = program(NumpyAlu(), of_lanes, *map(row_registers, stored), shared=tables)
     return from_registers(np.stack([np.broadcast_to(r, LANES) for r in registers]), program.kind)
 
 
@@ -158,6 +158,7 @@ def at_once(words: int) -> int:
 
 
 def words_of_lanes(words: Array) -> Array:
+    """The registers u32 [word, LANES] of what a lane loads."""
     if words.dtype == np.uint8:  # [ROWS, STAGE], four inputs of a row in a word
         of_rows = np.ascontiguousarray(words).view("<u4").reshape(4, 2, 8, -1, 4)  # warp, h, r, slab, q
         return of_rows.transpose(3, 1, 0, 2, 4).reshape(-1, LANES)

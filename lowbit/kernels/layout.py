@@ -31,6 +31,7 @@ from lowbit.passes.scalar import Element, Where
 WORDS = "words"
 WARPGROUPS = 2
 """That compute in a kernel, each on a tile of rows."""
+SMS = 132
 Array = np.ndarray[Any, Any]
 
 

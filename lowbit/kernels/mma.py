@@ -22,7 +22,7 @@ from lowbit.kernels.alu import HALVES
 from lowbit.kernels.computed import Bytes
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES, Program, by_leaf, groups_of
-from lowbit.kernels.layout import WARPGROUPS
+from lowbit.kernels.layout import SMS, WARPGROUPS
 from lowbit.kernels.memory import SHARED, fetched, looked_up
 from lowbit.kernels.verbs import Gpu, Verbs, table_size
 from lowbit.passes.scalar import Element
@@ -31,7 +31,6 @@ AXES = ("row", "part", "column", "group")
 """Of a launch: tiles of rows, parts of k, columns, and the warpgroups of a block."""
 COLUMNS_A_BLOCK = 64
 """Rows of x that a block multiplies at most."""
-SMS = 132
 FILLING = 2
 """Steps that filling its pipeline costs a block, about."""
 MOST_DEEP = 8
@@ -106,11 +105,20 @@ def launch(
 ) -> Callable[..., jax.Array]:
     """A kernel `body(*inputs, out, staging, *scratch)` with a block for WARPGROUPS tiles of rows, a part of k and
     some columns: it gives f32 [parts, n, m]. `staging` is shared memory for `send`."""
+    staging = plgpu.SMEM((WARPGROUPS, ROWS, tuned.columns), jnp.float32)
+    grid = shape.rows // WARPGROUPS, tuned.parts, ceil(shape.m / tuned.columns)
+    return started(body, (tuned.parts, shape.rows * ROWS, shape.m), grid, [staging, *scratch], verbs)
+
+
+def started(
+    body: Callable[..., None], out: tuple[int, ...], grid: tuple[int, int, int], scratch: Sequence[Any], verbs: Verbs
+) -> Callable[..., jax.Array]:
+    """A kernel of blocks in a grid along AXES, that gives one array in float32."""
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((tuned.parts, shape.rows * ROWS, shape.m), jnp.float32),
-        scratch_types=[plgpu.SMEM((WARPGROUPS, ROWS, tuned.columns), jnp.float32), *scratch],
-        grid=(shape.rows // WARPGROUPS, tuned.parts, ceil(shape.m / tuned.columns)),
+        out_type=jax.ShapeDtypeStruct(out, jnp.float32),
+        scratch_types=scratch,
+        grid=grid,
         grid_names=AXES[:3],
         num_threads=WARPGROUPS + 1,
         thread_name=AXES[3],

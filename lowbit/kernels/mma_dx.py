@@ -24,9 +24,9 @@ from lowbit.kernels.arrange import Fields
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import Program
-from lowbit.kernels.layout import WARPGROUPS, Layout
+from lowbit.kernels.layout import SMS, WARPGROUPS, Layout
 from lowbit.kernels.memory import DY_ROWS, SHARED, dx_beside, dx_stage
-from lowbit.kernels.mma import HALF, MOST_DEEP, SMS, Schedule, Shape, Tuning, pipelined
+from lowbit.kernels.mma import HALF, MOST_DEEP, Schedule, Shape, Tuning, pipelined
 from lowbit.kernels.product import shared_tables
 from lowbit.kernels.verbs import Gpu, Verbs
 

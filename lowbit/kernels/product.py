@@ -1,10 +1,11 @@
-"""x @ w by the schedules `mma` and `fp8`, for weights in the kernels' layout: padding, the launch, and the parts of k
-summed."""
+"""x @ w by the schedules `mma`, `fp8` and `sums`, for weights in the kernels' layout: padding, the launch, and the
+parts of k summed."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from math import ceil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from lowbit.kernels.fp8 import tuning as fp8_tuning
 from lowbit.kernels.lanes import Program
 from lowbit.kernels.layout import Layout
 from lowbit.kernels.mma import COLUMNS_A_BLOCK, MOST_DEEP, Shape, Tuning, mma, tuning
+from lowbit.kernels.partial import Sums
+from lowbit.kernels.sums import sums
 from lowbit.kernels.verbs import Verbs
 
 
@@ -61,6 +64,33 @@ def product_of_codes(
     return parts.sum(0)[: of.n, : len(x)].T * factor
 
 
+def product_by_sums(
+    of: Layout, x: jax.Array, fields: Fields, bands: int | None = None, verbs: Verbs | None = None
+) -> jax.Array:
+    """x [m, k], of at most 4 rows, by weights that are looked up among partial sums: [m, n] in x's dtype, accumulated
+    in float32, which weights and sums are in too.
+
+    Args:
+      bands: of rows, those of `Sums.bands` if None.
+      verbs: what it runs on, the GPU if None.
+
+    Raises UnsuitableError for weights, or rows, that they do not suit.
+    """
+    m, how = len(x), Sums.of(of.program("f16"), len(x))
+    run = sums(of, how, bands or how.bands(of), verbs)
+    parts = run(*operands_of_sums(of, how, x, fields))
+    return parts.sum(0).swapaxes(0, 1).reshape(how.columns, -1)[:m, : of.n].astype(x.dtype)
+
+
+def operands_of_sums(of: Layout, how: Sums, x: jax.Array, fields: Fields) -> list[jax.Array]:
+    """What the schedule takes: words, scales, codebooks and x."""
+    padded = jnp.pad(x.astype(jnp.float32), ((0, how.columns - len(x)), (0, of.stages * STAGE - of.k)))
+    stored = [fields[name] for name in of.read() if name not in of.books]
+    if isinstance(decoder := how.program.decoder, Books):
+        return [*stored, jnp.stack(_vectors(decoder, fields, jnp.float32)), padded]
+    return [*stored, in_order(padded, how.source.grain)]  # a lane has every fourth pair of inputs
+
+
 def nearby(of: Layout, m: int, kind: Half | None, at: int = 0) -> tuple[Tuning, ...]:
     """Schedules that differ in one parameter, by one step, from that of a product: of x [m, k] in the halves `kind`,
     or in e4m3 for None."""
@@ -87,18 +117,25 @@ def _padded(m: int) -> int:
 
 
 def in_order(x: jax.Array, consecutive: int) -> jax.Array:
-    """x with its inputs where WGMMA reads them, if a lane has more than two that follow each other."""
+    """x with its inputs where WGMMA reads them, if a lane has more than two that follow each other; and the inverse for
+    as many pairs as a row has lanes."""
     blocks = x.reshape(len(x), -1, 4, consecutive // 2, 2)  # quarter of a warp's row, pair, input
     return blocks.swapaxes(2, 3).reshape(x.shape)
 
 
 def shared_tables(program: Program, decoder: Books, fields: Fields) -> jax.Array:
     """Tables of all rows as they are copied to shared memory, from what is stored."""
+    each = _vectors(decoder, fields, HALVES[program.kind])
+    return jnp.broadcast_to(jnp.stack(each)[:, :, None], decoder.shape).reshape(program.table_shape)
+
+
+def _vectors(decoder: Books, fields: Fields, dtype: Any) -> list[jax.Array]:
+    """The vectors [entry, input] of each look-up."""
     each = []
     for lookup in decoder.lookups:
         at = [int(w.values[0, 0]) for w in lookup.at]
         kept = {lookup.axis, len(at) - 1}
         entries = fields[lookup.table.name][tuple(slice(None) if i in kept else p for i, p in enumerate(at))]
         ragged = decoder.shape[1] - len(entries)
-        each.append(jnp.pad(entries.astype(HALVES[program.kind]), ((0, ragged), (0, 0))))
-    return jnp.broadcast_to(jnp.stack(each)[:, :, None], decoder.shape).reshape(program.table_shape)
+        each.append(jnp.pad(entries.astype(dtype), ((0, ragged), (0, 0))))
+    return each

@@ -22,6 +22,8 @@ from lowbit.kernels.by_code import in_numpy as sums_in_numpy
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lane_gpu import BYTES, ROW, WORDS, in_registers, sums_in_registers, tables_in_registers
 from lowbit.kernels.lanes import Program, in_numpy, tables_in_numpy
+from lowbit.kernels.partial import Sums, filled_in_numpy, total_in_numpy
+from lowbit.kernels.partial_gpu import filled_in_shared, total_in_registers
 
 Ref = Any
 
@@ -70,6 +72,12 @@ class Verbs(Protocol):
 
     def by_code(self, sums: CodeSums, at: int, total: jax.Array, words: Sequence[jax.Array]) -> Sequence[jax.Array]:
         """Those of one span of a stage by its codes, f32 [ROWS] each."""
+
+    def fill(self, sums: Sums, table: Ref, x: Ref, *books: Ref) -> None:
+        """Make half of the tables of partial sums, from its half of x and the codebooks."""
+
+    def total(self, sums: Sums, table: Ref, words: jax.Array, *scales: jax.Array) -> Sequence[jax.Array]:
+        """For each row of x, what the ROWS add up to: float32 [ROWS]."""
 
     def release(self) -> None:
         """Say that the stage's buffers were read."""
@@ -134,6 +142,12 @@ class Gpu:
     def by_code(self, sums: CodeSums, at: int, total: jax.Array, words: Sequence[jax.Array]) -> Sequence[jax.Array]:
         return sums_in_registers(sums, at, total, words)
 
+    def fill(self, sums: Sums, table: Ref, x: Ref, *books: Ref) -> None:
+        filled_in_shared(sums, table, x, *books)
+
+    def total(self, sums: Sums, table: Ref, words: jax.Array, *scales: jax.Array) -> Sequence[jax.Array]:
+        return total_in_registers(sums, table, words, *scales)
+
     def release(self) -> None:
         pass
 
@@ -195,6 +209,22 @@ class Twin:
 
         out = [jax.ShapeDtypeStruct((ROWS,), jnp.float32)] * len(sums.subsets)
         return jax.pure_callback(made, out, total, *words)
+
+    def fill(self, sums: Sums, table: Ref, x: Ref, *books: Ref) -> None:
+        def filled(*stored: Any) -> Any:
+            return filled_in_numpy(sums, *map(np.asarray, stored))
+
+        out = jax.ShapeDtypeStruct((sums.spans // 2, *sums.shape[1:]), jnp.float32)
+        table[...] = jax.pure_callback(filled, out, x[...], *(book[...] for book in books))
+
+    def total(self, sums: Sums, table: Ref, words: jax.Array, *scales: jax.Array) -> Sequence[jax.Array]:
+        def totalled(halves: Sequence[Any], *stored: Any) -> Any:
+            return total_in_numpy(sums, np.stack([np.asarray(h) for h in halves]), *map(np.asarray, stored))
+
+        out = [jax.ShapeDtypeStruct((ROWS,), jnp.float32)] * sums.columns
+        # By halves: XLA hands a callback what is above 100 KiB in a thread, and all of them may be in callbacks.
+        made: Sequence[jax.Array] = jax.pure_callback(totalled, out, [table[0], table[1]], words, *scales)
+        return made
 
     def release(self) -> None:
         plgpu.commit_smem()

@@ -123,7 +123,7 @@ def check_product(x: Any, w: QuantArray, form: str | None = None) -> None:
     shape = (*x.shape[:-1], dict(w.type.dims)["n"])
     expect(y.shape == shape and y.dtype == x.dtype, f"{y.dtype}{list(y.shape)}, not {x.dtype}{list(shape)}")
     rows = x.size // x.shape[-1]
-    term = planned.term if isinstance(planned, Form) else kernel_term(rows, w.type, short(x.dtype))
+    term = planned.term if isinstance(planned, Form) else kernel_term(rows, w.type, short(x.dtype), planned.name)
     assert_product(y, x, own(w), term)
 
 

@@ -66,7 +66,7 @@ def test_roofline_is_of_memory_then_of_the_matrix_unit() -> None:
 
 def test_every_shape_batch_format_and_dtype_is_a_case() -> None:
     named = {case.name: case for group in groups() for case in group}
-    once = 4 * (2 * 8 + 4 * (2 * 8 + 2) + 4 * (8 + 2)) + 4 * (7 + 7 + 3 + 2 * 7)
+    once = 4 * (2 * 8 + 4 * (2 * 8 + 2) + 5 * (8 + 2) + 6 * 3) + 4 * (7 + 7 + 3 + 2 * 7)
     back = 2 * 3 * (1 + 4 * 2)
     assert len(named) == sum(map(len, groups())) == once + back
     assert sum(case.back for case in named.values()) == back
@@ -334,6 +334,15 @@ def test_the_kernels_results_are_checked_on_some_columns() -> None:
     gpu_matmul.check(case, jax.device_get(own), x, y)
     with pytest.raises(AssertionError, match=r"y \[m, n\]: 4 of 64 differ; at \(\d, 15\)"):
         gpu_matmul.check(case, jax.device_get(own), x, y.at[:, -1].add(1e5))
+
+
+def test_sums_are_checked_within_the_bound_of_float32() -> None:
+    case = Case("bcq1", 192, 512, 2, "float16", "sums")
+    own, x = random_array(canonical(case.what, case.n, case.k)), random_rows(2, 512, dtype="float16") / np.float16(64)
+    y = gpu_matmul.lb.matmul(jnp.asarray(x), own, lowering="table")
+    gpu_matmul.check(case, jax.device_get(own), x, y)
+    with pytest.raises(AssertionError, match=r"y \[m, n\]: 2 of 32 differ; at \(\d, 15\)"):
+        gpu_matmul.check(case, jax.device_get(own), x, y.at[:, -1].add(100))
 
 
 def test_the_product_in_8_bits_is_checked_with_encoded_activations() -> None:

@@ -117,7 +117,7 @@ def test_plan_is_sorted_and_printed():
     assert rest == sorted(rest) and first <= TIE * rest[0]
     lines = str(p).splitlines()
     assert lines[0] == "x[6, k] @ f32[k=4096 n=8] as bcq(bits=3, group=128) on cpu"
-    assert [line.split()[0] for line in lines[2:]] == [*p.names, "mma", "dense"]
+    assert [line.split()[0] for line in lines[2:]] == [*p.names, "mma", "sums", "dense"]
     assert all("refused: it is for GPUs" in line for line in lines[-2:])
     assert lb.plan((6, 4096), p_type := quant(lb.bcq(3, 128), 4096, 8).type, platform="tpu").machine == "tpu"
     assert lb.plan((6, 4096), p_type) is lb.plan((2, 3, 4096), p_type)

@@ -170,6 +170,17 @@ def test_a_kernel_beside_the_one_that_multiplies_is_counted_too(tmp_path: Path) 
     assert (figures.wgmmas, figures.spills) == (2, 8)
 
 
+def test_a_kernel_that_only_adds_is_judged_by_its_adds(tmp_path: Path) -> None:
+    write(tmp_path, sass=SASS.replace("HGMMA.64x16x16.F32", "FADD"))
+    figures = measure(Listed(wgmmas=0), tmp_path)
+    assert (figures.wgmmas, figures.load.clocks, figures.load.pipes["TC"]) == (0, 0, 0)
+    assert figures.load.instructions == 10 / 8  # the loop is the one that multiplies otherwise
+    with pytest.raises(ValueError, match="0 of them with FADD, and exactly one must be"):
+        measure(Listed(wgmmas=0), tmp_path / "nothing")
+    with pytest.raises(ValueError, match="none of 4 loops has FADD"):
+        hot_loop(read_sass(SASS), ("FADD",))
+
+
 @pytest.mark.parametrize("names", [(), ("kernel_0", "kernel_1")])
 def test_a_compilation_without_one_kernel_that_multiplies_is_refused(names: tuple[str, ...], tmp_path: Path) -> None:
     for name in names:

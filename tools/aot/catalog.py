@@ -15,9 +15,11 @@ from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES, Half
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES
+from lowbit.kernels.layout import Layout
 from lowbit.kernels.mma_dw import STEP, parameter_gradients
 from lowbit.kernels.mma_dx import input_gradient
-from lowbit.kernels.product import product, product_of_codes
+from lowbit.kernels.partial import Sums
+from lowbit.kernels.product import product, product_by_sums, product_of_codes
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from tests.fp3 import fp3_rows
 
@@ -76,6 +78,7 @@ def catalog() -> Iterator[Listed]:
     for width in (5, 8):
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
+    yield from by_sums()
     yield from gradients()
 
 
@@ -98,6 +101,15 @@ def gradients() -> Iterator[Listed]:
             yield listed_dw(f"{name}_dw_bf16_m{m}", fmt, m)
 
 
+def by_sums() -> Iterator[Listed]:
+    formats = {f"bcq{bits}": lb.bcq(bits, group=128, scale_dtype="float16") for bits in (1, 2, 3, 4)}
+    for books, vec in ((1, 4), (2, 8)):
+        formats[f"codebook_m{books}v{vec}"] = lb.codebook(books, 8, vec=vec, group=128, scale_dtype="float16")
+    for name, fmt in formats.items():
+        for m in (1, 2, 4):
+            yield listed_sums(f"{name}_sums_m{m}", fmt, m)
+
+
 def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> Listed:
     """The product of x [m, SIZE] with a SIZE by SIZE weight, read at its format's width."""
     return laid_out(name, product, fmt, kind, m, STAGE // 16, target)
@@ -114,22 +126,34 @@ def laid_out(
     """`run` of a layout, activations or their gradient, and fields."""
     t = QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma")
     of, at = kernel_layout(t), readings(t).index(t.decode)
-    fields = {
-        field: jax.ShapeDtypeStruct(tuple(leaf.dims.values()), numpy_dtype(leaf.dtype))
-        for field, leaf in of.fields.items()
-    }
+    fields = stored(of)
     x = jax.ShapeDtypeStruct((m, SIZE), HALVES[kind])
     read = sum(fields[field].size * dtype_bits(of.fields[field].dtype) for field in of.read(at)) / SIZE**2
     return Listed(name, partial(run, of, at=at), (x, fields), ROWS * STAGE // LANES, read, wgmmas, target)
 
 
+def listed_sums(name: str, fmt: Format, m: int) -> Listed:
+    """As `listed`, by the schedule `sums`."""
+    of = kernel_layout(QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma"))
+    fields = stored(of)
+    read = sum(fields[field].size * dtype_bits(of.fields[field].dtype) for field in of.read()) / SIZE**2
+    weights = ROWS * Sums.of(of.program("f16"), m).inputs // LANES
+    x = jax.ShapeDtypeStruct((m, SIZE), jnp.float16)
+    return Listed(name, partial(product_by_sums, of), (x, fields), weights, read, 0, None)
+
+
+def stored(of: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """Arrays like those of a layout."""
+    return {
+        field: jax.ShapeDtypeStruct(tuple(leaf.dims.values()), numpy_dtype(leaf.dtype))
+        for field, leaf in of.fields.items()
+    }
+
+
 def listed_fp8(name: str, m: int) -> Listed:
     """The product of x [m, SIZE] in e4m3 with the first bytes of a SIZE by SIZE weight."""
     of = kernel_layout(QuantType((("k", SIZE), ("n", SIZE)), "f32", lb.nested_fp(8), layout="mma"))
-    fields = {
-        field: jax.ShapeDtypeStruct(tuple(of.fields[field].dims.values()), numpy_dtype(of.fields[field].dtype))
-        for field in of.read(0)
-    }
+    fields = {field: array for field, array in stored(of).items() if field in of.read(0)}
     x = jax.ShapeDtypeStruct((m, SIZE), jnp.float8_e4m3fn)
     run = partial(product_of_codes, of, at=0)
     return Listed(name, lambda x, fields: run(x, fields), (x, fields), ROWS * STAGE // LANES, 8.0, STAGE // 32, None)

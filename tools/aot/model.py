@@ -56,7 +56,8 @@ def slots(instruction: Instruction) -> int:
 
 @dataclass(frozen=True)
 class Load:
-    """`pipes`: how full memory speed makes each; `worst` names the fullest. `clocks`: what an SM has for one WGMMA.
+    """`pipes`: how full memory speed makes each; `worst` names the fullest. `clocks`: what an SM has for one WGMMA,
+    0 without any.
 
     `stall` is the mean clocks from one instruction of a warp to its next, by their control codes alone: that many warps
     keep a scheduler busy when nothing else waits.
@@ -85,7 +86,7 @@ def load(
     fed = 8 * BYTES / bits  # weights a clock and SM
     busy = {pipe: used[pipe] / weights * fed / rate for pipe, rate in RATES.items()}
     products = sum(i.base in WGMMA for i in loop) * times
-    clocks = WARPGROUP * weights / products / fed
+    clocks = WARPGROUP * weights / products / fed if products else 0.0
     return Load(used["issue"] / weights, busy, clocks, sum(i.stall for i in loop) / len(loop))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tools.aot.model import Load, load
-from tools.aot.sass import LOCAL, WGMMA, hot_loop, read_log, read_sass
+from tools.aot.sass import ADDS, LOCAL, WGMMA, hot_loop, read_log, read_sass
 
 BEGIN = "<!-- the table of `make aot` begins -->"
 END = "<!-- the table of `make aot` ends -->"
@@ -16,9 +16,9 @@ class Kernel(Protocol):
     """What the catalog says of a kernel: how to compile it, and what its loop has to be.
 
     `weights` are those that one lane decodes in one iteration of the loop with the products, `bits` what is stored for
-    a weight with its share of scales and tables, `wgmmas` the products of that iteration. No pipe may be fuller than
-    `target` at memory speed; None where arithmetic is the limit and not memory. Where the weights are not those of one
-    iteration, `times` says of how many, and what follows the loop is counted too; None elsewhere.
+    a weight with its share of scales and tables, `wgmmas` the products of that iteration, 0 where it only adds. No pipe
+    may be fuller than `target` at memory speed; None where arithmetic is the limit and not memory. Where the weights
+    are not those of one iteration, `times` says of how many, and what follows the loop is counted too; None elsewhere.
     """
 
     @property
@@ -54,16 +54,17 @@ class Figures:
 
 def measure(kernel: Kernel, dump: Path) -> Figures:
     """Reads what compiling `kernel` left in `dump`. Of several programs there the one with products is the kernel."""
+    work, what = (WGMMA, "WGMMA") if kernel.wgmmas else (ADDS, "FADD")
     logs = sorted(dump.glob("*.ptxas"))
     found = [(read_log(p.read_text()), read_sass(p.with_suffix(".sass_ctrl").read_text())) for p in logs]
-    multiplying = [(log, program) for log, program in found if program.count(WGMMA)]
+    multiplying = [(log, program) for log, program in found if program.count(work)]
     if len(multiplying) != 1:
         raise ValueError(
-            f"{kernel.name}: {len(found)} programs in {dump}, {len(multiplying)} of them with WGMMA, and exactly one "
+            f"{kernel.name}: {len(found)} programs in {dump}, {len(multiplying)} of them with {what}, and exactly one "
             "must be. One that equals an earlier one is not compiled again: list it once"
         )
     ((log, program),) = multiplying
-    loop = hot_loop(program)
+    loop = hot_loop(program, work)
     code = program.instructions[loop.start : loop.stop]
     after = () if kernel.times is None else program.behind(loop)
     return Figures(
