@@ -15,6 +15,7 @@ from jax import export
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.ir.expr import Param
 from lowbit.kernels.arrange import arrange, restore
+from lowbit.passes.in_int8 import Numerics, checked_numerics
 from lowbit.passes.lower_xla import align, emit
 from lowbit.quant_type import QuantType, float_words, kernel_layout, type_from_json, type_to_json
 
@@ -124,6 +125,11 @@ def expect_array(w: Any, who: str) -> QuantArray:
         instead = "pass its .array" if isinstance(getattr(w, "array", None), QuantArray) else "see lb.quantize_array"
         raise TypeError(f"{who} takes a QuantArray, not a {type(w).__name__}: {instead}")
     return w
+
+
+def in_numerics(w: QuantArray, numerics: Numerics | None) -> QuantArray:
+    """The same array for products in other numerics. Raises ValueError for those that do not exist."""
+    return w if numerics is None else QuantArray(w.fields, replace(w.type, numerics=checked_numerics(numerics)))
 
 
 def own(w: QuantArray) -> QuantArray:

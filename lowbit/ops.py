@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit.array import QuantArray, expect_array, over_stack, own
+from lowbit.array import QuantArray, expect_array, in_numerics, over_stack, own
 from lowbit.by_kernel import by_fp8, by_mma, dense
 from lowbit.devices import is_hopper
 from lowbit.dispatch import by_platform
@@ -23,6 +23,7 @@ from lowbit.ir.expr import Const, Expr
 from lowbit.ir.walk import params, topo
 from lowbit.kernels.decoders import ROWS
 from lowbit.passes.choose import Form
+from lowbit.passes.in_int8 import Numerics
 from lowbit.passes.lower_xla import align, emit
 from lowbit.passes.tile import Tiles, keeps
 from lowbit.planning import (
@@ -69,6 +70,7 @@ def matmul(
     width: int | jax.Array | None = None,
     differentiable: Mode | None = None,
     lowering: Lowering = None,
+    numerics: Numerics | None = None,
 ) -> jax.Array:
     """`x @ w` for x [..., k] and a quantized w with dims k and n: [..., n], accumulated in float32.
 
@@ -88,21 +90,25 @@ def matmul(
         in reverse mode with whatever memory that takes.
       lowering: the name of the form or kernel to run whatever it costs, or several of which the first that can is
         taken. `lb.explain` lists them.
+      numerics: "float"; or exact sums of products of 8-bit integers, to which small tables of weights are rounded, and
+        activations: to one each ("int8"), or to two ("int8x2"). docs/int8.md bounds what that changes. Gradients
+        are those of the product in floats. That of w's type if None, which `lb.Rule` may set.
 
     Raises TypeError for an x that is not floating, a w that is no QuantArray, or forward mode through a "vjp" product,
-    ValueError when x's last dim is not w's k or its first ones are not w's stack (both sizes are named), or for another
-    mode, and LoweringError, with the table of what can run and why the rest cannot, for a `lowering` that cannot.
+    ValueError when x's last dim is not w's k or its first ones are not w's stack (both sizes are named), for another
+    mode, or for numerics that do not exist or that w's format does not have, and LoweringError, with the table of what
+    can run and why the rest cannot, for a `lowering` that cannot.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> w = lb.quantize_array(jnp.eye(8, 4), lb.bcq(2, group=8))
     >>> lb.matmul(jnp.ones((3, 8)), w).shape
     (3, 4)
     """
+    w = in_numerics(expect_array(w, "matmul"), numerics)
     if width is not None:
-        how = partial(matmul, differentiable=differentiable, lowering=lowering)
-        return at_width(how, x, expect_array(w, "matmul"), width)
+        return at_width(partial(matmul, differentiable=differentiable, lowering=lowering), x, w, width)
     x = jnp.asarray(x)
-    sizes = dict(expect_array(w, "matmul").type.dims)
+    sizes = dict(w.type.dims)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x is {x.dtype}[{', '.join(map(str, x.shape))}]; matmul takes floating activations: cast it")
     if stack := w.stack:
@@ -222,6 +228,10 @@ def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], plain: bo
 
 def _differentiable(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
     """The product as a program to be differentiated: straight through the rounding of activations."""
+    if t.numerics != "float":
+        rounded = _forward(t, *jax.lax.stop_gradient((x, fields)))
+        y = _forward(replace(t, numerics="float"), x, fields)
+        return rounded + (y - jax.lax.stop_gradient(y))
     leaf = param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1])
     if (encoded := t.format.activations(leaf)) is leaf:
         return _forward(t, x, fields)
@@ -261,6 +271,7 @@ def _matmul_fwd(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> tup
 
 def _matmul_bwd(t: QuantType, saved: Residuals, dy: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
     x, fields = saved
+    t = replace(t, numerics="float")  # straight through all rounding
     if t.layout != "own":
         to = replace(t, layout="own")
         dx, dfields = jax.vjp(lambda x, f: _matmul(to, x, own(QuantArray(f, t)).fields), x, fields)[1](dy)

@@ -200,7 +200,11 @@ def planned(m: int, t: QuantType, dtype: Any, platform: str, plain: bool = False
     at = readings(t).index(t.decode)
     mma, dense = kernel_choices(m, readings(t), at, read, t.layout, dtype, machine.name)
     kernels = (replace(mma, refused=mma.refused or no_kernels_here()), dense)
-    encoded = x if plain else t.format.activations(x)
+    if t.numerics != "float":
+        refused = f"it multiplies x as it is, and this product is in {t.numerics}"
+        none = tuple(replace(k, refused=k.refused or refused) for k in kernels)
+        return Plan(f"x[{m}, k] @ {t}", machine.name, made, none)
+    encoded = x if plain else t.activations(x)
     if encoded is x:
         return Plan(f"x[{m}, k] @ {t}", machine.name, made, kernels)
     code = min((e.dtype for e in topo(encoded) if "k" in e.dims), key=bits)
