@@ -9,6 +9,8 @@ from lowbit.array import QuantArray, own
 from lowbit.ir.build import param
 from lowbit.ir.dtypes import short
 from lowbit.ir.expr import Contract
+from lowbit.passes.in_int8 import COLUMNS
+from lowbit.passes.int8_rows import rows
 from lowbit.passes.lower_xla import align, emit
 from lowbit.quant_type import QuantType, kernel_layout, readings
 
@@ -21,10 +23,23 @@ def dense(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array
 
 
 def by_mma(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
-    """Weights in the kernels' layout, decoded on their way to the tensor cores."""
+    """Weights in the kernels' layout, decoded on their way to the tensor cores, in whatever numerics."""
+    if t.numerics != "float":
+        return _by_int8(t, x, fields)
     from lowbit.kernels.product import product  # imports Mosaic GPU, which other platforms do without
 
     return product(kernel_layout(t), x, fields, at=readings(t).index(t.decode))
+
+
+def _by_int8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    from lowbit.kernels.int8 import product_of_integers
+
+    leaf, columns = param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1]), COLUMNS[t.numerics]
+    codes, scales = (emit(e, {"x": x}) for e in rows(leaf, columns))
+    sums = product_of_integers(kernel_layout(t), codes.reshape(-1, x.shape[1]), fields, readings(t).index(t.decode))
+    by_column = sums.reshape(columns, len(x), -1)
+    y = sum(by_column[i] * 256.0**-i for i in range(columns)) * scales[:, None]
+    return y.astype(x.dtype)
 
 
 def by_fp8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:

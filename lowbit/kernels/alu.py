@@ -48,7 +48,7 @@ class Alu(Protocol):
     def to_bf16(self, a: Register) -> Register:
         """Two float16 as two bfloat16, rounded to nearest even."""
 
-    def sub(self, a: Register, b: Register) -> Register: ...
+    def sub(self, a: Register, b: Register | int) -> Register: ...
     def mad_high(self, a: Register, b: int, c: int) -> Register:
         """The high 32 bits of a b, plus c."""
 
@@ -56,6 +56,12 @@ class Alu(Protocol):
         """Two halves at once, a + b, a b or a b + c, rounded to nearest even."""
 
     def f32(self, op: Literal["add", "sub", "mul"], a: Register, b: Register) -> Register: ...
+    def fma(self, a: Register, b: Register, c: Register) -> Register:
+        """a b + c in float32, rounded once."""
+
+    def largest(self, a: Register, b: Register) -> Register:
+        """The larger of |a| and |b| in float32, NaN if one of them is."""
+
     def number(self, value: float) -> Register:
         """A float32 constant."""
 
@@ -113,8 +119,8 @@ class NumpyAlu:
     def mad(self, a: Register, b: int, c: Register | int) -> Register:
         return a * np.uint32(b) + np.uint32(c)
 
-    def sub(self, a: Register, b: Register) -> Register:
-        return a - b
+    def sub(self, a: Register, b: Register | int) -> Register:
+        return a - np.uint32(b)
 
     def mad_high(self, a: Register, b: int, c: int) -> Register:
         return (a.astype(np.uint64) * np.uint64(b) >> np.uint64(32)).astype(np.uint32) + np.uint32(c)
@@ -129,6 +135,12 @@ class NumpyAlu:
     def f32(self, op: Literal["add", "sub", "mul"], a: Register, b: Register) -> Register:
         x, y = _float(a), _float(b)
         return _bits(x + y if op == "add" else x - y if op == "sub" else x * y)
+
+    def fma(self, a: Register, b: Register, c: Register) -> Register:
+        return _bits(_float(a).astype(np.float64) * _float(b) + _float(c))  # programs add what float64 holds
+
+    def largest(self, a: Register, b: Register) -> Register:
+        return _bits(np.maximum(abs(_float(a)), abs(_float(b))))
 
     def number(self, value: float) -> Register:
         return _bits(np.array([value], np.float32))

@@ -157,12 +157,14 @@ def mma(program: Program, shape: Shape, tuned: Tuning, verbs: Verbs | None = Non
     `program.table_shape`; x: [m, k], inputs in the program's order. Tables and x are of the program's halves; m and k
     are those of `shape`.
     """
-    schedule = _Schedule(program, shape, tuned, verbs or Gpu())
+    schedule = Schedule(program, shape, tuned, verbs or Gpu())
     return launch(schedule.body, shape, tuned, schedule.verbs, schedule.scratch)
 
 
 @dataclass(frozen=True)
-class _Schedule:
+class Schedule:
+    """The parts of a kernel, and where its operands are."""
+
     program: Program
     shape: Shape
     tuned: Tuning

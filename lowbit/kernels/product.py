@@ -35,7 +35,7 @@ def product(
     kind = short(x.dtype)
     if kind not in ("f16", "bf16"):
         raise TypeError(f"x is {x.dtype}: the matrix unit multiplies float16 and bfloat16")
-    padded = _padded(m)
+    padded = padded_rows(m)
     program, shape = of.program(kind, at), Shape(padded, of.tiles, of.stages)
     run = mma(program, shape, tuned or tuning(shape, program), verbs)
     x_padded = jnp.pad(x, ((0, padded - m), (0, of.stages * STAGE - of.k)))
@@ -52,7 +52,7 @@ def product_of_codes(
     """x [m, k] in e4m3 by weights that are stored as e4m3 but for a factor: [m, n] in float32."""
     if (factor := of.weights[at].float8) is None:
         raise TypeError("the weights are not stored as e4m3")
-    padded, inputs = _padded(len(x)), of.stages * STAGE
+    padded, inputs = padded_rows(len(x)), of.stages * STAGE
     shape = Shape(padded, of.tiles, of.stages)
     (name,) = of.read(at)
     w = jax.lax.bitcast_convert_type(fields[name], jnp.float8_e4m3fn)
@@ -60,7 +60,7 @@ def product_of_codes(
     return parts.sum(0)[: of.n, : len(x)].T * factor
 
 
-def _padded(m: int) -> int:
+def padded_rows(m: int) -> int:
     """Rows of x as blocks take them."""
     return 8 * ceil(m / 8) if m <= COLUMNS_A_BLOCK else COLUMNS_A_BLOCK * ceil(m / COLUMNS_A_BLOCK)
 

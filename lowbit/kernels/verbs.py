@@ -17,11 +17,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from lowbit.compat import load, transposed
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES
+from lowbit.kernels import int8_lanes
 from lowbit.kernels.decoders import ROWS, STAGE
-from lowbit.kernels.lane_gpu import BYTES, ROW, WORDS, in_registers, tables_in_registers
+from lowbit.kernels.int8_lanes import Integers
+from lowbit.kernels.lane_gpu import BYTES, ROW, WORDS, in_registers, integers_in_registers, tables_in_registers
 from lowbit.kernels.lanes import Program, in_numpy, tables_in_numpy
 
 Ref = Any
+IntegersOfStage = tuple[Sequence[jax.Array], Sequence[jax.Array]]
 
 
 def table_size(program: Program) -> int:
@@ -48,6 +51,9 @@ class Verbs(Protocol):
     def decode(self, program: Program, table: Ref, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
         """`table`: the shared one, [entries, ROWS and padding], or None."""
 
+    def integers(self, program: Integers, words: Sequence[jax.Array], *stored: jax.Array) -> IntegersOfStage:
+        """The integers [ROWS, span] of each group of a stage, and the factors [ROWS] of each, if it has any."""
+
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         """acc += weights [ROWS, k] @ x [columns, k]^T, finished when it returns."""
 
@@ -56,6 +62,12 @@ class Verbs(Protocol):
 
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         """weights [ROWS, k] @ x [columns, k]^T of two buffers, in float32."""
+
+    def sums(self, weights: jax.Array, x: Ref) -> jax.Array:
+        """weights [ROWS, k] @ x [columns, k]^T of integers of 8 bits, exact, as float32."""
+
+    def times_rows(self, factors: jax.Array, sums: jax.Array) -> jax.Array:
+        """factors [ROWS] times sums [ROWS, columns]."""
 
     def release(self) -> None:
         """Say that the stage's buffers were read."""
@@ -85,6 +97,9 @@ class Gpu:
     def decode(self, program: Program, table: Ref, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
         return in_registers(program, table, words, *stored)
 
+    def integers(self, program: Integers, words: Sequence[jax.Array], *stored: jax.Array) -> IntegersOfStage:
+        return integers_in_registers(program, words, *stored)
+
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         plgpu.wgmma(acc, weights, transposed(x))
         plgpu.wgmma_wait(0)
@@ -93,12 +108,21 @@ class Gpu:
         return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
     def product(self, weights: Ref, x: Ref) -> jax.Array:
+        return self._accumulated(weights, x, jnp.float32)
+
+    def sums(self, weights: jax.Array, x: Ref) -> jax.Array:
+        return self._accumulated(weights, x, jnp.int32).astype(jnp.float32)
+
+    def _accumulated(self, weights: Any, x: Ref, dtype: Any) -> jax.Array:
         def scoped(acc: Ref) -> jax.Array:
             self.multiply(acc, weights, x)
             return acc[...]
 
-        out: jax.Array = pl.run_scoped(scoped, plgpu.ACC((weights.shape[0], x.shape[0]), jnp.float32))  # type: ignore[attr-defined]
+        out: jax.Array = pl.run_scoped(scoped, plgpu.ACC((weights.shape[0], x.shape[0]), dtype))  # type: ignore[attr-defined]
         return out
+
+    def times_rows(self, factors: jax.Array, sums: jax.Array) -> jax.Array:
+        return jax.lax.broadcast_in_dim(factors, sums.shape, (0,)) * sums
 
     def release(self) -> None:
         pass
@@ -136,6 +160,16 @@ class Twin:
         out = jax.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind])
         return jax.pure_callback(decoded, out, None if table is None else table[...], list(words), *stored)
 
+    def integers(self, program: Integers, words: Sequence[jax.Array], *stored: jax.Array) -> IntegersOfStage:
+        def decoded(words: Sequence[Any], *stored: Any) -> Any:
+            return int8_lanes.in_numpy(program, [np.asarray(w) for w in words], *map(np.asarray, stored))
+
+        span, groups = program.span, STAGE // program.span
+        out = jax.ShapeDtypeStruct((ROWS, STAGE), np.int8), jax.ShapeDtypeStruct((groups, ROWS), np.float32)
+        whole, factors = jax.pure_callback(decoded, out, list(words), *stored)
+        by_group = [whole[:, at : at + span] for at in range(0, STAGE, span)]
+        return by_group, [] if program.of_rows else list(factors)
+
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         acc[...] += jnp.dot(weights.astype(jnp.float32), x[...].astype(jnp.float32).T)
 
@@ -144,6 +178,12 @@ class Twin:
 
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         return jnp.dot(weights[...].astype(jnp.float32), x[...].astype(jnp.float32).T)
+
+    def sums(self, weights: jax.Array, x: Ref) -> jax.Array:
+        return jnp.dot(weights.astype(jnp.int32), x[...].astype(jnp.int32).T).astype(jnp.float32)
+
+    def times_rows(self, factors: jax.Array, sums: jax.Array) -> jax.Array:
+        return factors[:, None] * sums
 
     def release(self) -> None:
         plgpu.commit_smem()
