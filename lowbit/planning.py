@@ -20,8 +20,9 @@ from lowbit.ir.dtypes import bits, short
 from lowbit.ir.expr import Expr, Param
 from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params, topo
-from lowbit.kernels.choice import KERNELS, LAUNCH, KernelChoice, fp8_choice, kernel_choices, restoring
+from lowbit.kernels.choice import KERNELS, LAUNCH, KernelChoice, fp8_choice, int8_choice, kernel_choices, restoring
 from lowbit.passes.choose import Form, Machine, forms
+from lowbit.passes.in_int8 import COLUMNS
 from lowbit.passes.pipeline import PIPELINES
 from lowbit.passes.style import Style
 from lowbit.quant_type import QuantType, readings
@@ -202,8 +203,12 @@ def planned(m: int, t: QuantType, dtype: Any, platform: str, plain: bool = False
     kernels = (replace(mma, refused=mma.refused or no_kernels_here()), dense)
     if t.numerics != "float":
         refused = f"it multiplies x as it is, and this product is in {t.numerics}"
-        none = tuple(replace(k, refused=k.refused or refused) for k in kernels)
-        return Plan(f"x[{m}, k] @ {t}", machine.name, made, none)
+        int8 = int8_choice(m, COLUMNS[t.numerics], readings(t), at, read, t.layout, machine.name)
+        ways = (
+            replace(int8, refused=int8.refused or no_kernels_here()),
+            replace(dense, refused=dense.refused or refused),
+        )
+        return Plan(f"x[{m}, k] @ {t}", machine.name, made, ways)
     encoded = x if plain else t.activations(x)
     if encoded is x:
         return Plan(f"x[{m}, k] @ {t}", machine.name, made, kernels)

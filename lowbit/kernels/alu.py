@@ -59,8 +59,11 @@ class Alu(Protocol):
     def fma(self, a: Register, b: Register, c: Register) -> Register:
         """a b + c in float32, rounded once."""
 
-    def largest(self, a: Register, b: Register) -> Register:
-        """The larger of |a| and |b| in float32, NaN if one of them is."""
+    def add_sizes(self, a: Register, b: Register) -> Register:
+        """|a| + |b| in float32."""
+
+    def larger(self, a: Register, b: Register) -> Register:
+        """Of two float32, NaN if one of them is."""
 
     def number(self, value: float) -> Register:
         """A float32 constant."""
@@ -132,15 +135,20 @@ class NumpyAlu:
             pair.append(x + y if op == "add" else x * y + z[0] if z else x * y)
         return self.pack2(kind, *map(_bits, pair))
 
+    @np.errstate(invalid="ignore")  # of inf and NaN
     def f32(self, op: Literal["add", "sub", "mul"], a: Register, b: Register) -> Register:
         x, y = _float(a), _float(b)
         return _bits(x + y if op == "add" else x - y if op == "sub" else x * y)
 
+    @np.errstate(invalid="ignore")
     def fma(self, a: Register, b: Register, c: Register) -> Register:
         return _bits(_float(a).astype(np.float64) * _float(b) + _float(c))  # programs add what float64 holds
 
-    def largest(self, a: Register, b: Register) -> Register:
-        return _bits(np.maximum(abs(_float(a)), abs(_float(b))))
+    def add_sizes(self, a: Register, b: Register) -> Register:
+        return _bits(abs(_float(a)) + abs(_float(b)))
+
+    def larger(self, a: Register, b: Register) -> Register:
+        return _bits(np.maximum(_float(a), _float(b)))
 
     def number(self, value: float) -> Register:
         return _bits(np.array([value], np.float32))

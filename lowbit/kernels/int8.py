@@ -1,7 +1,7 @@
 """The schedule `mma` in 8-bit integers: codes become WGMMA's operand A as integers, x in one or two columns is B.
 
-Sums within a group, or within a stage where tables are those of whole rows, are exact in 32 bits. They are then added
-up in float32, each times the factor of its group.
+Sums within a group are exact in 32 bits, and are added up in float32, each times the factor of its group; where tables
+are those of whole rows, sums over a whole part of k are.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def _body(program: Integers, parts: Schedule, *refs: Any) -> None:
         return parts.stored(parameters, tile) if program.halves.of_rows else []
 
     def compute(pipeline: Callable[..., Any]) -> None:
-        staging[group], *_ = pipeline((verbs.zeros((ROWS, tuned.columns)), *kept()))
+        zeros = verbs.zeros((ROWS, tuned.columns), jnp.int32 if program.of_rows else jnp.float32)
+        total, *_ = pipeline((zeros, *kept()))
+        staging[group] = total.astype(jnp.float32)
         send(staging, out, tuned, at)
 
     def step(_: Any, *args: Any) -> Any:
@@ -112,7 +114,7 @@ def _in_order(x: jax.Array, program: Integers) -> jax.Array:
 
 def _rounded(of: Layout, program: Integers, fields: Fields) -> tuple[jax.Array, jax.Array]:
     """Tables of whole rows as bytes, four in a word, and their factors [row]."""
-    table = jnp.stack([_values(of, e, fields)[:, 0] for _, e in program.halves.weights.entries], -1)
+    table = jnp.stack([_values(of, e, fields)[:, 0] for e in program.halves.weights.parameters], -1)
     tiles, rows_, entries = table.shape
     codes, scales = (
         emit(e, {"table": table}) for e in rows(param("table", short(table.dtype), t=tiles, r=rows_, c=entries))
@@ -124,8 +126,7 @@ def _rounded(of: Layout, program: Integers, fields: Fields) -> tuple[jax.Array, 
 def _of_zeros(of: Layout, program: Integers, x: jax.Array, fields: Fields) -> jax.Array:
     """What is added to the codes, times the sums of x: [m, n]."""
     assert program.affine is not None
-    (_, scale), (sign, zero) = program.affine
-    assert isinstance(scale, Element)
+    scale, sign, zero = program.affine
     factors = sign * _values(of, scale, fields).astype(jnp.float32)
     factors *= zero.value if isinstance(zero, Number) else _values(of, zero, fields).astype(jnp.float32)
     groups = factors.shape[1]

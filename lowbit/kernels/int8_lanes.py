@@ -1,8 +1,8 @@
 """Codes in registers as integers of 8 bits: WGMMA's operand A, from the same words that halves are made of.
 
 One permute looks up four weights, and they are a register. In the names of `lowbit.kernels.codes`, its bytes are those
-of (e, j1), or (e, j0) of integers that need no look-up. WGMMA gives a lane four inputs of 8 bits that follow each other,
-16 to a block, and has two blocks for 32 inputs: j0, or j1. So inputs are in another order, and x is brought into it.
+of (e, j1), or (e, j0) of integers that need no look-up. WGMMA gives a lane four inputs that follow each other of every
+16, and 32 inputs have two such blocks: j0, or j1. So inputs are in another order, and x is brought into it.
 
 Tables of whole rows come rounded. Those of planes of signs are made for each group as `lowbit.passes.int8_rows` says.
 """
@@ -23,7 +23,7 @@ from lowbit.kernels.pick import scaled_integers
 from lowbit.kernels.tables import REVERSED, Builder, is_odd
 from lowbit.passes.int8_rows import EXPONENT, LEAST
 from lowbit.passes.pointwise import UnsuitableError
-from lowbit.passes.scalar import Element, Node, Scalar, Sum, elements
+from lowbit.passes.scalar import Element, Node, Number, Scalar, Sum, elements
 
 IDENTITY = (0x03020100, 0x07060504, 0x0B0A0908, 0x0F0E0D0C)
 """The table of codes that are the weights."""
@@ -55,10 +55,13 @@ class Integers:
             raise UnsuitableError("its parameters are shared by different numbers of inputs")
 
     @cached_property
-    def affine(self) -> tuple[Scalar, Scalar] | None:
-        """Scale, and what is added to the code, of weights that are a scale times an integer."""
-        found = scaled_integers(self.halves.weights)
-        return found if found is not None and found[0][0] > 0 and isinstance(found[0][1], Element) else None
+    def affine(self) -> tuple[Element, int, Element | Number] | None:
+        """Scale, and the sign and size of what is added to the code, of weights that are a scale times an integer."""
+        match scaled_integers(self.halves.weights):
+            case ((1, Element() as scale), (sign, Element() | Number() as zero)):
+                return scale, sign, zero
+            case _:
+                return None
 
     @property
     def of_rows(self) -> bool:
@@ -143,7 +146,7 @@ class Integers:
             h, jj = divmod(s, 2)
             at = 8 * jj + 2 * j0 + h  # that of (e, j1) = (0, 0); j1 counts 4, e 16
             even, odd = (_shifted(alu, word, to - at) for to in (7, 11))
-            return alu.prmt(alu.lop3(0x00FF00FF, even, odd, SELECT), 0, 0xBA98)
+            return alu.prmt(even, odd, 0xFAD8)
         if decoder.shared and s == 3:  # in bits 3 of nibbles, those of even ones brought to the ends of bytes
             return alu.prmt(word, alu.shl(word, 4), (0x9D8C, 0xBFAE)[j0])
         return alu.prmt(alu.shl(word, 7 - fourth_bit(s, 4 * j0, decoder.shared)), 0, 0xBA98)
@@ -156,10 +159,10 @@ class Integers:
         held = {e: reg[h] for (e, g), reg in zip(inputs, stored, strict=True) if g == group % groups_of(e)}
         builder = Builder(alu, self.halves.kind, held)
         if self.affine is not None:
-            return list(IDENTITY[: 1 << self.halves.decoder.bits - 2]), builder.node(self.affine[0][1])
+            return list(IDENTITY[: 1 << self.halves.decoder.bits - 2]), builder.node(self.affine[0])
         upper = [(sign, builder.node(node)) for sign, node in entries[len(entries) // 2 :]]
-        largest = reduce(alu.largest, [x for _, x in upper])
-        power = alu.f32("mul", alu.largest(largest, alu.number(LEAST)), alu.number(2 / 127))
+        largest = reduce(alu.add_sizes, map(builder.node, elements(entries[0][1])))  # of all signs alike, in order
+        power = alu.f32("mul", alu.larger(largest, alu.number(LEAST)), alu.number(2 / 127))
         power = alu.lop3(power, EXPONENT, 0, AND)
         inverse = alu.sub(alu.number(2.0**127), power)  # the exponents add up to 254
         scales = {1: inverse, -1: alu.lop3(inverse, 1 << 31, 0, XOR)}

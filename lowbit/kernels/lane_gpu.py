@@ -112,8 +112,11 @@ class GpuAlu:
     def fma(self, a: Register, b: Register, c: Register) -> Register:
         return ptx("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
 
-    def largest(self, a: Register, b: Register) -> Register:
-        return ptx("{ .reg .b32 x, y; abs.f32 x, $1; abs.f32 y, $2; max.NaN.f32 $0, x, y; }", a, b)
+    def add_sizes(self, a: Register, b: Register) -> Register:
+        return ptx("{ .reg .b32 x, y; abs.f32 x, $1; abs.f32 y, $2; add.rn.f32 $0, x, y; }", a, b)
+
+    def larger(self, a: Register, b: Register) -> Register:
+        return ptx("max.NaN.f32 $0, $1, $2;", a, b)
 
     def number(self, value: float) -> Register:
         return constant(int(np.float32(value).view(np.uint32)))

@@ -16,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit.compat import load, transposed
 from lowbit.ir.dtypes import numpy_dtype
-from lowbit.kernels.alu import HALVES
 from lowbit.kernels import int8_lanes
+from lowbit.kernels.alu import HALVES
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.int8_lanes import Integers
 from lowbit.kernels.lane_gpu import BYTES, ROW, WORDS, in_registers, integers_in_registers, tables_in_registers
@@ -57,17 +57,17 @@ class Verbs(Protocol):
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         """acc += weights [ROWS, k] @ x [columns, k]^T, finished when it returns."""
 
-    def zeros(self, shape: tuple[int, int]) -> jax.Array:
+    def zeros(self, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
         """A sum in registers that products are added to."""
 
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         """weights [ROWS, k] @ x [columns, k]^T of two buffers, in float32."""
 
     def sums(self, weights: jax.Array, x: Ref) -> jax.Array:
-        """weights [ROWS, k] @ x [columns, k]^T of integers of 8 bits, exact, as float32."""
+        """weights [ROWS, k] @ x [columns, k]^T of integers of 8 bits, in int32."""
 
     def times_rows(self, factors: jax.Array, sums: jax.Array) -> jax.Array:
-        """factors [ROWS] times sums [ROWS, columns]."""
+        """factors [ROWS] times sums [ROWS, columns] of integers, in float32."""
 
     def release(self) -> None:
         """Say that the stage's buffers were read."""
@@ -104,14 +104,14 @@ class Gpu:
         plgpu.wgmma(acc, weights, transposed(x))
         plgpu.wgmma_wait(0)
 
-    def zeros(self, shape: tuple[int, int]) -> jax.Array:
-        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+    def zeros(self, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+        return plgpu.layout_cast(jnp.zeros(shape, dtype), plgpu.Layout.WGMMA)
 
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         return self._accumulated(weights, x, jnp.float32)
 
     def sums(self, weights: jax.Array, x: Ref) -> jax.Array:
-        return self._accumulated(weights, x, jnp.int32).astype(jnp.float32)
+        return self._accumulated(weights, x, jnp.int32)
 
     def _accumulated(self, weights: Any, x: Ref, dtype: Any) -> jax.Array:
         def scoped(acc: Ref) -> jax.Array:
@@ -122,7 +122,7 @@ class Gpu:
         return out
 
     def times_rows(self, factors: jax.Array, sums: jax.Array) -> jax.Array:
-        return jax.lax.broadcast_in_dim(factors, sums.shape, (0,)) * sums
+        return jax.lax.broadcast_in_dim(factors, sums.shape, (0,)) * sums.astype(jnp.float32)
 
     def release(self) -> None:
         pass
@@ -173,17 +173,17 @@ class Twin:
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         acc[...] += jnp.dot(weights.astype(jnp.float32), x[...].astype(jnp.float32).T)
 
-    def zeros(self, shape: tuple[int, int]) -> jax.Array:
-        return jnp.zeros(shape, jnp.float32)
+    def zeros(self, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+        return jnp.zeros(shape, dtype)
 
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         return jnp.dot(weights[...].astype(jnp.float32), x[...].astype(jnp.float32).T)
 
     def sums(self, weights: jax.Array, x: Ref) -> jax.Array:
-        return jnp.dot(weights.astype(jnp.int32), x[...].astype(jnp.int32).T).astype(jnp.float32)
+        return jnp.dot(weights.astype(jnp.int32), x[...].astype(jnp.int32).T)
 
     def times_rows(self, factors: jax.Array, sums: jax.Array) -> jax.Array:
-        return factors[:, None] * sums
+        return factors[:, None] * sums.astype(jnp.float32)
 
     def release(self) -> None:
         plgpu.commit_smem()
