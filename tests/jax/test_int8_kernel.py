@@ -1,4 +1,4 @@
-"""The kernel of products in 8-bit integers: its lane programs and its twin against the oracle's integers, its programs."""
+"""The kernel of products in 8-bit integers: lane programs and twin against the oracle's integers; what programs hold."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from lowbit.kernels.int8_lanes import Integers
 from lowbit.kernels.mma import Shape, Tuning
 from lowbit.kernels.verbs import Twin
 from lowbit.passes.in_int8 import product_in_int8
-from lowbit.passes.int8_rows import rows
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from lowbit.testing import random_array
 from lowbit.testing.checks import random_rows
@@ -112,7 +111,9 @@ def test_scales_that_are_no_numbers_make_factors_that_are_none() -> None:
     alpha = w.fields["alpha"].at[:, 5, 0].set(jnp.inf).at[1, 9, 1].set(jnp.nan).at[:, 7].set(0)
     of, at = place(w)
     stored = laid_out(QuantArray({**w.fields, "alpha": alpha}, w.type)).fields
-    inputs = [np.asarray(stored[e.leaf.name])[0, g, of.leaves[e.leaf.name].index(e)] for e, g in of.integers().halves.inputs]
+    inputs = [
+        np.asarray(stored[e.leaf.name])[0, g, of.leaves[e.leaf.name].index(e)] for e, g in of.integers().halves.inputs
+    ]
     made, factors = int8_lanes.in_numpy(of.integers(at), [np.asarray(stored["words"])[0, 0]], *inputs)
     assert np.argwhere(np.isnan(factors)).tolist() == [[0, 5], [1, 9]]
     assert not made[7].any()

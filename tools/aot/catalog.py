@@ -14,7 +14,9 @@ from lowbit.ir.dtypes import bits as dtype_bits
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES, Half
 from lowbit.kernels.decoders import ROWS, STAGE
+from lowbit.kernels.int8 import product_of_integers
 from lowbit.kernels.lanes import LANES
+from lowbit.kernels.layout import Layout
 from lowbit.kernels.product import product, product_of_codes
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from tests.fp3 import fp3_rows
@@ -72,20 +74,38 @@ def catalog() -> Iterator[Listed]:
         yield listed(f"any_bcq2_at_{width}_bf16_m8", fmt, "bf16", 8, None)
     for width in (5, 8):
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
+    for name, (make, bits, _) in aims.items():
+        yield listed_int8(f"{name}_int8x2_m8", make(bits, group=128, scale_dtype="bfloat16"), 8, 0.9)
+    for width, lo in ((2, 2), (3, 3), (4, 3), (3, 2), (4, 2)):
+        yield listed_int8(f"any_precision{lo}_at_{width}_int8x2_m8", lb.any_precision(lo, 8, width=width), 8, 0.9)
+    yield listed_int8("bcq3_int8x2_m64", lb.bcq(3, group=128, scale_dtype="bfloat16"), 64, None)
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
 
 
 def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> Listed:
     """The product of x [m, SIZE] with a SIZE by SIZE weight, read at its format's width."""
+    of, at, fields, read = stored(fmt)
+    x = jax.ShapeDtypeStruct((m, SIZE), HALVES[kind])
+    return Listed(name, partial(product, of, at=at), (x, fields), ROWS * STAGE // LANES, read, STAGE // 16, target)
+
+
+def listed_int8(name: str, fmt: Format, m: int, target: float | None) -> Listed:
+    """The same of x in two columns of 8-bit integers."""
+    of, at, fields, read = stored(fmt)
+    x, run = jax.ShapeDtypeStruct((2 * m, SIZE), jnp.int8), partial(product_of_integers, of, at=at)
+    return Listed(name, run, (x, fields), ROWS * STAGE // LANES, read, STAGE // 32, target)
+
+
+def stored(fmt: Format) -> tuple[Layout, int, dict[str, jax.ShapeDtypeStruct], float]:
+    """A SIZE by SIZE weight in the kernels' layout, which of its widths is read, its arrays, and bits of a weight."""
     t = QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma")
     of, at = kernel_layout(t), readings(t).index(t.decode)
     fields = {
         field: jax.ShapeDtypeStruct(tuple(leaf.dims.values()), numpy_dtype(leaf.dtype))
         for field, leaf in of.fields.items()
     }
-    x = jax.ShapeDtypeStruct((m, SIZE), HALVES[kind])
     read = sum(fields[field].size * dtype_bits(of.fields[field].dtype) for field in of.read(at)) / SIZE**2
-    return Listed(name, partial(product, of, at=at), (x, fields), ROWS * STAGE // LANES, read, STAGE // 16, target)
+    return of, at, fields, read
 
 
 def listed_fp8(name: str, m: int) -> Listed:
