@@ -65,7 +65,7 @@ def test_roofline_is_of_memory_then_of_the_matrix_unit() -> None:
 
 def test_every_shape_batch_format_and_dtype_is_a_case() -> None:
     named = {case.name: case for group in groups() for case in group}
-    once = 4 * (2 * 8 + 4 * (2 * 8 + 2) + 4 * (8 + 2)) + 4 * (7 + 7 + 3 + 2 * 7)
+    once = 4 * (2 * 8 + 4 * (2 * 8 + 2) + 4 * (8 + 2) + 5 * 6) + 4 * (7 + 7 + 3 + 2 * 7)
     assert len(named) == sum(map(len, groups())) == once
     promised = {need for target in targets() for need in target.needs} - {COPY}
     assert promised == {case.name for group in groups()[:15] for case in group}

@@ -1,4 +1,4 @@
-"""The kernel of products in 8-bit integers: lane programs and twin against the oracle's integers; what programs hold."""
+"""The kernel of products in 8-bit integers: lane programs and twin against the oracle's integers, and the choice."""
 
 from __future__ import annotations
 

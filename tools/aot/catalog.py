@@ -74,12 +74,18 @@ def catalog() -> Iterator[Listed]:
         yield listed(f"any_bcq2_at_{width}_bf16_m8", fmt, "bf16", 8, None)
     for width in (5, 8):
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
-    for name, (make, bits, _) in aims.items():
-        yield listed_int8(f"{name}_int8x2_m8", make(bits, group=128, scale_dtype="bfloat16"), 8, 0.9)
+    yield from in_integers()
+    yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
+
+
+def in_integers() -> Iterator[Listed]:
+    """Products in 8-bit integers."""
+    yield listed_int8("uniform4_int8x2_m8", lb.uniform(4, group=128, scale_dtype="bfloat16"), 8, 0.9)
+    for bits in (2, 3, 4):
+        yield listed_int8(f"bcq{bits}_int8x2_m8", lb.bcq(bits, group=128, scale_dtype="bfloat16"), 8, 0.9)
     for width, lo in ((2, 2), (3, 3), (4, 3), (3, 2), (4, 2)):
         yield listed_int8(f"any_precision{lo}_at_{width}_int8x2_m8", lb.any_precision(lo, 8, width=width), 8, 0.9)
     yield listed_int8("bcq3_int8x2_m64", lb.bcq(3, group=128, scale_dtype="bfloat16"), 64, None)
-    yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
 
 
 def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> Listed:
