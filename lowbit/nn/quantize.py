@@ -50,7 +50,7 @@ def quantize(
     Args:
       model: left as it is, unless `donate`.
       rules: a format for all layers; a dict from path patterns to formats (None: leave dense); or `Rule`s, which can
-        also name the quantizer. Ordered, the first match wins.
+        also name the quantizer, and numerics. Ordered, the first match wins.
       stats: what `lb.calibrate` measured. Binary-coding solvers then weigh the error of each input by its second
         moment, which is the expected error of the layer's output, or by what else they were told to (`lb.alternating`);
         `lb.additive_codebooks` takes `gram`, and round to nearest has no use for any. A logged warning names layers of

@@ -2,7 +2,7 @@
 
     x ~ s x8                         s for each row of activations
     table[code] ~ f table8[code]     f for each row of the table: for each output, or each output and group
-    scale * integer                  exactly, f being the scale
+    scale * integer                  exactly, f being the scale; a zero point, which is one too, by itself
 
 Sums within a group are exact, in 32 bits: tensor cores multiply 8-bit integers. What is outside of them are floats. So
 unlike the passes that forms are made of, this one does not keep a term's value; `lowbit.passes.int8_rows` says how far
@@ -16,10 +16,11 @@ from typing import Any, Literal, get_args
 from lowbit.ir.build import cast, const, contract, in_order
 from lowbit.ir.dims import RangeError, fresh
 from lowbit.ir.dtypes import DType, holds, is_float
-from lowbit.ir.expr import Contract, Expr, Gather, Param, Split
-from lowbit.ir.walk import substitute, topo
+from lowbit.ir.expr import Add, Contract, Expr, Gather, Param, Split
+from lowbit.ir.walk import params, substitute, topo
+from lowbit.passes.distribute import distribute
 from lowbit.passes.int8_rows import COLUMN, rows
-from lowbit.passes.pipeline import APART, HOIST, JOIN, run
+from lowbit.passes.pipeline import APART, HOIST, JOIN, Pass, run
 from lowbit.passes.positions import UnsuitableError
 
 Numerics = Literal["float", "int8", "int8x2"]
@@ -34,6 +35,16 @@ def checked_numerics(numerics: Any) -> Numerics:
         raise ValueError(f"numerics must be one of {', '.join(map(repr, known))}, not {numerics!r}")
     checked: Numerics = numerics
     return checked
+
+
+def _stored_apart(e: Expr) -> Expr | None:
+    """`distribute`, where both terms of a sum are stored: zero points and offsets meet sums of activations alone."""
+    factors = e.factors if isinstance(e, Contract) else ()
+    stored = any(isinstance(f, Add) and params(f.a) and params(f.b) for f in factors)
+    return distribute(e) if stored else None
+
+
+STORED_APART = Pass("stored_apart", (_stored_apart,))
 
 
 def activations_in_int8(x: Expr, numerics: Numerics) -> Expr:
@@ -58,7 +69,7 @@ def product_in_int8(x: Param, decode: Expr, numerics: Numerics) -> Expr:
     %7 = param scale                   : f32[n=3]
     %8 = sum[column] %4 * %5 * %6 * %7 : f32[m=2 n=3]
     """
-    whole = run(contract((x, run(decode, (JOIN,))), ("k",)), (APART, HOIST, APART))
+    whole = run(contract((x, run(decode, (JOIN,))), ("k",)), (APART, HOIST, STORED_APART))
     nodes = topo(whole)
     column = fresh(COLUMN, {k for e in nodes for k in e.dims})
     sums = [e for e in nodes if isinstance(e, Contract) and any(x in topo(f) for f in e.factors)]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 from flax import nnx
 
 import lowbit as lb
@@ -52,8 +53,11 @@ def exact_and_bound(x: np.ndarray, w: QuantArray, numerics: Any) -> tuple[np.nda
     step = np.abs(x).max(1, keepdims=True) / 63.5
     off_x, off_w = step / 2 * 256.0 ** (1 - COLUMNS[numerics]), largest(w) / 63.5 / 2
     off = off_x * np.abs(dense).sum(0) + np.abs(x) @ off_w + off_x * off_w.sum(0)
-    terms = 2 * -(-K // GROUP)
-    arithmetic = gamma(terms + 8, "f32") * ((np.abs(x) + step) @ (np.abs(dense) + off_w))
+    terms, size = 2 * -(-K // GROUP), np.abs(dense) + off_w
+    if w.type.format.name == "uniform":  # whose zero points are multiplied apart
+        zeros = np.asarray(w.fields["scale"], np.float64) * np.asarray(w.fields["zero"], np.float64)
+        size = size + 2 * np.repeat(zeros, GROUP, 1)[:, :K].T
+    arithmetic = gamma(terms + 8, "f32") * ((np.abs(x) + step) @ size)
     return x @ dense, off + arithmetic
 
 
@@ -179,7 +183,7 @@ def model() -> nnx.Sequential:
     return nnx.Sequential(nnx.Linear(K, N, rngs=nnx.Rngs(0)), nnx.Linear(N, 4, rngs=nnx.Rngs(1)))
 
 
-RULES = [lb.Rule("layers/0", lb.uniform(3, group=GROUP), numerics="int8x2"), lb.Rule("layers/1", lb.uniform(4))]
+RULES = [lb.Rule("layers/0", lb.uniform(3), numerics="int8x2"), lb.Rule("layers/1", lb.uniform(4))]
 
 
 def test_a_rule_gives_its_layers_numerics_that_stay(tmp_path: Path) -> None:
@@ -188,16 +192,16 @@ def test_a_rule_gives_its_layers_numerics_that_stay(tmp_path: Path) -> None:
     assert (first.type.numerics, second.type.numerics) == ("int8x2", "float")
     x = jnp.asarray(random_rows(3, K))
     np.testing.assert_array_equal(small.layers[0](x), lb.matmul(x, first.array, numerics="int8x2"))
-    assert "uniform(bits=3, group=32) in int8x2" in str(lb.report(small))
+    assert "uniform(bits=3) in int8x2" in str(lb.report(small))
     there = lb.prepare(small, "hopper")
-    assert there.layers[0].kernel.type.numerics == "int8x2"
+    assert there.layers[0].kernel.type == replace(first.type, layout="mma")
     np.testing.assert_array_equal(there.layers[0](x), small.layers[0](x))
     lb.save(there, path := tmp_path / "small.safetensors")
     again = lb.load(path, into=nnx.eval_shape(lambda: small))
     assert again.layers[0].kernel.type == first.type
     np.testing.assert_array_equal(again(x), small(x))
     other = nnx.eval_shape(lambda: lb.quantize(model(), [replace(RULES[0], numerics="float"), RULES[1]]))
-    with pytest.raises(lb.CheckpointError, match=r"in int8x2, but the model has .* as uniform\(bits=3, group=32\)$"):
+    with pytest.raises(lb.CheckpointError, match=r"in int8x2, but the model has .* as uniform\(bits=3\)$"):
         lb.load(path, into=other)
 
 
@@ -216,6 +220,15 @@ def test_rules_that_cannot_be() -> None:
         lb.quantize(model(), [lb.Rule("layers/0", lb.nested_fp(), numerics="int8")])
     with pytest.raises(ValueError, match=r"^numerics must be one of .*, not 'int7'"):
         lb.quantize(model(), [lb.Rule("**", lb.uniform(2), numerics="int7")])  # type: ignore[arg-type]
+
+
+def test_preparing_names_layers_that_no_kernel_multiplies_in_their_numerics(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    rules = [replace(RULES[0], format=lb.uniform(3, group=GROUP)), RULES[1]]
+    there = lb.prepare(lb.quantize(model(), rules), "hopper")
+    assert [there.layers[i].kernel.type.layout for i in range(2)] == ["own", "mma"]
+    assert said == ["no kernel decodes layers/0/kernel (in 8 bits a group has 128 inputs at the least)"]
 
 
 def test_types_in_files() -> None:
