@@ -1,7 +1,7 @@
 """The schedule `mma` in 8-bit integers: codes become WGMMA's operand A as integers, x in one or two columns is B.
 
-Sums within a group are exact in 32 bits, and are added up in float32, each times the factor of its group; where tables
-are those of whole rows, sums over a whole part of k are.
+Sums within a group, or a stage of it, are exact in 32 bits, and are added up in float32, each times the factor of its
+group. Where tables are those of whole rows, as they are stored, sums over a whole part of k are exact.
 """
 
 from __future__ import annotations

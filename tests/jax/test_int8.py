@@ -150,6 +150,10 @@ def test_gradients_are_those_of_the_product_in_floats(layout: Any) -> None:
     assert got[1].type.numerics == "float"
 
 
+def test_the_kits_gradients() -> None:
+    lb.testing.check_gradients(random_rows(2, K), array(lb.any_precision(2, 2)))
+
+
 def test_forward_mode() -> None:
     x, w = random_rows(2, K), array(FORMATS[0])
 
