@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
@@ -14,6 +16,9 @@ from lowbit.passes.int8_rows import rows
 from lowbit.passes.lower_xla import align, emit
 from lowbit.quant_type import QuantType, kernel_layout, readings
 
+if TYPE_CHECKING:
+    from lowbit.kernels.mma import Tuning
+
 
 def dense(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
     """The weight decoded to x's dtype, then one product."""
@@ -22,34 +27,44 @@ def dense(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array
     return jax.lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def by_mma(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+Schedule = tuple[int, int, int] | None
+"""Columns, parts and depth (`lowbit.kernels.mma.Tuning`); None for those that the kernel finds itself."""
+
+
+def by_mma(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], schedule: Schedule = None) -> jax.Array:
     """Weights in the kernels' layout, decoded on their way to the tensor cores, in whatever numerics."""
+    from lowbit.kernels.mma import Tuning  # imports Mosaic GPU, which other platforms do without
+    from lowbit.kernels.product import product
+
+    tuned = None if schedule is None else Tuning(*schedule)
     if t.numerics != "float":
-        return _by_int8(t, x, fields)
-    from lowbit.kernels.product import product  # imports Mosaic GPU, which other platforms do without
-
-    return product(kernel_layout(t), x, fields, at=readings(t).index(t.decode))
+        return _by_int8(t, x, fields, tuned)
+    return product(kernel_layout(t), x, fields, tuned, at=readings(t).index(t.decode))
 
 
-def _by_int8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+def _by_int8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], tuned: Tuning | None) -> jax.Array:
     from lowbit.kernels.int8 import product_of_integers
 
     leaf, columns = param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1]), COLUMNS[t.numerics]
     codes, scales = (emit(e, {"x": x}) for e in rows(leaf, columns))
-    sums = product_of_integers(kernel_layout(t), codes.reshape(-1, x.shape[1]), fields, readings(t).index(t.decode))
+    of, at = kernel_layout(t), readings(t).index(t.decode)
+    sums = product_of_integers(of, codes.reshape(-1, x.shape[1]), fields, at, tuned)
     by_column = sums.reshape(columns, len(x), -1)
     y = sum(by_column[i] * 256.0**-i for i in range(columns)) * scales[:, None]
     return y.astype(x.dtype)
 
 
-def by_fp8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+def by_fp8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], schedule: Schedule = None) -> jax.Array:
     """Weights in the kernels' layout that are e4m3, and x encoded as their format says: codes, and factors."""
+    from lowbit.kernels.mma import Tuning
     from lowbit.kernels.product import product_of_codes
+
+    tuned = None if schedule is None else Tuning(*schedule)
 
     encoded = t.format.activations(param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1]))
     factors = encoded.factors if isinstance(encoded, Contract) else (encoded,)
     (codes,) = (f for f in factors if "k" in f.dims)
-    sums = product_of_codes(kernel_layout(t), emit(codes, {"x": x}), fields, readings(t).index(t.decode))
+    sums = product_of_codes(kernel_layout(t), emit(codes, {"x": x}), fields, readings(t).index(t.decode), tuned)
     for factor in factors:
         if factor is not codes:
             sums = sums * align(emit(factor, {"x": x}), factor.dims, {"m": len(x), "n": 1})

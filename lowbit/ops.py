@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit.array import QuantArray, expect_array, in_numerics, over_stack, own
+from lowbit.autotuning.lookup import chosen
 from lowbit.by_kernel import by_fp8, by_mma, dense
 from lowbit.devices import is_hopper
 from lowbit.dispatch import by_platform
@@ -90,14 +91,12 @@ def matmul(
         in reverse mode with whatever memory that takes.
       lowering: the name of the form or kernel to run whatever it costs, or several of which the first that can is
         taken. `lb.explain` lists them.
-      numerics: "float"; or exact sums of products of 8-bit integers, to which small tables of weights are rounded, and
-        activations: to one each ("int8"), or to two ("int8x2"). docs/int8.md bounds what that changes. Gradients
-        are those of the product in floats. That of w's type if None, which `lb.Rule` may set.
+      numerics: "float"; or 8-bit integers, one for each activation ("int8") or two ("int8x2"), their products summed
+        exactly: docs/int8.md bounds the rounding. Gradients are those in floats. If None w's own, see `lb.Rule`.
 
     Raises TypeError for an x that is not floating, a w that is no QuantArray, or forward mode through a "vjp" product,
     ValueError when x's last dim is not w's k or its first ones are not w's stack (both sizes are named), for another
-    mode, or for numerics that do not exist or that w's format does not have, and LoweringError, with the table of what
-    can run and why the rest cannot, for a `lowering` that cannot.
+    mode or numerics that w lacks, and LoweringError, with the table of what can run, for another `lowering`.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> w = lb.quantize_array(jnp.eye(8, 4), lb.bcq(2, group=8))
@@ -218,20 +217,19 @@ def _matmul(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Arr
 @partial(jax.jit, static_argnums=(0, 3))
 def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], plain: bool = False) -> jax.Array:
     """As XLA compiles it, in whatever layout the fields are."""
-    planned_here = planned(x.shape[0], t, short(x.dtype), jax.default_backend(), plain)
-    choice = planned_here.choice(FORCED.value)
+    how = x.shape[0], t, short(x.dtype), jax.default_backend(), plain
+    choice, _ = chosen(*how)
     if choice.name == "dense":
         return dense(t, x, fields)
-    term = choice.term if isinstance(choice, Form) else planned_here.term
+    term = choice.term if isinstance(choice, Form) else planned(*how).term
     return _emit_in_order(term, {**own(QuantArray(fields, t)).fields, "x": x}, ("m", "n"), x.dtype)
 
 
 def _differentiable(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
     """The product as a program to be differentiated: straight through the rounding of activations."""
     if t.numerics != "float":
-        rounded = _forward(t, *jax.lax.stop_gradient((x, fields)))
         y = _forward(replace(t, numerics="float"), x, fields)
-        return rounded + (y - jax.lax.stop_gradient(y))
+        return _forward(t, *jax.lax.stop_gradient((x, fields))) + (y - jax.lax.stop_gradient(y))
     leaf = param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1])
     if (encoded := t.format.activations(leaf)) is leaf:
         return _forward(t, x, fields)
@@ -245,13 +243,15 @@ def _laid_out(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.A
     here = jax.default_backend()
     if here == "gpu" and not is_hopper(jax.devices()[0]):
         return _forward(t, x, fields)
-    planned(x.shape[0], t, short(x.dtype), here).choice(FORCED.value)  # raises for a lowering that it lacks
-    choice = planned(x.shape[0], t, short(x.dtype), "gpu").choice(FORCED.value if here == "gpu" else None)
+    product = x.shape[0], t, short(x.dtype)
+    choice, schedule = chosen(*product, here)  # raises for a lowering that it lacks
+    if here != "gpu":
+        choice, schedule = planned(*product, "gpu").choice(), None
     by_term = partial(_forward, t)
     if isinstance(choice, Form):
         return by_term(x, fields)
-    cuda = partial({"mma": by_mma, "fp8": by_fp8, "dense": dense}[choice.name], t)
-    return by_platform(cuda, by_term, x, fields)
+    cuda = dense if choice.name == "dense" else partial({"mma": by_mma, "fp8": by_fp8}[choice.name], schedule=schedule)
+    return by_platform(partial(cuda, t), by_term, x, fields)
 
 
 def _emit_in_order(
@@ -273,9 +273,9 @@ def _matmul_bwd(t: QuantType, saved: Residuals, dy: jax.Array) -> tuple[jax.Arra
     x, fields = saved
     t = replace(t, numerics="float")  # straight through all rounding
     if t.layout != "own":
-        to = replace(t, layout="own")
-        dx, dfields = jax.vjp(lambda x, f: _matmul(to, x, own(QuantArray(f, t)).fields), x, fields)[1](dy)
-        return dx, dfields
+        restored, back = jax.vjp(lambda f: own(QuantArray(f, t)).fields, fields)
+        dx, drestored = _matmul_bwd(replace(t, layout="own"), (x, restored), dy)
+        return dx, back(drestored)[0]
     dx = _cotangent(t, "x", x, fields, dy)
     out: dict[str, Any] = {}
     for name, value in fields.items():

@@ -46,7 +46,7 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Every way to compute one product; the first choice is what runs.
+    """Every way to compute one product; the first choice is what runs, unless another was measured (`lb.tuned`).
 
     Attributes:
       forms: of its term, that XLA compiles, cheapest first (what ties goes by simplicity).

@@ -25,7 +25,7 @@ from lowbit.kernels.int8_lanes import Integers
 from lowbit.kernels.lanes import LANES
 from lowbit.kernels.layout import WARPGROUPS, Layout
 from lowbit.kernels.mma import ALIGNED, AXES, BYTES, Schedule, Shape, Tuning, deepest, launch, pipelined, send
-from lowbit.kernels.product import padded_rows
+from lowbit.kernels.product import around, padded_rows
 from lowbit.kernels.verbs import Gpu, Verbs
 from lowbit.passes.int8_rows import rows
 from lowbit.passes.lower_xla import emit
@@ -40,6 +40,12 @@ def tuning(shape: Shape, program: Integers) -> Tuning:
     parameters = sum(WARPGROUPS * ROWS * dtype_bits(e.leaf.dtype) // 8 for e, _ in inputs)
     rest = words + parameters + ALIGNED * (len({e.leaf for e, _ in inputs}) + len(halves.words) - 1)
     return deepest(shape, lambda columns: columns * STAGE + rest)
+
+
+def nearby(of: Layout, m: int, at: int) -> tuple[Tuning, ...]:
+    """Schedules that differ in one parameter, by one step, from that of a product of x i8 [m, k]."""
+    shape = Shape(padded_rows(m), of.tiles, of.stages)
+    return around(tuning(shape, of.integers(at)), shape)
 
 
 def int8(program: Integers, shape: Shape, tuned: Tuning, verbs: Verbs | None = None) -> Callable[..., jax.Array]:

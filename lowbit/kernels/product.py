@@ -3,13 +3,14 @@ summed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 
 import jax
 import jax.numpy as jnp
 
 from lowbit.ir.dtypes import short
-from lowbit.kernels.alu import HALVES
+from lowbit.kernels.alu import HALVES, Half
 from lowbit.kernels.arrange import Fields
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import STAGE
@@ -17,7 +18,7 @@ from lowbit.kernels.fp8 import fp8
 from lowbit.kernels.fp8 import tuning as fp8_tuning
 from lowbit.kernels.lanes import Program
 from lowbit.kernels.layout import Layout
-from lowbit.kernels.mma import COLUMNS_A_BLOCK, Shape, Tuning, mma, tuning
+from lowbit.kernels.mma import COLUMNS_A_BLOCK, MOST_DEEP, Shape, Tuning, mma, tuning
 from lowbit.kernels.verbs import Verbs
 
 
@@ -58,6 +59,30 @@ def product_of_codes(
     w = jax.lax.bitcast_convert_type(fields[name], jnp.float8_e4m3fn)
     parts = fp8(shape, tuned or fp8_tuning(shape), verbs)(w, jnp.pad(x, ((0, padded - len(x)), (0, inputs - of.k))))
     return parts.sum(0)[: of.n, : len(x)].T * factor
+
+
+def nearby(of: Layout, m: int, kind: Half | None, at: int = 0) -> tuple[Tuning, ...]:
+    """Schedules that differ in one parameter, by one step, from that of a product: of x [m, k] in the halves `kind`,
+    or in e4m3 for None."""
+    shape = Shape(padded_rows(m), of.tiles, of.stages)
+    return around(fp8_tuning(shape) if kind is None else tuning(shape, of.program(kind, at)), shape)
+
+
+def around(own: Tuning, shape: Shape) -> tuple[Tuning, ...]:
+    """Schedules that differ in one parameter, by one step."""
+    columns = [c for c in range(8, COLUMNS_A_BLOCK + 1, 8) if shape.m % c == 0]
+    parts = [p for p in range(1, shape.stages + 1) if shape.stages % p == 0]
+    depths = [2**i for i in range(1, MOST_DEEP.bit_length())]
+    found = [replace(own, columns=c) for c in _beside(own.columns, columns)]
+    found += [replace(own, parts=p) for p in _beside(own.parts, parts)]
+    found += [replace(own, depth=d) for d in _beside(own.depth, depths)]
+    return tuple(f for f in found if f.depth <= max(2, shape.stages // f.parts))
+
+
+def _beside(value: int, values: list[int]) -> list[int]:
+    """The value before, and the one after."""
+    i = values.index(value)
+    return values[max(0, i - 1) : i] + values[i + 1 : i + 2]
 
 
 def padded_rows(m: int) -> int:

@@ -12,11 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lowbit.array import QuantArray
+from lowbit.autotuning.lookup import measured
+from lowbit.ir.dtypes import short
 from lowbit.nn.kernel import Kernel, Stats, expect_module, kernels
 from lowbit.nn.kinds import KINDS, QUANTIZED, layers
 from lowbit.nn.linen import opened
 from lowbit.nn.quantize import matrices, others
 from lowbit.planning import plan
+from lowbit.quant_type import QuantType
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def _nbytes(a: Any) -> int:
 
 def explain(layer: Any, batch: int = 1, platform: str | None = None, dtype: Any = None) -> str:
     """Every way to run a quantized layer's product at a batch size, cheapest first: predicted costs, and what
-    cannot run, with the reason.
+    cannot run, with the reason. Where one was measured (`lb.tuned`), the last line says which: that one runs.
 
     Args:
       layer: a quantized layer (of an `lb.nn.Embed` its `attend`), its kernel, or a QuantArray. Of a stack, one slice;
@@ -165,4 +168,10 @@ def explain(layer: Any, batch: int = 1, platform: str | None = None, dtype: Any 
     given = dtype or getattr(layer, "dtype", None) or array.dtype
     changes = isinstance(held, Kernel) and held.width is not None
     types = [array.type.at(width) for width in array.type.format.widths] if changes else [array.type]
-    return "\n\n".join(str(plan((batch, dict(t.dims)["k"]), t, platform, given)) for t in types)
+    return "\n\n".join(_explained(batch, t, platform, given) for t in types)
+
+
+def _explained(batch: int, t: QuantType, platform: str | None, dtype: Any) -> str:
+    made = plan((batch, dict(t.dims)["k"]), t, platform, dtype)
+    entry = measured(batch, t, short(dtype)) if made.machine == jax.default_backend() else None
+    return str(made) if entry is None else f"{made}\nmeasured {entry}"

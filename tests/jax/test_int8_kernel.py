@@ -13,6 +13,7 @@ import pytest
 
 import lowbit as lb
 from lowbit.array import QuantArray, laid_out
+from lowbit.autotuning.search import candidates
 from lowbit.by_kernel import by_mma
 from lowbit.compat import interpret_params, races_found
 from lowbit.ir import evaluate, param
@@ -209,6 +210,14 @@ def test_parameters_of_its_own_choice() -> None:
     for m in (8, 16, 64):
         tuned = int8.tuning(Shape(m, of.tiles, of.stages), of.integers())
         assert m % tuned.columns == 0 and of.stages % tuned.parts == 0 and tuned.depth >= 2
+
+
+def test_schedules_to_be_measured() -> None:
+    t = QuantType((("k", 4096), ("n", 4096)), "f32", lb.bcq(2, group=128), layout="mma", numerics="int8x2")
+    found = [c for c in candidates(3, t, "f32", "gpu") if c.lowering == "mma"]
+    assert found[0].schedule is None and len(found) > 1
+    for chosen in found[1:]:
+        assert chosen.schedule is not None and chosen.schedule[0] % 8 == 0 and 16 % chosen.schedule[1] == 0
 
 
 def test_it_is_predicted_to_read_no_more_than_the_weight_and_x() -> None:
