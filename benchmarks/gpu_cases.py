@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
+from typing import Literal
 
 import lowbit as lb
 from benchmarks.gpu_results import Peaks, Row, Target
@@ -34,13 +35,20 @@ FORMATS = {
     "nested_fp16": lb.nested_fp(),
     "nested_fp8": lb.nested_fp(8),
 }
+INT8 = {f"{name}_int8x2": name for name in ("uniform4", "bcq3", "bcq2", "any_precision4", "any_precision3")}
+"""Products of the same weights in 8-bit integers, with few rows."""
 IN_BOTH = ("uniform4", "bcq4", "bcq3", "bcq2")
 """Timed in both halves, the others in the first."""
 HALVES, COPY = "halves", "copy"
 """A weight of 16 bits in an ordinary product; reading and writing memory."""
-WEIGHTS = (*((what,) for what in (HALVES, *IN_BOTH, "bcq1", "m1v4", "m2v8")), ("any_precision4", "any_precision3"))
+WEIGHTS = tuple(
+    (*whats, *(name for name, what in INT8.items() if what in whats))
+    for whats in (
+        *((what,) for what in (HALVES, *IN_BOTH, "bcq1", "m1v4", "m2v8")), ("any_precision4", "any_precision3")
+    )
+)  # fmt: skip
 NESTED = ((HALVES,), ("nested_fp16", "nested_fp8"))
-"""Widths of one array stand together."""
+"""Widths and numerics of one array stand together."""
 BACK, BACK_BATCHES = ("uniform4", "bcq3", "any_precision4", "m1v4"), (64, 512, 2048)
 """Whose gradients of activations are timed, of the first shape and the last."""
 PREFILL = 512
@@ -55,7 +63,7 @@ class Case:
     """One product x [m, k] @ w [k, n], or the gradient of x in it.
 
     Attributes:
-      what: a name of FORMATS, or HALVES.
+      what: a name of FORMATS or INT8, or HALVES.
       lowering: what it is asked to run as; None for products with dense weights. DX are those of gradients.
     """
 
@@ -117,7 +125,8 @@ class Case:
 
 def canonical(what: str, n: int, k: int) -> lb.QuantType:
     """A format's type at a size, laid out as on disk."""
-    return lb.QuantType((("k", k), ("n", n)), "bf16", FORMATS[what])
+    numerics: Literal["float", "int8x2"] = "int8x2" if what in INT8 else "float"
+    return lb.QuantType((("k", k), ("n", n)), "bf16", FORMATS[INT8.get(what, what)], numerics=numerics)
 
 
 def groups() -> list[list[Case]]:
@@ -135,7 +144,8 @@ def cases(what: str, n: int, k: int) -> list[Case]:
     """Those of one weight: first bfloat16."""
     if (n, k) in NESTED_SHAPES:
         return [Case(what, n, k, m, "float16", way) for m in (*FEW, *MANY) for way in ways(what, m)]
-    out = [Case(what, n, k, m, DTYPES[0], way) for m in BATCHES for way in ways(what, m)]
+    batches = [m for m in BATCHES if m < PREFILL] if what in INT8 else BATCHES
+    out = [Case(what, n, k, m, DTYPES[0], way) for m in batches for way in ways(what, m)]
     both = what in (HALVES, *IN_BOTH)
     out += [Case(what, n, k, m, DTYPES[1], ways(what, m)[0]) for m in BATCHES if both]
     if (n, k) in (SHAPES[0], SHAPES[-1]) and what in (HALVES, *BACK):

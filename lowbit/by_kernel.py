@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
@@ -9,8 +11,13 @@ from lowbit.array import QuantArray, own
 from lowbit.ir.build import param
 from lowbit.ir.dtypes import short
 from lowbit.ir.expr import Contract
+from lowbit.passes.in_int8 import COLUMNS
+from lowbit.passes.int8_rows import rows
 from lowbit.passes.lower_xla import align, emit
 from lowbit.quant_type import QuantType, kernel_layout, readings
+
+if TYPE_CHECKING:
+    from lowbit.kernels.mma import Tuning
 
 
 def dense(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
@@ -25,11 +32,13 @@ Schedule = tuple[int, int, int] | None
 
 
 def by_mma(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], schedule: Schedule = None) -> jax.Array:
-    """Weights in the kernels' layout, decoded on their way to the tensor cores."""
+    """Weights in the kernels' layout, decoded on their way to the tensor cores, in whatever numerics."""
     from lowbit.kernels.mma import Tuning  # imports Mosaic GPU, which other platforms do without
     from lowbit.kernels.product import product
 
     tuned = None if schedule is None else Tuning(*schedule)
+    if t.numerics != "float":
+        return _by_int8(t, x, fields, tuned)
     return product(kernel_layout(t), x, fields, tuned, at=readings(t).index(t.decode))
 
 
@@ -52,6 +61,18 @@ def by_sums(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Arr
     from lowbit.kernels.product import product_by_sums
 
     return product_by_sums(kernel_layout(t), x, fields)
+
+
+def _by_int8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], tuned: Tuning | None) -> jax.Array:
+    from lowbit.kernels.int8 import product_of_integers
+
+    leaf, columns = param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1]), COLUMNS[t.numerics]
+    codes, scales = (emit(e, {"x": x}) for e in rows(leaf, columns))
+    of, at = kernel_layout(t), readings(t).index(t.decode)
+    sums = product_of_integers(of, codes.reshape(-1, x.shape[1]), fields, at, tuned)
+    by_column = sums.reshape(columns, len(x), -1)
+    y = sum(by_column[i] * 256.0**-i for i in range(columns)) * scales[:, None]
+    return y.astype(x.dtype)
 
 
 def by_fp8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], schedule: Schedule = None) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, Literal, get_args
@@ -11,7 +12,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from lowbit.array import QuantArray, expect_array, over_stack, own
+from lowbit.array import QuantArray, expect_array, in_numerics, over_stack, own
 from lowbit.autotuning.lookup import chosen
 from lowbit.backward import cotangents
 from lowbit.by_kernel import by_fp8, by_mma, by_sums, dense
@@ -24,6 +25,7 @@ from lowbit.ir.expr import Const
 from lowbit.ir.walk import topo
 from lowbit.kernels.decoders import ROWS
 from lowbit.passes.choose import Form
+from lowbit.passes.in_int8 import Numerics
 from lowbit.passes.lower_xla import align, emit
 from lowbit.passes.tile import Tiles, keeps
 from lowbit.planning import (
@@ -68,6 +70,7 @@ def matmul(
     width: int | jax.Array | None = None,
     differentiable: Mode | None = None,
     lowering: Lowering = None,
+    numerics: Numerics | None = None,
 ) -> jax.Array:
     """`x @ w` for x [..., k] and a quantized w with dims k and n: [..., n], accumulated in float32.
 
@@ -88,21 +91,23 @@ def matmul(
       lowering: the name of the form or kernel to run whatever it costs, or several of which the first that can is
         taken. "mma_dx" and "xla_dx" say so of the gradient of x, "mma_dw" and "xla_dw" of those of w's fields.
         `lb.explain` lists them all.
+      numerics: "float"; or 8-bit integers, one for each activation ("int8") or two ("int8x2"), their products summed
+        exactly: docs/int8.md bounds the rounding. Gradients are those in floats. If None w's own, see `lb.Rule`.
 
     Raises TypeError for an x that is not floating, a w that is no QuantArray, or forward mode through a "vjp" product,
-    ValueError when x's last dim is not w's k or its first ones are not w's stack (both sizes are named), or for another
-    mode, and LoweringError, with the table of what can run and why the rest cannot, for a `lowering` that cannot.
+    ValueError when x's last dim is not w's k or its first ones are not w's stack (both sizes are named), for another
+    mode or numerics that w lacks, and LoweringError, with the table of what can run, for another `lowering`.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> w = lb.quantize_array(jnp.eye(8, 4), lb.bcq(2, group=8))
     >>> lb.matmul(jnp.ones((3, 8)), w).shape
     (3, 4)
     """
+    w = in_numerics(expect_array(w, "matmul"), numerics)
     if width is not None:
-        how = partial(matmul, differentiable=differentiable, lowering=lowering)
-        return at_width(how, x, expect_array(w, "matmul"), width)
+        return at_width(partial(matmul, differentiable=differentiable, lowering=lowering), x, w, width)
     x = jnp.asarray(x)
-    sizes = dict(expect_array(w, "matmul").type.dims)
+    sizes = dict(w.type.dims)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x is {x.dtype}[{', '.join(map(str, x.shape))}]; matmul takes floating activations: cast it")
     if stack := w.stack:
@@ -224,6 +229,9 @@ def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], plain: bo
 
 def _differentiable(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
     """The product as a program to be differentiated: straight through the rounding of activations."""
+    if t.numerics != "float":
+        y = _forward(replace(t, numerics="float"), x, fields)
+        return _forward(t, *jax.lax.stop_gradient((x, fields))) + (y - jax.lax.stop_gradient(y))
     leaf = param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1])
     if (encoded := t.format.activations(leaf)) is leaf:
         return _forward(t, x, fields)
@@ -263,7 +271,7 @@ def _matmul_fwd(
 
 def _matmul_bwd(asked: Lowering, t: QuantType, saved: Residuals, dy: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
     x, fields = saved
-    return cotangents(t, x, fields, dy, asked)
+    return cotangents(replace(t, numerics="float"), x, fields, dy, asked)  # straight through all rounding
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)

@@ -20,8 +20,18 @@ from lowbit.ir.dtypes import bits, short
 from lowbit.ir.expr import Expr, Param
 from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params, topo
-from lowbit.kernels.choice import GRADIENTS, KERNELS, LAUNCH, KernelChoice, fp8_choice, kernel_choices, restoring
+from lowbit.kernels.choice import (
+    GRADIENTS,
+    KERNELS,
+    LAUNCH,
+    KernelChoice,
+    fp8_choice,
+    int8_choice,
+    kernel_choices,
+    restoring,
+)
 from lowbit.passes.choose import Form, Machine, forms
+from lowbit.passes.in_int8 import COLUMNS
 from lowbit.passes.pipeline import PIPELINES
 from lowbit.passes.style import Style
 from lowbit.quant_type import QuantType, readings
@@ -214,7 +224,13 @@ def planned(m: int, t: QuantType, dtype: Any, platform: str, plain: bool = False
     at = readings(t).index(t.decode)
     *own, dense = kernel_choices(m, readings(t), at, read, t.layout, dtype, machine.name)
     kernels = (*(replace(k, refused=k.refused or no_kernels_here()) for k in own), dense)
-    encoded = x if plain else t.format.activations(x)
+    if t.numerics != "float":
+        refused = f"it multiplies x as it is, and this product is in {t.numerics}"
+        int8 = int8_choice(m, COLUMNS[t.numerics], readings(t), at, read, t.layout, machine.name)
+        int8 = replace(int8, refused=int8.refused or no_kernels_here())
+        others = tuple(replace(k, refused=k.refused or refused) for k in kernels if k.name != int8.name)
+        return Plan(f"x[{m}, k] @ {t}", machine.name, made, (int8, *others))
+    encoded = x if plain else t.activations(x)
     if encoded is x:
         return Plan(f"x[{m}, k] @ {t}", machine.name, made, kernels)
     code = min((e.dtype for e in topo(encoded) if "k" in e.dims), key=bits)

@@ -59,7 +59,7 @@ class Alu(Protocol):
     def to_bf16(self, a: Register) -> Register:
         """Two float16 as two bfloat16, rounded to nearest even."""
 
-    def sub(self, a: Register, b: Register) -> Register: ...
+    def sub(self, a: Register, b: Register | int) -> Register: ...
     def mad_high(self, a: Register, b: int, c: int) -> Register:
         """The high 32 bits of a b, plus c."""
 
@@ -68,6 +68,12 @@ class Alu(Protocol):
 
     def f32(self, op: FloatOp, *operands: Register) -> Register:
         """a + b, a - b, a b or a b + c."""
+
+    def add_sizes(self, a: Register, b: Register) -> Register:
+        """|a| + |b| in float32."""
+
+    def larger(self, a: Register, b: Register) -> Register:
+        """Of two float32, NaN if one of them is."""
 
     def number(self, value: float) -> Register:
         """A float32 constant."""
@@ -145,8 +151,8 @@ class NumpyAlu:
     def mad(self, a: Register, b: int, c: Register | int) -> Register:
         return a * np.uint32(b) + np.uint32(c)
 
-    def sub(self, a: Register, b: Register) -> Register:
-        return a - b
+    def sub(self, a: Register, b: Register | int) -> Register:
+        return a - np.uint32(b)
 
     def mad_high(self, a: Register, b: int, c: int) -> Register:
         return (a.astype(np.uint64) * np.uint64(b) >> np.uint64(32)).astype(np.uint32) + np.uint32(c)
@@ -158,11 +164,18 @@ class NumpyAlu:
             pair.append(x + y if op == "add" else x * y + z[0] if z else x * y)
         return self.pack2(kind, *map(_bits, pair))
 
+    @np.errstate(invalid="ignore")  # of inf and NaN
     def f32(self, op: FloatOp, *operands: Register) -> Register:
         x, y, *z = map(_float, operands)
         if z:  # a product of two is exact in float64
             return _bits(x.astype(np.float64) * y + z[0])
         return _bits(x + y if op == "add" else x - y if op == "sub" else x * y)
+
+    def add_sizes(self, a: Register, b: Register) -> Register:
+        return _bits(abs(_float(a)) + abs(_float(b)))
+
+    def larger(self, a: Register, b: Register) -> Register:
+        return _bits(np.maximum(_float(a), _float(b)))
 
     def number(self, value: float) -> Register:
         return _bits(np.array([value], np.float32))

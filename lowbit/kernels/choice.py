@@ -1,6 +1,6 @@
 """Ways to run a product that are no form of its term: whether they can, why not, and what they are predicted to take.
 
-mma      the kernel: weights are decoded on their way to the tensor cores
+mma      the kernel: weights are decoded on their way to the tensor cores, to halves or to integers of 8 bits
 sums     the kernel for few activations: what they make of all that codes can say is summed first, and looked up
 fp8      the kernel for weights and activations in e4m3, which the tensor cores multiply as they are
 dense    the weight is decoded once, to halves, and multiplied by the platform's own matrix product
@@ -130,6 +130,27 @@ def _summing(how: Sums, of: Layout, nbytes: int) -> float:
     tables = ceil(chunks * how.bands(of) / SMS) * prod(how.shape) * SMS / LOADED / CLOCKS_A_NANOSECOND
     looking_up = max(nbytes / BYTES_A_NANOSECOND, of.n * of.k * _busy(how.loaded, how.issued))
     return tables + looking_up + 2 * 4 * chunks * how.columns * of.n / BYTES_A_NANOSECOND
+
+
+def int8_choice(
+    m: int, columns: int, readings: Sequence[Expr], at: int, stored: int, laid_out: str, machine: str
+) -> KernelChoice:
+    """Of x [m, k], which becomes so many integers of 8 bits an entry, by a weight that is read as `readings[at]`."""
+    n, k = readings[0].dims["n"], readings[0].dims["k"]
+    nbytes, products = stored + columns * m * k, 8 * ceil(columns * m / 8) * n * k
+    nanoseconds = LAUNCH + max(nbytes / BYTES_A_NANOSECOND, products / (2 * PRODUCTS_A_NANOSECOND * DECODING))
+    refused = _no_integers(readings, at, laid_out) if machine == "gpu" else "it is for GPUs"
+    return KernelChoice("mma", refused, nbytes, nanoseconds)
+
+
+def _no_integers(readings: Sequence[Expr], at: int, laid_out: str) -> str | None:
+    if (why := _no_layout(readings, laid_out)) is not None:
+        return why
+    try:
+        layout(*readings).integers(at)
+    except UnsuitableError as err:
+        return str(err)
+    return None
 
 
 def fp8_choice(

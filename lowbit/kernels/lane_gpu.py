@@ -21,6 +21,7 @@ from lowbit.kernels.alu import HALVES, Bit, FloatOp, Half, HalfOp, Register
 from lowbit.kernels.by_code import CodeSums
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS, STAGE
+from lowbit.kernels.int8_lanes import Integers
 from lowbit.kernels.lanes import LANES, Program, at_once
 
 WORDS = {count: plgpu.Layout.WG_STRIDED((count, LANES), vec_size=at_once(count)) for count in range(1, 65)}
@@ -109,8 +110,8 @@ class GpuAlu:
     def mad(self, a: Register, b: int, c: Register | int) -> Register:
         return ptx("mad.lo.u32 $0, $1, $2, $3;", a, b, c)
 
-    def sub(self, a: Register, b: Register) -> Register:
-        return arith.subi(a, b)
+    def sub(self, a: Register, b: Register | int) -> Register:
+        return arith.subi(a, constant(b) if isinstance(b, int) else b)
 
     def mad_high(self, a: Register, b: int, c: int) -> Register:
         return ptx("mad.hi.u32 $0, $1, $2, $3;", a, b, self.register(c))
@@ -122,6 +123,12 @@ class GpuAlu:
     def f32(self, op: FloatOp, *operands: Register) -> Register:
         places = ", ".join(f"${i + 1}" for i in range(len(operands)))
         return ptx(f"{op}.rn.f32 $0, {places};", *operands)
+
+    def add_sizes(self, a: Register, b: Register) -> Register:
+        return ptx("{ .reg .b32 x, y; abs.f32 x, $1; abs.f32 y, $2; add.rn.f32 $0, x, y; }", a, b)
+
+    def larger(self, a: Register, b: Register) -> Register:
+        return ptx("max.NaN.f32 $0, $1, $2;", a, b)
 
     def number(self, value: float) -> Register:
         return constant(int(np.float32(value).view(np.uint32)))
@@ -183,6 +190,29 @@ def in_registers(program: Program, table: Any, words: Sequence[jax.Array], *stor
     return decoded(*shared, *words, *stored)
 
 
+def integers_in_registers(
+    program: Integers, words: Sequence[jax.Array], *stored: jax.Array
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """For each group of a stage, its integers i8 [ROWS, span] in WGMMA's layout and its factors f32 [ROWS] in ROW;
+    operands as for `int8_lanes.in_numpy`, in WORDS and ROW."""
+    groups, span = STAGE // program.span, program.span
+    integers = [plgpu.ShapeDtypeStruct((ROWS, span), jnp.dtype(np.int8), layout=BYTES)] * groups
+    factors = [plgpu.ShapeDtypeStruct((ROWS,), jnp.dtype(np.float32), layout=ROW)] * (groups * (not program.of_rows))
+    types = (*(WORDS[len(a)] for a in words), *(ROW for _ in stored))
+
+    @plgpu.inline_mgpu(arg_types=types, return_type=[*integers, *factors])
+    def decoded(ctx: Any, *operands: Any) -> Any:
+        del ctx
+        arrays, rows = operands[: len(words)], operands[len(words) :]
+        made, by_group = program(GpuAlu(), [raw(a) for a in arrays], *map(raw, rows))
+        element = ir.IntegerType.get_signless(8)
+        whole = [_in_layout(registers, fa.WGMMA_LAYOUT_8BIT, (ROWS, span), element, True) for registers in made]
+        return [*whole, *(of_rows(f, ir.F32Type.get()) for f in by_group)]
+
+    found = decoded(*words, *stored)
+    return found[:groups], found[groups:]
+
+
 def _tables_of_rows(ref: Any) -> list[tuple[Register, int]]:
     """Where the first entries of the lane's two rows are, and the bytes from an entry to the next."""
     stride = 2 * ir.MemRefType(ref.type).shape[1]
@@ -224,7 +254,7 @@ def sums_in_registers(sums: CodeSums, unit: int, total: jax.Array, words: Sequen
     def made(ctx: Any, total: Any, *arrays: Any) -> Any:
         del ctx
         pairs = sums(GpuAlu(), unit, raw(total), list(map(raw, arrays)))
-        return [of_rows([utils.bitcast(word, ir.F32Type.get()) for word in pair]) for pair in pairs]
+        return [of_rows(pair, ir.F32Type.get()) for pair in pairs]
 
     return made(total, *words)
 
@@ -245,23 +275,22 @@ def raw(array: Any) -> list[Register]:
     return out
 
 
-def of_rows(register: Sequence[Register]) -> Any:
-    """A word, or a float, for each of the lane's two rows as an array in ROW."""
-    layout = ROW.to_mgpu()
-    made = np.empty(layout.registers_shape((ROWS,)), dtype=object)
-    element = register[0].type
-    for word, at in zip(register, np.ndindex(*made.shape), strict=True):
-        made[at] = vector.broadcast(ir.VectorType.get((1,), element), word)
-    signed = False if element == i32() else None
-    return fa.FragmentedArray(_registers=made, _layout=layout, _is_signed=signed)
+def of_rows(register: Sequence[Register], element: Any = None) -> Any:
+    """A word for each of the lane's two rows as an array in ROW, of `element` or of unsigned words."""
+    return _in_layout(register, ROW.to_mgpu(), (ROWS,), element or i32(), None if element else False)
 
 
 def _fragments(registers: list[Register], kind: Half) -> Any:
-    layout = fa.WGMMA_LAYOUT
-    shape = layout.registers_shape((ROWS, STAGE))
     element = ir.F16Type.get() if kind == "f16" else ir.BF16Type.get()
-    made = np.empty(shape, dtype=object)
-    for register, at in zip(registers, np.ndindex(*shape), strict=True):
+    return _in_layout(registers, fa.WGMMA_LAYOUT, (ROWS, STAGE), element)
+
+
+def _in_layout(
+    registers: Sequence[Register], layout: Any, shape: tuple[int, ...], element: Any, signed: bool | None = None
+) -> Any:
+    """An array of elements, as many in a register as fit."""
+    made = np.empty(layout.registers_shape(shape), dtype=object)
+    for register, at in zip(registers, np.ndindex(*made.shape), strict=True):
         one = vector.broadcast(ir.VectorType.get((1,), i32()), register)
-        made[at] = utils.bitcast(one, ir.VectorType.get((2,), element))
-    return fa.FragmentedArray(_registers=made, _layout=layout, _is_signed=None)
+        made[at] = utils.bitcast(one, ir.VectorType.get((32 // utils.bitwidth(element),), element))
+    return fa.FragmentedArray(_registers=made, _layout=layout, _is_signed=signed)

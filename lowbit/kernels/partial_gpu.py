@@ -38,7 +38,7 @@ def total_in_registers(sums: Sums, table: Any, words: jax.Array, *scales: jax.Ar
     def totalled(ctx: Any, table: Any, words: Any, *scales: Any) -> Any:
         del ctx
         totals = sums.total(GpuAlu(), this_lane(), raw(words), [raw(s) for s in scales], _memory(table))
-        return [of_rows([utils.bitcast(word, ir.F32Type.get()) for word in pair]) for pair in totals]
+        return [of_rows(pair, ir.F32Type.get()) for pair in totals]
 
     made: Sequence[jax.Array] = totalled(table, words, *scales)
     return made

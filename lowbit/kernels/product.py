@@ -39,7 +39,7 @@ def product(
     kind = short(x.dtype)
     if kind not in ("f16", "bf16"):
         raise TypeError(f"x is {x.dtype}: the matrix unit multiplies float16 and bfloat16")
-    padded = _padded(m)
+    padded = padded_rows(m)
     program, shape = of.program(kind, at), Shape(padded, of.tiles, of.stages)
     run = mma(program, shape, tuned or tuning(shape, program), verbs)
     x_padded = jnp.pad(x, ((0, padded - m), (0, of.stages * STAGE - of.k)))
@@ -56,7 +56,7 @@ def product_of_codes(
     """x [m, k] in e4m3 by weights that are stored as e4m3 but for a factor: [m, n] in float32."""
     if (factor := of.weights[at].float8) is None:
         raise TypeError("the weights are not stored as e4m3")
-    padded, inputs = _padded(len(x)), of.stages * STAGE
+    padded, inputs = padded_rows(len(x)), of.stages * STAGE
     shape = Shape(padded, of.tiles, of.stages)
     (name,) = of.read(at)
     w = jax.lax.bitcast_convert_type(fields[name], jnp.float8_e4m3fn)
@@ -94,8 +94,12 @@ def operands_of_sums(of: Layout, how: Sums, x: jax.Array, fields: Fields) -> lis
 def nearby(of: Layout, m: int, kind: Half | None, at: int = 0) -> tuple[Tuning, ...]:
     """Schedules that differ in one parameter, by one step, from that of a product: of x [m, k] in the halves `kind`,
     or in e4m3 for None."""
-    shape = Shape(_padded(m), of.tiles, of.stages)
-    own = fp8_tuning(shape) if kind is None else tuning(shape, of.program(kind, at))
+    shape = Shape(padded_rows(m), of.tiles, of.stages)
+    return around(fp8_tuning(shape) if kind is None else tuning(shape, of.program(kind, at)), shape)
+
+
+def around(own: Tuning, shape: Shape) -> tuple[Tuning, ...]:
+    """Schedules that differ in one parameter, by one step."""
     columns = [c for c in range(8, COLUMNS_A_BLOCK + 1, 8) if shape.m % c == 0]
     parts = [p for p in range(1, shape.stages + 1) if shape.stages % p == 0]
     depths = [2**i for i in range(1, MOST_DEEP.bit_length())]
@@ -111,7 +115,7 @@ def _beside(value: int, values: list[int]) -> list[int]:
     return values[max(0, i - 1) : i] + values[i + 1 : i + 2]
 
 
-def _padded(m: int) -> int:
+def padded_rows(m: int) -> int:
     """Rows of x as blocks take them."""
     return 8 * ceil(m / 8) if m <= COLUMNS_A_BLOCK else COLUMNS_A_BLOCK * ceil(m / COLUMNS_A_BLOCK)
 

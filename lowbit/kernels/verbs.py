@@ -16,16 +16,27 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit.compat import load, transposed
 from lowbit.ir.dtypes import numpy_dtype
+from lowbit.kernels import int8_lanes
 from lowbit.kernels.alu import HALVES
 from lowbit.kernels.by_code import CodeSums
 from lowbit.kernels.by_code import in_numpy as sums_in_numpy
 from lowbit.kernels.decoders import ROWS, STAGE
-from lowbit.kernels.lane_gpu import BYTES, ROW, WORDS, in_registers, sums_in_registers, tables_in_registers
+from lowbit.kernels.int8_lanes import Integers
+from lowbit.kernels.lane_gpu import (
+    BYTES,
+    ROW,
+    WORDS,
+    in_registers,
+    integers_in_registers,
+    sums_in_registers,
+    tables_in_registers,
+)
 from lowbit.kernels.lanes import Program, in_numpy, tables_in_numpy
 from lowbit.kernels.partial import Sums, filled_in_numpy, total_in_numpy
 from lowbit.kernels.partial_gpu import filled_in_shared, total_in_registers
 
 Ref = Any
+IntegersOfStage = tuple[Sequence[jax.Array], Sequence[jax.Array]]
 
 
 def table_size(program: Program) -> int:
@@ -52,20 +63,23 @@ class Verbs(Protocol):
     def decode(self, program: Program, table: Ref, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
         """`table`: the shared one, [entries, ROWS and padding], or None."""
 
+    def integers(self, program: Integers, words: Sequence[jax.Array], *stored: jax.Array) -> IntegersOfStage:
+        """The integers [ROWS, span] of each group of a stage, and the factors [ROWS] of each, if it has any."""
+
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         """acc += weights [ROWS, k] @ x [columns, k]^T, finished when it returns."""
 
     def multiply_stored(self, acc: Ref, dy: Ref, weights: Ref) -> None:
         """acc += dy [m, n] @ weights [n, k] of two buffers, finished when it returns."""
 
-    def zeros(self, shape: tuple[int, int]) -> jax.Array:
+    def zeros(self, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
         """A sum in registers that products are added to."""
 
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         """weights [ROWS, k] @ x [columns, k]^T of two buffers, in float32."""
 
-    def accumulated(self, shape: tuple[int, int], run: Callable[[Any], Any]) -> jax.Array:
-        """What `run` makes of a sum that is zero at first, and that only `add_outer` adds to."""
+    def accumulated(self, shape: tuple[int, int], run: Callable[[Any], Any], dtype: Any = jnp.float32) -> jax.Array:
+        """What `run` makes of a sum that is zero at first, and that only products are added to."""
 
     def add_outer(self, total: Any, dy: Ref, x: Ref) -> Any:
         """total + dy [m, ROWS]^T @ x [m, STAGE]."""
@@ -78,6 +92,12 @@ class Verbs(Protocol):
 
     def total(self, sums: Sums, table: Ref, words: jax.Array, *scales: jax.Array) -> Sequence[jax.Array]:
         """For each row of x, what the ROWS add up to: float32 [ROWS]."""
+
+    def sums(self, weights: jax.Array, x: Ref) -> jax.Array:
+        """weights [ROWS, k] @ x [columns, k]^T of integers of 8 bits, in int32."""
+
+    def times_rows(self, factors: jax.Array, sums: jax.Array) -> jax.Array:
+        """factors [ROWS] times sums [ROWS, columns] of integers, in float32."""
 
     def release(self) -> None:
         """Say that the stage's buffers were read."""
@@ -107,6 +127,9 @@ class Gpu:
     def decode(self, program: Program, table: Ref, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
         return in_registers(program, table, words, *stored)
 
+    def integers(self, program: Integers, words: Sequence[jax.Array], *stored: jax.Array) -> IntegersOfStage:
+        return integers_in_registers(program, words, *stored)
+
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         plgpu.wgmma(acc, weights, transposed(x))
         plgpu.wgmma_wait(0)
@@ -115,23 +138,22 @@ class Gpu:
         plgpu.wgmma(acc, dy, weights)
         plgpu.wgmma_wait(0)
 
-    def zeros(self, shape: tuple[int, int]) -> jax.Array:
-        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+    def zeros(self, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+        return plgpu.layout_cast(jnp.zeros(shape, dtype), plgpu.Layout.WGMMA)
 
     def product(self, weights: Ref, x: Ref) -> jax.Array:
-        def scoped(acc: Ref) -> jax.Array:
-            self.multiply(acc, weights, x)
-            return acc[...]
+        return self.accumulated((weights.shape[0], x.shape[0]), lambda acc: self.multiply(acc, weights, x))
 
-        out: jax.Array = pl.run_scoped(scoped, plgpu.ACC((weights.shape[0], x.shape[0]), jnp.float32))  # type: ignore[attr-defined]
-        return out
+    def sums(self, weights: jax.Array, x: Ref) -> jax.Array:
+        shape = weights.shape[0], x.shape[0]
+        return self.accumulated(shape, lambda acc: self.multiply(acc, weights, x), jnp.int32)
 
-    def accumulated(self, shape: tuple[int, int], run: Callable[[Any], Any]) -> jax.Array:
+    def accumulated(self, shape: tuple[int, int], run: Callable[[Any], Any], dtype: Any = jnp.float32) -> jax.Array:
         def scoped(acc: Ref) -> jax.Array:
             run(acc)
             return acc[...]
 
-        out: jax.Array = pl.run_scoped(scoped, plgpu.ACC(shape, jnp.float32))  # type: ignore[attr-defined]
+        out: jax.Array = pl.run_scoped(scoped, plgpu.ACC(shape, dtype))  # type: ignore[attr-defined]
         return out
 
     def add_outer(self, total: Any, dy: Ref, x: Ref) -> Any:
@@ -147,6 +169,9 @@ class Gpu:
 
     def total(self, sums: Sums, table: Ref, words: jax.Array, *scales: jax.Array) -> Sequence[jax.Array]:
         return total_in_registers(sums, table, words, *scales)
+
+    def times_rows(self, factors: jax.Array, sums: jax.Array) -> jax.Array:
+        return jax.lax.broadcast_in_dim(factors, sums.shape, (0,)) * sums.astype(jnp.float32)
 
     def release(self) -> None:
         pass
@@ -184,20 +209,30 @@ class Twin:
         out = jax.ShapeDtypeStruct((ROWS, STAGE), HALVES[program.kind])
         return jax.pure_callback(decoded, out, None if table is None else table[...], list(words), *stored)
 
+    def integers(self, program: Integers, words: Sequence[jax.Array], *stored: jax.Array) -> IntegersOfStage:
+        def decoded(words: Sequence[Any], *stored: Any) -> Any:
+            return int8_lanes.in_numpy(program, [np.asarray(w) for w in words], *map(np.asarray, stored))
+
+        span, groups = program.span, STAGE // program.span
+        out = jax.ShapeDtypeStruct((ROWS, STAGE), np.int8), jax.ShapeDtypeStruct((groups, ROWS), np.float32)
+        whole, factors = jax.pure_callback(decoded, out, list(words), *stored)
+        by_group = [whole[:, at : at + span] for at in range(0, STAGE, span)]
+        return by_group, [] if program.of_rows else list(factors)
+
     def multiply(self, acc: Ref, weights: jax.Array, x: Ref) -> None:
         acc[...] += jnp.dot(weights.astype(jnp.float32), x[...].astype(jnp.float32).T)
 
     def multiply_stored(self, acc: Ref, dy: Ref, weights: Ref) -> None:
         acc[...] += jnp.dot(dy[...].astype(jnp.float32), weights[...].astype(jnp.float32))
 
-    def zeros(self, shape: tuple[int, int]) -> jax.Array:
-        return jnp.zeros(shape, jnp.float32)
+    def zeros(self, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+        return jnp.zeros(shape, dtype)
 
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         return jnp.dot(weights[...].astype(jnp.float32), x[...].astype(jnp.float32).T)
 
-    def accumulated(self, shape: tuple[int, int], run: Callable[[Any], Any]) -> jax.Array:
-        out: jax.Array = run(jnp.zeros(shape, jnp.float32))
+    def accumulated(self, shape: tuple[int, int], run: Callable[[Any], Any], dtype: Any = jnp.float32) -> jax.Array:
+        out: jax.Array = run(jnp.zeros(shape, dtype))
         return out
 
     def add_outer(self, total: Any, dy: Ref, x: Ref) -> Any:
@@ -225,6 +260,12 @@ class Twin:
         # By halves: XLA hands a callback what is above 100 KiB in a thread, and all of them may be in callbacks.
         made: Sequence[jax.Array] = jax.pure_callback(totalled, out, [table[0], table[1]], words, *scales)
         return made
+
+    def sums(self, weights: jax.Array, x: Ref) -> jax.Array:
+        return jnp.dot(weights.astype(jnp.int32), x[...].astype(jnp.int32).T)
+
+    def times_rows(self, factors: jax.Array, sums: jax.Array) -> jax.Array:
+        return factors[:, None] * sums.astype(jnp.float32)
 
     def release(self) -> None:
         plgpu.commit_smem()

@@ -21,7 +21,7 @@ def product_term(m: int, t: QuantType, dtype: Any, plain: bool = False) -> Expr:
 
 def encoded(x: Array, t: QuantType) -> Array:
     """What the product multiplies with in place of x [m, k], by the oracle."""
-    e = t.format.activations(param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1]))
+    e = t.activations(param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1]))
     return evaluate(e, {"x": x}).transpose([list(e.dims).index(d) for d in ("m", "k")])
 
 
@@ -29,7 +29,7 @@ def kernel_term(m: int, t: QuantType, dtype: Any, kernel: str = "mma") -> Expr:
     """The product as kernels compute it: floats that are stored, and weights, are rounded to x's dtype; but as the
     formula has it where the format encodes activations. By `sums`, all is in float32, and of the form `table`."""
     x = param("x", dtype, None, m=m, k=dict(t.dims)["k"])
-    if t.format.activations(x) is not x:
+    if t.activations(x) is not x:
         return product_term(m, t, dtype)
     if kernel == "sums":
         floats = [leaf for leaf in params(t.decode).values() if is_float(leaf.dtype)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -46,6 +47,14 @@ NESTED = {
     "any_bcq_offset": lb.any_bcq(2, 4, group=64, offset=True),
 }
 """Read at every width."""
+INTEGERS = [
+    *FORMATS.values(),
+    lb.uniform(3),
+    lb.bcq(4),
+    *(lb.any_precision(2, 4, width=width) for width in (2, 3, 4)),
+    lb.any_bcq(2, 4, group=128, scale_dtype="float16"),
+]
+"""With kernels for products in 8-bit integers."""
 WIDTHS = [(name, width) for name, fmt in NESTED.items() for width in fmt.widths]
 OWN = ("m1v4", "m2v8", "nested_fp")
 """Of OTHERS, those whose kernels hold tables of all rows, or fetch bytes as they are stored."""
@@ -102,6 +111,15 @@ def test_a_width_on_the_device(name: str) -> None:
 @pytest.mark.parametrize("lowering", ["fp8", "decode"])
 def test_nested_floats_in_8_bits(lowering: str, m: int) -> None:
     check_product(rows(m, 1024, "float16"), at(8, prepared(OTHERS["nested_fp"], 192, 1024)), lowering)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("numerics", ["int8", "int8x2"])
+@pytest.mark.parametrize("fmt", INTEGERS, ids=str)
+def test_products_in_8_bit_integers(fmt: Format, numerics: Any, dtype: str) -> None:
+    for m, n, k in ((1, 256, 1024), (5, 70, 301), (64, 192, 1024)):
+        w = prepared(fmt, n, k)
+        check_product(rows(m, k, dtype), QuantArray(w.fields, replace(w.type, numerics=numerics)), KERNEL)
 
 
 @pytest.mark.parametrize("m", [64, 512])

@@ -66,7 +66,7 @@ def test_roofline_is_of_memory_then_of_the_matrix_unit() -> None:
 
 def test_every_shape_batch_format_and_dtype_is_a_case() -> None:
     named = {case.name: case for group in groups() for case in group}
-    once = 4 * (2 * 8 + 4 * (2 * 8 + 2) + 5 * (8 + 2) + 6 * 3) + 4 * (7 + 7 + 3 + 2 * 7)
+    once = 4 * (2 * 8 + 4 * (2 * 8 + 2) + 5 * (8 + 2) + 5 * 6 + 6 * 3) + 4 * (7 + 7 + 3 + 2 * 7)
     back = 2 * 3 * (1 + 4 * 2)
     assert len(named) == sum(map(len, groups())) == once + back
     assert sum(case.back for case in named.values()) == back

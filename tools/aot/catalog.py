@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 import lowbit as lb
 from lowbit.formats.format import Format
+from lowbit.ir.dtypes import DType, numpy_dtype
 from lowbit.ir.dtypes import bits as dtype_bits
-from lowbit.ir.dtypes import numpy_dtype
-from lowbit.kernels.alu import HALVES, Half
+from lowbit.kernels.alu import Half
 from lowbit.kernels.decoders import ROWS, STAGE
+from lowbit.kernels.int8 import product_of_integers
 from lowbit.kernels.lanes import LANES
 from lowbit.kernels.layout import Layout
 from lowbit.kernels.mma_dw import STEP, parameter_gradients
@@ -77,6 +78,7 @@ def catalog() -> Iterator[Listed]:
         yield listed(f"any_bcq2_at_{width}_bf16_m8", fmt, "bf16", 8, None)
     for width in (5, 8):
         yield listed(f"any_precision3_at_{width}_bf16_m8", lb.any_precision(3, 8, width=width), "bf16", 8, None)
+    yield from in_integers()
     yield listed("uniform4_rows_bf16_m8", lb.uniform(4, scale_dtype="bfloat16"), "bf16", 8, 0.9)
     yield from by_sums()
     yield from gradients()
@@ -110,6 +112,16 @@ def by_sums() -> Iterator[Listed]:
             yield listed_sums(f"{name}_sums_m{m}", fmt, m)
 
 
+def in_integers() -> Iterator[Listed]:
+    """Products in 8-bit integers."""
+    yield listed_int8("uniform4_int8x2_m8", lb.uniform(4, group=128, scale_dtype="bfloat16"), 8, 0.9)
+    for bits in (2, 3, 4):
+        yield listed_int8(f"bcq{bits}_int8x2_m8", lb.bcq(bits, group=128, scale_dtype="bfloat16"), 8, 0.9)
+    for width, lo in ((2, 2), (3, 3), (4, 3), (3, 2), (4, 2)):
+        yield listed_int8(f"any_precision{lo}_at_{width}_int8x2_m8", lb.any_precision(lo, 8, width=width), 8, 0.9)
+    yield listed_int8("bcq3_int8x2_m64", lb.bcq(3, group=128, scale_dtype="bfloat16"), 64, None)
+
+
 def listed(name: str, fmt: Format, kind: Half, m: int, target: float | None) -> Listed:
     """The product of x [m, SIZE] with a SIZE by SIZE weight, read at its format's width."""
     return laid_out(name, product, fmt, kind, m, STAGE // 16, target)
@@ -120,14 +132,19 @@ def listed_dx(name: str, fmt: Format, m: int) -> Listed:
     return laid_out(name, input_gradient, fmt, "bf16", m, ROWS // 16, None)
 
 
+def listed_int8(name: str, fmt: Format, m: int, target: float | None) -> Listed:
+    """The product of x in two columns of 8-bit integers."""
+    return laid_out(name, product_of_integers, fmt, "i8", 2 * m, STAGE // 32, target)
+
+
 def laid_out(
-    name: str, run: Callable[..., Any], fmt: Format, kind: Half, m: int, wgmmas: int, target: float | None
+    name: str, run: Callable[..., Any], fmt: Format, kind: DType, m: int, wgmmas: int, target: float | None
 ) -> Listed:
     """`run` of a layout, activations or their gradient, and fields."""
     t = QuantType((("k", SIZE), ("n", SIZE)), "f32", fmt, layout="mma")
     of, at = kernel_layout(t), readings(t).index(t.decode)
     fields = stored(of)
-    x = jax.ShapeDtypeStruct((m, SIZE), HALVES[kind])
+    x = jax.ShapeDtypeStruct((m, SIZE), numpy_dtype(kind))
     read = sum(fields[field].size * dtype_bits(of.fields[field].dtype) for field in of.read(at)) / SIZE**2
     return Listed(name, partial(run, of, at=at), (x, fields), ROWS * STAGE // LANES, read, wgmmas, target)
 
