@@ -17,14 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit.ir.build import param
-from lowbit.ir.dtypes import bits as dtype_bits
 from lowbit.ir.dtypes import short
 from lowbit.kernels.arrange import Fields
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.int8_lanes import Integers
-from lowbit.kernels.lanes import LANES
 from lowbit.kernels.layout import WARPGROUPS, Layout
-from lowbit.kernels.mma import ALIGNED, AXES, BYTES, Schedule, Shape, Tuning, deepest, launch, pipelined, send
+from lowbit.kernels.memory import fetched
+from lowbit.kernels.mma import AXES, BYTES, Schedule, Shape, Tuning, deepest, launch, pipelined, send
 from lowbit.kernels.product import around, padded_rows
 from lowbit.kernels.verbs import Gpu, Verbs
 from lowbit.passes.int8_rows import rows
@@ -34,11 +33,7 @@ from lowbit.passes.scalar import Element, Number
 
 def tuning(shape: Shape, program: Integers) -> Tuning:
     """As `lowbit.kernels.mma.tuning`."""
-    halves = program.halves
-    words = 4 * WARPGROUPS * sum(halves.words) * LANES
-    inputs = [] if halves.of_rows else halves.inputs
-    parameters = sum(WARPGROUPS * ROWS * dtype_bits(e.leaf.dtype) // 8 for e, _ in inputs)
-    rest = words + parameters + ALIGNED * (len({e.leaf for e, _ in inputs}) + len(halves.words) - 1)
+    rest = fetched(program.halves, parameters=not program.halves.of_rows)
     return deepest(shape, lambda columns: columns * STAGE + rest)
 
 
@@ -68,7 +63,7 @@ def _body(program: Integers, parts: Schedule, *refs: Any) -> None:
         """What is of whole rows."""
         if program.of_rows:
             return [verbs.rows(parameters[0].at[tile, 0, i], False) for i in range(program.table_words)]
-        return parts.stored(parameters, tile) if program.halves.of_rows else []
+        return parts.stored(parameters, tile, False) if program.halves.of_rows else []
 
     def compute(pipeline: Callable[..., Any]) -> None:
         zeros = verbs.zeros((ROWS, tuned.columns), jnp.int32 if program.of_rows else jnp.float32)
@@ -79,7 +74,7 @@ def _body(program: Integers, parts: Schedule, *refs: Any) -> None:
     def step(_: Any, *args: Any) -> Any:
         *stage, (total, *of_rows) = args
         words, parameters, x = parts.sorted(stage)
-        stored = of_rows if program.halves.of_rows else parts.stored(parameters, group)
+        stored = of_rows if program.halves.of_rows else parts.stored(parameters, group, True)
         integers, factors = verbs.integers(program, [verbs.words(ref.at[group, 0]) for ref in words], *stored)
         for i, weights in enumerate(integers):
             sums = verbs.sums(weights, x.at[:, pl.ds(i * span, span)])
@@ -87,7 +82,7 @@ def _body(program: Integers, parts: Schedule, *refs: Any) -> None:
         verbs.release()
         return total, *of_rows
 
-    specs = parts.specs(row, first, column)[:-1]
+    specs = parts.specs(lambda k: (row, first + k), not program.halves.of_rows)
     specs.append(plgpu.BlockSpec((tuned.columns, STAGE), lambda k: (column, first + k), transforms=BYTES))
     pipelined(step, steps, specs, tuned.depth, compute)(*words, *([] if program.halves.of_rows else parameters), x)
 
