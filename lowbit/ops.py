@@ -110,16 +110,11 @@ def matmul(
     sizes = dict(w.type.dims)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x is {x.dtype}[{', '.join(map(str, x.shape))}]; matmul takes floating activations: cast it")
-    if stack := w.stack:
-        if x.ndim <= len(stack) or x.shape[: len(stack)] != stack:
-            raise ValueError(
-                f"x has shape {x.shape}, but w is a stack {list(stack)} of {w.type}: x must begin with the axes of the "
-                f"stack and end with k = {sizes['k']}; jnp.broadcast_to gives every slice the same x"
-            )
+    _check_stack(x.shape, w)
     check_last_dim(x.shape, w.type)
     if (seen := WATCH.get()) is not None:
         seen(x, w)
-    if stack:
+    if w.stack:
         y: jax.Array = over_stack(lambda one, x: matmul(x, one, differentiable=differentiable, lowering=lowering), w, x)
         return y
     batch, rows = x.shape[:-1], prod(x.shape[:-1])
@@ -134,6 +129,15 @@ def matmul(
         else:
             out = jax.vmap(lambda row: product(w.type, row[None], w.fields)[0])(flat)
     return out.reshape(*batch, sizes["n"])
+
+
+def _check_stack(shape: Sequence[int], w: QuantArray) -> None:
+    stack = w.stack
+    if stack and (len(shape) <= len(stack) or shape[: len(stack)] != stack):
+        raise ValueError(
+            f"x has shape {shape}, but w is a stack {list(stack)} of {w.type}: x must begin with the axes of the stack "
+            f"and end with k = {dict(w.type.dims)['k']}; jnp.broadcast_to gives every slice the same x"
+        )
 
 
 @contextmanager
