@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,7 +29,7 @@ from lowbit.passes.in_int8 import Numerics
 from lowbit.passes.lower_xla import align, emit
 from lowbit.passes.tile import Tiles, keeps
 from lowbit.planning import (
-    FORCED_DX,
+    FORCED_BACK,
     WATCH,
     Lowering,
     check_last_dim,
@@ -123,7 +123,7 @@ def matmul(
     flat = x.reshape(rows, sizes["k"])
     reverse = _checked(differentiable or _MODE.value) == "vjp"
     with explained(), forced(lowering):
-        product = partial(_matmul, FORCED_DX.value) if reverse else _differentiable
+        product = partial(_matmul, FORCED_BACK.value) if reverse else _differentiable
         if isinstance(rows, int):
             out = product(w.type, flat, w.fields)
         else:

@@ -41,7 +41,7 @@ Lowering = str | Sequence[str] | None
 WATCH: ContextVar[Callable[[jax.Array, QuantArray], None] | None] = ContextVar("WATCH", default=None)
 FORCED = jax.make_user_context(None)
 """What `lowering` asks for: part of every jit cache key, also of functions that were traced before."""
-FORCED_DX = jax.make_user_context(None)
+FORCED_BACK = jax.make_user_context(None)
 """The same for gradients."""
 
 # name, byte, dot, pointwise, moved, field, lookup, far_lookup, select, scatter, cache, style
@@ -150,7 +150,7 @@ def forced(names: Lowering) -> Iterator[None]:
     asked = checked_lowering(names) or ()
     products = tuple(name for name in asked if name not in GRADIENTS)
     gradients = tuple(name for name in asked if name in GRADIENTS)
-    with FORCED(products or FORCED.value), FORCED_DX(gradients or FORCED_DX.value):
+    with FORCED(products or FORCED.value), FORCED_BACK(gradients or FORCED_BACK.value):
         yield
 
 
