@@ -8,12 +8,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from absl import flags as _flags
+
 if TYPE_CHECKING:
+    from lowbit import autotuning as autotuning
     from lowbit import nn as nn
     from lowbit import testing as testing
     from lowbit import tune as tune
     from lowbit.array import QuantArray as QuantArray
     from lowbit.array import dequantize as dequantize
+    from lowbit.autotuning import autotune as autotune
+    from lowbit.autotuning import tuned as tuned
     from lowbit.formats import Format as Format
     from lowbit.formats import any_bcq as any_bcq
     from lowbit.formats import any_precision as any_precision
@@ -58,6 +63,7 @@ _HOME = {
     "Format": "formats", "any_bcq": "formats", "any_precision": "formats", "bcq": "formats", "codebook": "formats",
     "nested_fp": "formats", "register_format": "formats", "uniform": "formats",
     "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
+    "autotune": "autotuning", "tuned": "autotuning",
     "CheckpointError": "io",
     "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "at_width": "nn", "calibrate": "nn", "compare": "nn",
     "explain": "nn", "load": "nn", "prepare": "nn", "quantize": "nn", "report": "nn", "save": "nn",
@@ -66,11 +72,20 @@ _HOME = {
     "quantize_array": "quantizers", "residual_kmeans": "quantizers", "round_to_nearest": "quantizers",
     "set_default_quantizer": "quantizers", "to_bcq": "quantizers",
 }  # fmt: skip
-__all__ = [*_HOME, "nn", "testing", "tune"]
+_MODULES = ("autotuning", "nn", "testing", "tune")
+__all__ = [*_HOME, *_MODULES]
+
+_flags.DEFINE_enum(  # here, so that it is known before a command line is parsed
+    "lowbit_on_cache_miss",
+    None,
+    ["heuristic", "autotune", "error"],
+    "What a quantized product does that nobody has timed on this device: take the cheapest way by the cost model, time "
+    "them all, or raise. The environment's LOWBIT_ON_CACHE_MISS counts where this is not given.",
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("nn", "testing", "tune"):
+    if name in _MODULES:
         return importlib.import_module(f"lowbit.{name}")
     if name in _HOME:
         value = getattr(importlib.import_module(f"lowbit.{_HOME[name]}"), name)

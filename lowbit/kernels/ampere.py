@@ -23,40 +23,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.alu import HALVES
 from lowbit.kernels.ampere_verbs import Ampere, AmpereVerbs
-from lowbit.kernels.computed import Bytes
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES, Program, groups_of
 from lowbit.kernels.layout import WARPGROUPS
-from lowbit.kernels.mma import AXES, HALF, MOST_DEEP, Schedule, Shape, Tuning, parts_of_k, stage_bytes, table_bytes
+from lowbit.kernels.memory import BEFORE_HOPPER, looked_up, stage_bytes
+from lowbit.kernels.mma import AXES, HALF, MOST_DEEP, Schedule, Shape, Tuning, parts_of_k
 
 COLUMNS_A_BLOCK = 32
 """Rows of x that a block multiplies at most: more do not fit in its registers."""
 SMS = 108
 """Of an A100."""
-SHARED = 96 << 10
-"""Bytes of shared memory that a block may have: 8.6 and 8.9 have 99 KiB for one, and 8.0 more."""
 
 
 def tuning(shape: Shape, program: Program) -> Tuning:
     """As many columns as two stages have room for, and as many stages as a block has room for, or two on an SM."""
-    taken, stage = table_bytes(program), partial(stage_bytes, program)
+    taken, stage = looked_up(program), partial(stage_bytes, program)
     most = min(shape.m, COLUMNS_A_BLOCK)
-    columns = next(c for c in range(most, 0, -8) if shape.m % c == 0 and taken + 2 * stage(c) <= SHARED)
+    columns = next(c for c in range(most, 0, -8) if shape.m % c == 0 and taken + 2 * stage(c) <= BEFORE_HOPPER)
     parts = parts_of_k(shape, columns, SMS)
     blocks = shape.rows // WARPGROUPS * ceil(shape.m / columns) * parts
-    room = SHARED if blocks <= SMS else SHARED // 2
+    room = BEFORE_HOPPER if blocks <= SMS else BEFORE_HOPPER // 2
     depth = max(2, min(MOST_DEEP, (room - taken) // stage(columns), shape.stages // parts))
     return Tuning(columns, parts, 1 << depth.bit_length() - 1)  # a power of two: the loop divides by it
-
-
-def refusal(program: Program) -> str | None:
-    """Why no block can run a program."""
-    if isinstance(program.decoder, Bytes):
-        return "weights of whole bytes are decoded on compute capability 9.0 alone"
-    needed = table_bytes(program) + 2 * stage_bytes(program, 8)
-    if needed > SHARED:
-        return f"its tables and two stages take {needed:,} bytes of shared memory, and a block has {SHARED:,}"
-    return None
 
 
 def mma(program: Program, shape: Shape, tuned: Tuning, verbs: AmpereVerbs | None = None) -> Callable[..., jax.Array]:
@@ -137,21 +125,26 @@ class AmpereSchedule(Schedule):
     def tables_of(self, inputs: Sequence[Any], tiles: Sequence[jax.Array], shared: Sequence[Any]) -> list[Any]:
         """For each tile its table in shared memory, or None, and those in registers that serve whole rows."""
         _, parameters, _ = self.sorted(inputs)
+        of_rows = self.program.of_rows
+
+        def made(tile: jax.Array, table: Any = None) -> Any:
+            return self.tables(parameters, tile, table, False) if of_rows else []
+
         if not shared:
-            return [(None, self.tables(parameters, tile)) for tile in tiles]
+            return [(None, made(tile)) for tile in tiles]
         if self.program.weights.books:
             shared[0][...] = parameters[-1][...]
             self.verbs.commit()
-            return [(shared[0], self.tables(parameters, tile)) for tile in tiles]
+            return [(shared[0], made(tile)) for tile in tiles]
         tables = [shared[0].at[i] for i in range(WARPGROUPS)]
-        return [(table, self.tables(parameters, tile, table)) for table, tile in zip(tables, tiles, strict=True)]
+        return [(table, made(tile, table)) for table, tile in zip(tables, tiles, strict=True)]
 
     def sums(self, totals: Sequence[jax.Array], tables: Sequence[Any], stage: Sequence[Any]) -> list[jax.Array]:
         """One stage: decode, multiply."""
         words, parameters, x = self.sorted(stage)
         operand, out = self.verbs.operand(x), []
         for i, (total, (shared, made)) in enumerate(zip(totals, tables, strict=True)):
-            stored = made if self.program.of_rows else self.stored(parameters, i)
+            stored = made if self.program.of_rows else self.stored(parameters, i, True)
             loaded = [self.verbs.words(ref.at[i, 0]) for ref in words]
             out.append(self.verbs.plus(total, self.verbs.decode(self.program, shared, loaded, *stored), operand))
         self.verbs.release()

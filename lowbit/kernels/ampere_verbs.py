@@ -15,7 +15,8 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from lowbit.compat import copy_matrix_async, load, mma, mma_layout, store, transposed, wait_async
 from lowbit.kernels.alu import Half, HalfOp, Register
-from lowbit.kernels.lane_gpu import GpuAlu, constant, i32, in_registers, lane_of, ptx
+from lowbit.kernels.gpu_alu import GpuAlu, constant, i32, ptx, this_lane
+from lowbit.kernels.lane_gpu import in_registers
 from lowbit.kernels.lanes import LANES, Program
 from lowbit.kernels.verbs import Gpu, Ref, Twin, Verbs
 
@@ -43,8 +44,8 @@ class AmpereVerbs(Verbs, Protocol):
 class Ampere(Gpu):
     """Mosaic GPU for compute capability 8: `cp.async`, and `mma.sync` with both operands and the sum in registers."""
 
-    def zeros(self, shape: tuple[int, int]) -> jax.Array:
-        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), mma_layout("ACC"))
+    def zeros(self, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+        return plgpu.layout_cast(jnp.zeros(shape, dtype), mma_layout("ACC"))
 
     def decode(self, program: Program, table: Ref, words: Sequence[jax.Array], *stored: jax.Array) -> jax.Array:
         return in_registers(program, table, words, *stored, alu=AmpereAlu, layout=mma_layout("LHS"))
@@ -109,7 +110,7 @@ def _copy_async(source: Ref, target: Ref) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def copied(ctx: Any, source: Any, target: Any) -> None:
         del ctx
-        of, lane = ir.MemRefType(source.type), lane_of()
+        of, lane = ir.MemRefType(source.type), this_lane()
         copies = prod(of.shape) * utils.bitwidth(of.element_type) // (8 * COPY)
         wide = ir.IntegerType.get_signless(64)
         pointer = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(source))

@@ -12,11 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from lowbit.array import QuantArray
+from lowbit.autotuning.lookup import measured
+from lowbit.backward import planned_dw, planned_dx
+from lowbit.ir.dtypes import short
 from lowbit.nn.kernel import Kernel, Stats, expect_module, kernels
 from lowbit.nn.kinds import KINDS, QUANTIZED, layers
 from lowbit.nn.linen import opened
 from lowbit.nn.quantize import matrices, others
 from lowbit.planning import plan
+from lowbit.quant_type import QuantType
 
 
 @dataclass(frozen=True)
@@ -139,9 +143,9 @@ def _nbytes(a: Any) -> int:
     return int(prod(a.shape) * dtype.itemsize)
 
 
-def explain(layer: Any, batch: int = 1, platform: str | None = None, dtype: Any = None) -> str:
+def explain(layer: Any, batch: int = 1, platform: str | None = None, dtype: Any = None, gradient: bool = False) -> str:
     """Every way to run a quantized layer's product at a batch size, cheapest first: predicted costs, and what
-    cannot run, with the reason.
+    cannot run, with the reason. Where one was measured (`lb.tuned`), the last line says which: that one runs.
 
     Args:
       layer: a quantized layer (of an `lb.nn.Embed` its `attend`), its kernel, or a QuantArray. Of a stack, one slice;
@@ -149,6 +153,7 @@ def explain(layer: Any, batch: int = 1, platform: str | None = None, dtype: Any 
       batch: rows of activations.
       platform: "cpu", "gpu" or "tpu"; the default backend's if None.
       dtype: of the activations; if None that which the layer computes in, or else that of its weight.
+      gradient: whether to list the ways to the gradients of the activations and of the weight's parameters, too.
 
     Raises TypeError for a layer that is not quantized, ValueError for a batch below 1 or an unknown platform.
 
@@ -165,4 +170,13 @@ def explain(layer: Any, batch: int = 1, platform: str | None = None, dtype: Any 
     given = dtype or getattr(layer, "dtype", None) or array.dtype
     changes = isinstance(held, Kernel) and held.width is not None
     types = [array.type.at(width) for width in array.type.format.widths] if changes else [array.type]
-    return "\n\n".join(str(plan((batch, dict(t.dims)["k"]), t, platform, given)) for t in types)
+    return "\n\n".join(_explained(batch, t, platform, given, gradient) for t in types)
+
+
+def _explained(batch: int, t: QuantType, platform: str | None, dtype: Any, gradient: bool) -> str:
+    made = plan((batch, dict(t.dims)["k"]), t, platform, dtype)
+    entry = measured(batch, t, short(dtype)) if made.machine == jax.default_backend() else None
+    tables = [str(made) if entry is None else f"{made}\nmeasured {entry}"]
+    if gradient:
+        tables += [str(planned(batch, t, short(dtype), made.machine)) for planned in (planned_dx, planned_dw)]
+    return "\n\n".join(tables)

@@ -16,9 +16,10 @@ from lowbit.array import laid_out
 from lowbit.compat import interpret_params, races_found
 from lowbit.ir.dtypes import short
 from lowbit.kernels import ampere
-from lowbit.kernels.ampere import refusal, tuning
+from lowbit.kernels.ampere import tuning
 from lowbit.kernels.ampere_verbs import AmpereTwin
 from lowbit.kernels.lanes import from_registers
+from lowbit.kernels.memory import looked_up, too_much_before_hopper
 from lowbit.kernels.mma import Shape, Tuning
 from lowbit.kernels.product import product
 from lowbit.quant_type import QuantType, kernel_layout, readings
@@ -81,7 +82,7 @@ def test_stages_in_flight_fit(fmt: lb.Format, m: int, n: int) -> None:
     of = Shape(m, kernel_layout(t).tiles, kernel_layout(t).stages)
     chosen = tuning(of, program)
     buffers = [*ampere.AmpereSchedule(program, of, chosen, AmpereTwin(False)).ring]
-    size = ampere.table_bytes(program) + sum(np.prod(b.shape) * b.dtype.itemsize for b in buffers)
+    size = looked_up(program) + sum(np.prod(b.shape) * b.dtype.itemsize for b in buffers)
     assert size <= 99 << 10 and chosen.columns <= 32 and m % chosen.columns == 0
     assert of.stages % chosen.parts == 0 and chosen.depth <= max(2, of.stages // chosen.parts)
 
@@ -89,7 +90,7 @@ def test_stages_in_flight_fit(fmt: lb.Format, m: int, n: int) -> None:
 def test_what_it_does_not_decode() -> None:
     def refused(fmt: lb.Format) -> str | None:
         t = QuantType((("k", 512), ("n", 128)), "f32", fmt, layout="mma")
-        return refusal(kernel_layout(t).program("f16", readings(t).index(t.decode)))
+        return too_much_before_hopper(kernel_layout(t).program("f16", readings(t).index(t.decode)))
 
     assert refused(lb.any_precision(3, 8, width=6)) is None
     tables, words, x, alignment = 2 * 256 * 66 * 2, 2 * 64 * 256, 2 * 8 * 256, 5 * 1024

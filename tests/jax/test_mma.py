@@ -320,7 +320,7 @@ def test_lowering_by_name_or_by_several() -> None:
         lb.matmul(X, THERE, lowering=["mma", "fp8"])
     with pytest.raises(planning.LoweringError, match="lowering 'mma' or 'dense' cannot run"):
         lb.matmul(X, THERE, lowering=["mma", "dense"])
-    with pytest.raises(planning.LoweringError, match=r"there is no lowering 'wgmma': use one of .*mma, fp8, dense"):
+    with pytest.raises(planning.LoweringError, match=r"there is no lowering 'wgmma': use one of .*sums, fp8, dense"):
         lb.matmul(X, THERE, lowering=["decode", "wgmma"])
     with pytest.raises(planning.LoweringError, match=r"^lowering names nothing: use one of .*, or None"):
         lb.matmul(X, THERE, lowering=[])

@@ -117,7 +117,7 @@ def test_plan_is_sorted_and_printed():
     assert rest == sorted(rest) and first <= TIE * rest[0]
     lines = str(p).splitlines()
     assert lines[0] == "x[6, k] @ f32[k=4096 n=8] as bcq(bits=3, group=128) on cpu"
-    assert [line.split()[0] for line in lines[2:]] == [*p.names, "mma", "dense"]
+    assert [line.split()[0] for line in lines[2:]] == [*p.names, "mma", "sums", "dense"]
     assert all("refused: it is for GPUs" in line for line in lines[-2:])
     assert lb.plan((6, 4096), p_type := quant(lb.bcq(3, 128), 4096, 8).type, platform="tpu").machine == "tpu"
     assert lb.plan((6, 4096), p_type) is lb.plan((2, 3, 4096), p_type)
@@ -232,7 +232,7 @@ def test_vmap_over_stacked_weights_and_its_gradient():
 def test_a_second_call_does_not_trace_again(monkeypatch):
     traces = []
     fmt = lb.bcq(2, 8)
-    monkeypatch.setattr("lowbit.ops.emit", lambda *args: traces.append(1) or emit(*args))
+    monkeypatch.setattr("lowbit.by_term.emit", lambda *args: traces.append(1) or emit(*args))
     a, b = (quant(fmt, 24, 7, seed=s) for s in (0, 1))
     x = jnp.asarray(activation(2, 24))
     first = lb.matmul(x, a)

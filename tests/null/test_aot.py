@@ -94,6 +94,16 @@ def test_a_loop_of_known_counts() -> None:
     assert round(its.clocks, 1) == 35.4
 
 
+def test_what_follows_a_loop_is_counted_once() -> None:
+    program = read_sass(SASS)
+    behind = program.behind(hot_loop(program))
+    assert [i.base for i in behind] == ["BRA", "EXIT"]
+    its = load(repeated(FADD=4, HGMMA_64x8x16=1), 8, 4, times=10, after=repeated(FADD=6, LDS_64=2))
+    assert its.instructions == (50 + 8) / 8
+    assert its.pipes["FMA"] == pytest.approx((40 + 6) / 8 * 2 * BYTES / RATES["FMA"])
+    assert its.clocks == pytest.approx(128 * 8 / 10 / (2 * BYTES))
+
+
 @pytest.mark.parametrize(
     ("opcode", "where", "how_many"),
     [
@@ -145,9 +155,10 @@ def test_an_instruction_that_the_model_does_not_know_is_refused() -> None:
         (None, None, Listed(target=0.3), "fills TC to 45.2% at memory speed; its target is 30%"),
         (None, None, Listed(bits=1.5), "fills TC to 120.5% at memory speed; its target is 90%"),
         (None, None, Listed(bits=1.5, target=None), None),
+        (None, None, Listed(times=2), "fills TC to 90.4% at memory speed; its target is 90%"),
         (None, None, Listed(), None),
     ],
-    ids=["spills", "stack", "local", "serialized", "products", "target", "bits", "no target", "good"],
+    ids=["spills", "stack", "local", "serialized", "products", "target", "bits", "no target", "times", "good"],
 )
 def test_refusals(
     log: tuple[str, str] | None, sass: tuple[str, str] | None, kernel: Listed, complaint: str | None, tmp_path: Path
@@ -167,6 +178,17 @@ def test_a_kernel_beside_the_one_that_multiplies_is_counted_too(tmp_path: Path) 
     write(tmp_path, LOG.replace("0 bytes spill loads", "8 bytes spill loads"), plain, "kernel_1")
     figures = measure(Listed(), tmp_path)
     assert (figures.wgmmas, figures.spills) == (2, 8)
+
+
+def test_a_kernel_that_only_adds_is_judged_by_its_adds(tmp_path: Path) -> None:
+    write(tmp_path, sass=SASS.replace("HGMMA.64x16x16.F32", "FADD"))
+    figures = measure(Listed(wgmmas=0), tmp_path)
+    assert (figures.wgmmas, figures.load.clocks, figures.load.pipes["TC"]) == (0, 0, 0)
+    assert figures.load.instructions == 10 / 8  # the loop is the one that multiplies otherwise
+    with pytest.raises(ValueError, match="0 of them with FADD, and exactly one must be"):
+        measure(Listed(wgmmas=0), tmp_path / "nothing")
+    with pytest.raises(ValueError, match="none of 4 loops has FADD"):
+        hot_loop(read_sass(SASS), ("FADD",))
 
 
 @pytest.mark.parametrize("names", [(), ("kernel_0", "kernel_1")])

@@ -91,7 +91,8 @@ def slots(instruction: Instruction, chip: Chip = H100) -> int:
 
 @dataclass(frozen=True)
 class Load:
-    """`pipes`: how full memory speed makes each; `worst` names the fullest. `clocks`: what an SM has for one product.
+    """`pipes`: how full memory speed makes each; `worst` names the fullest. `clocks`: what an SM has for one product, 0
+    without any.
 
     `stall` is the mean clocks from one instruction of a warp to its next, by their control codes alone: that many warps
     keep a scheduler busy when nothing else waits.
@@ -107,17 +108,26 @@ class Load:
         return max(self.pipes, key=self.pipes.__getitem__)
 
 
-def load(loop: Sequence[Instruction], weights: int, bits: float, chip: Chip = H100) -> Load:
-    """The load of a loop that decodes `weights` weights a lane of `bits` stored bits each in one iteration."""
+def load(
+    loop: Sequence[Instruction],
+    weights: int,
+    bits: float,
+    times: int = 1,
+    after: Sequence[Instruction] = (),
+    chip: Chip = H100,
+) -> Load:
+    """The load of a loop that handles `weights` weights a lane of `bits` stored bits each in so many iterations, and of
+    what runs once `after` it."""
     used: Counter[str] = Counter()
-    for instruction in loop:
-        for pipe, amount in _work(instruction, chip):
-            used[pipe] += amount
+    for code, count in ((loop, times), (after, 1)):
+        for instruction in code:
+            for pipe, amount in _work(instruction, chip):
+                used[pipe] += amount * count
     fed = 8 * chip.bytes / bits  # weights a clock and SM
     busy = {pipe: used[pipe] / weights * fed / rate for pipe, rate in chip.rates.items()}
-    products = sum(i.base in PRODUCTS for i in loop)
-    clocks = WARPGROUP * weights / products / fed
-    return Load(len(loop) / weights, busy, clocks, sum(i.stall for i in loop) / len(loop))
+    products = sum(i.base in PRODUCTS for i in loop) * times
+    clocks = WARPGROUP * weights / products / fed if products else 0.0
+    return Load(used["issue"] / weights, busy, clocks, sum(i.stall for i in loop) / len(loop))
 
 
 def _work(instruction: Instruction, chip: Chip) -> Iterator[tuple[str, int]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tools.aot.model import H100, Chip, Load, load
-from tools.aot.sass import LOCAL, PRODUCTS, hot_loop, read_log, read_sass
+from tools.aot.sass import ADDS, LOCAL, PRODUCTS, hot_loop, read_log, read_sass
 
 BEGIN = "<!-- the table of `make aot` begins -->"
 END = "<!-- the table of `make aot` ends -->"
@@ -17,8 +17,9 @@ class Kernel(Protocol):
     """What the catalog says of a kernel: how to compile it, and what its loop has to be.
 
     `weights` are those that one lane decodes in one iteration of the loop with the products, `bits` what is stored for
-    a weight with its share of scales and tables, `wgmmas` the products of that iteration. No pipe may be fuller than
-    `target` at memory speed; None where arithmetic is the limit and not memory.
+    a weight with its share of scales and tables, `wgmmas` the products of that iteration, 0 where it only adds. No pipe
+    may be fuller than `target` at memory speed; None where arithmetic is the limit and not memory. Where the weights
+    are not those of one iteration, `times` says of how many, and what follows the loop is counted too; None elsewhere.
     """
 
     @property
@@ -33,6 +34,8 @@ class Kernel(Protocol):
     def bits(self) -> float: ...
     @property
     def wgmmas(self) -> int: ...
+    @property
+    def times(self) -> int | None: ...
     @property
     def target(self) -> float | None: ...
 
@@ -52,16 +55,19 @@ class Figures:
 
 def measure(kernel: Kernel, dump: Path, chip: Chip = H100) -> Figures:
     """Reads what compiling `kernel` left in `dump`. Of several programs there the one with products is the kernel."""
+    work, what = (PRODUCTS, "products") if kernel.wgmmas else (ADDS, "FADD")
     logs = sorted(dump.glob("*.ptxas"))
     found = [(read_log(p.read_text()), read_sass(p.with_suffix(".sass_ctrl").read_text())) for p in logs]
-    multiplying = [(log, program) for log, program in found if program.count(PRODUCTS)]
+    multiplying = [(log, program) for log, program in found if program.count(work)]
     if len(multiplying) != 1:
         raise ValueError(
-            f"{kernel.name}: {len(found)} programs in {dump}, {len(multiplying)} of them with products, and just one "
+            f"{kernel.name}: {len(found)} programs in {dump}, {len(multiplying)} of them with {what}, and just one "
             "must be. One that equals an earlier one is not compiled again: list it once"
         )
     ((log, program),) = multiplying
-    loop = hot_loop(program)
+    loop = hot_loop(program, work)
+    code = program.instructions[loop.start : loop.stop]
+    after = () if kernel.times is None else program.behind(loop)
     return Figures(
         log.registers,
         sum(other.stack for other, _ in found),
@@ -69,7 +75,7 @@ def measure(kernel: Kernel, dump: Path, chip: Chip = H100) -> Figures:
         sum(other.count(LOCAL) for _, other in found),
         program.count(PRODUCTS, loop),
         tuple(sorted({code for other, _ in found for code in other.warnings})),
-        load(program.instructions[loop.start : loop.stop], kernel.weights, kernel.bits, chip),
+        load(code, kernel.weights, kernel.bits, kernel.times or 1, after, chip),
     )
 
 
