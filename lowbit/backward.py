@@ -16,6 +16,7 @@ from lowbit.by_kernel import by_mma_dw, by_mma_dx
 from lowbit.by_term import emit_in_order
 from lowbit.devices import runs_kernels
 from lowbit.dispatch import by_platform
+from lowbit.ir.build import param
 from lowbit.ir.cost import cost
 from lowbit.ir.dtypes import is_float, numpy_dtype, short
 from lowbit.ir.walk import params
@@ -55,6 +56,7 @@ _by_kernel.defvjp(_by_kernel_fwd, _by_kernel_bwd)
 @lru_cache(maxsize=4096)
 def planned_dx(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
     """The plan of the gradient of x [m, k] in x @ w."""
+    t = replace(t, numerics="float")  # gradients are those in floats
     machine, stored = machine_of(platform), t.bits // 8
     made, _ = cotangent_forms(m, t, dtype, dtype, "x", platform)
     before = restoring(readings(t), stored, t.layout)  # the form takes the format's own layout
@@ -88,12 +90,15 @@ def _of_x_by_term(t: QuantType, dy: jax.Array, fields: dict[str, jax.Array]) -> 
 @lru_cache(maxsize=4096)
 def planned_dw(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
     """The plan of the gradients of w's parameters in x [m, k] @ w."""
+    t = replace(t, numerics="float")  # gradients are those in floats
     machine, stored, plain = machine_of(platform), t.bits // 8, replace(t, layout="own")
     before = restoring(readings(t), stored, t.layout) + (LAUNCH if machine.name == "gpu" else 0.0)
-    made = {name: cotangent_forms(m, plain, dtype, dtype, name, platform)[0][0] for name in _floats(plain)}
+    made = {name: cotangent_forms(m, plain, dtype, dtype, name, platform)[0][0] for name in floats(plain)}
     read = cost(t.decode).bytes if t.format.widths else stored  # of one width
     kernel = dw_choice(m, readings(t), readings(t).index(t.decode), read, t.layout, dtype, machine.name)
-    kernel = replace(kernel, refused=kernel.refused or no_kernel_here(kernel.name))
+    x = param("x", dtype, None, m=m, k=dict(t.dims)["k"])
+    encoded = None if t.format.activations(x) is x else f"it multiplies x as it is, and {t.format} rounds it"
+    kernel = replace(kernel, refused=kernel.refused or encoded or no_kernel_here(kernel.name))
     if kernel.refused is None and (books := kernel_layout(t).books.keys() & made.keys()):  # which XLA adds up
         kernel = replace(kernel, nanoseconds=kernel.nanoseconds + before + sum(made[b].nanoseconds for b in books))
     took = before + sum(form.nanoseconds for form in made.values())
@@ -101,8 +106,8 @@ def planned_dw(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
     return Plan(f"dw of x[{m}, k] @ {t}", machine.name, (), (kernel, by_term))
 
 
-def _floats(t: QuantType) -> list[str]:
-    """The fields that have gradients."""
+def floats(t: QuantType) -> list[str]:
+    """The fields that have gradients in a product."""
     return [name for name, leaf in t.fields.items() if is_float(leaf.dtype) and name in params(t.decode)]
 
 

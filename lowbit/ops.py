@@ -214,7 +214,7 @@ def _row_of_tile(w: QuantArray, row: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(asked: Lowering, t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
-    """`asked`: how the gradient of x is made."""
+    """`asked`: how gradients are made."""
     if t.layout == "own":
         return _forward(t, x, fields)
     return _laid_out(t, x, fields)

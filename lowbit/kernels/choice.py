@@ -30,7 +30,7 @@ from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import OneBit, Wide
 from lowbit.kernels.lanes import Program
 from lowbit.kernels.layout import SMS, WARPGROUPS, Layout, layout
-from lowbit.kernels.memory import DY_ROWS, too_much_before_hopper, too_much_for_dx
+from lowbit.kernels.memory import DY_ROWS, too_much_before_hopper, too_much_for_dx, too_much_for_int8, too_much_for_mma
 from lowbit.kernels.partial import Sums
 from lowbit.passes.pointwise import UnsuitableError
 
@@ -78,9 +78,10 @@ def kernel_choices(
     streamed = nbytes / BYTES_A_NANOSECOND
     refused = _no_decoder(readings, at, laid_out)
     lanes = 0.0 if refused else n * k * _decoding(layout(*readings).program("f16", at))
+    refused = refused or too_much_for_mma(layout(*readings).program("f16", at))
     fused = LAUNCH + max(streamed, lanes, products / (PRODUCTS_A_NANOSECOND * DECODING))
     dense = 2 * LAUNCH + restoring(readings, stored, laid_out) + streamed + 4 * n * k / BYTES_A_NANOSECOND
-    halves = None if machine == "gpu" and dtype in ("f16", "bf16") else _no_halves(dtype, machine)
+    halves = _no_halves(dtype, machine)
     return (
         KernelChoice("mma", halves or refused, nbytes, fused),
         sums_choice(m, readings, at, stored, laid_out, dtype, machine),
@@ -148,10 +149,9 @@ def _no_integers(readings: Sequence[Expr], at: int, laid_out: str) -> str | None
     if (why := _no_layout(readings, laid_out)) is not None:
         return why
     try:
-        layout(*readings).integers(at)
+        return too_much_for_int8(layout(*readings).integers(at).halves)
     except UnsuitableError as err:
         return str(err)
-    return None
 
 
 def fp8_choice(
@@ -182,7 +182,7 @@ def dx_choice(
     nbytes, products = stored + 2 * m * n, rows * n * k
     multiplied = max(nbytes / BYTES_A_NANOSECOND, products / (PRODUCTS_A_NANOSECOND * DECODING))
     summed = 2 * WARPGROUPS * 4 * rows * k / BYTES_A_NANOSECOND  # written, and read again
-    halves = None if machine == "gpu" and dtype in ("f16", "bf16") else _no_halves(dtype, machine)
+    halves = _no_halves(dtype, machine)
     refused = halves or _no_decoder(readings, at, laid_out) or too_much_for_dx(layout(*readings).program("f16", at))
     return KernelChoice("mma_dx", refused, nbytes, LAUNCH + multiplied + summed)
 
@@ -200,8 +200,8 @@ def dw_choice(
 ) -> KernelChoice:
     """Of the gradients of all parameters, for x [m, k] and a product's cotangent [m, n], both in `dtype`."""
     n, k = readings[0].dims["n"], readings[0].dims["k"]
-    why = None if machine == "gpu" and dtype in ("f16", "bf16") else _no_halves(dtype, machine)
-    why, instructions = (why, 0) if why else _summed(readings, at, laid_out)
+    halves = _no_halves(dtype, machine)
+    why, instructions = (halves, 0) if halves else _summed(readings, at, laid_out)
     nbytes = stored + 2 * m * (n + k)
     multiplied = max(nbytes / BYTES_A_NANOSECOND, m * n * k / (PRODUCTS_A_NANOSECOND * MULTIPLYING))
     summed = n * k * _busy(0, instructions)
@@ -226,10 +226,12 @@ def restoring(readings: Sequence[Expr], stored: int, laid_out: str) -> float:
     return RESTORING_LAUNCHES + 4 * (weights + stored) / BYTES_A_NANOSECOND
 
 
-def _no_halves(dtype: DType, machine: str) -> str:
+def _no_halves(dtype: DType, machine: str) -> str | None:
     if machine != "gpu":
         return "it is for GPUs"
-    return f"x is {dtype}, and it multiplies halves: cast x to bfloat16 or float16"
+    return (
+        None if dtype in ("f16", "bf16") else f"x is {dtype}, and it multiplies halves: cast x to bfloat16 or float16"
+    )
 
 
 def _no_decoder(readings: Sequence[Expr], at: int, laid_out: str) -> str | None:

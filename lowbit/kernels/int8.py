@@ -77,7 +77,7 @@ def _body(program: Integers, parts: Schedule, *refs: Any) -> None:
         stored = of_rows if program.halves.of_rows else parts.stored(parameters, group, True)
         integers, factors = verbs.integers(program, [verbs.words(ref.at[group, 0]) for ref in words], *stored)
         for i, weights in enumerate(integers):
-            sums = verbs.sums(weights, x.at[:, pl.ds(i * span, span)])
+            sums = verbs.integer_product(weights, x.at[:, pl.ds(i * span, span)])
             total = total + (verbs.times_rows(factors[i], sums) if factors else sums)
         verbs.release()
         return total, *of_rows

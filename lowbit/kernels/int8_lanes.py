@@ -21,7 +21,7 @@ from lowbit.kernels.decoders import COLUMNS, ROWS, STAGE, Eights, ScaledIntegers
 from lowbit.kernels.lanes import LANES, Array, Program, groups_of, row_registers, row_values, words_of_lanes
 from lowbit.kernels.pick import scaled_integers
 from lowbit.kernels.tables import REVERSED, Builder, is_odd
-from lowbit.passes.int8_rows import EXPONENT, LEAST
+from lowbit.passes.int8_rows import BELOW, EXPONENT, LEAST
 from lowbit.passes.pointwise import UnsuitableError
 from lowbit.passes.scalar import Element, Node, Number, Scalar, Sum, elements
 
@@ -162,7 +162,7 @@ class Integers:
             return list(IDENTITY[: 1 << self.halves.decoder.bits - 2]), builder.node(self.affine[0])
         upper = [(sign, builder.node(node)) for sign, node in entries[len(entries) // 2 :]]
         largest = reduce(alu.add_sizes, map(builder.node, elements(entries[0][1])))  # of all signs alike, in order
-        power = alu.f32("mul", alu.larger(largest, alu.number(LEAST)), alu.number(2 / 127))
+        power = alu.f32("mul", alu.larger(largest, alu.number(LEAST)), alu.number(float(BELOW)))
         power = alu.lop3(power, EXPONENT, 0, AND)
         inverse = alu.sub(alu.number(2.0**127), power)  # the exponents add up to 254
         scales = {1: inverse, -1: alu.lop3(inverse, 1 << 31, 0, XOR)}

@@ -33,6 +33,15 @@ def looked_up(program: Program) -> int:
     return 2 * (1 if program.weights.books else WARPGROUPS) * prod(program.table_shape)
 
 
+FEWEST = 8
+"""Rows of x that a block multiplies at least."""
+
+
+def results(columns: int) -> int:
+    """Of a block's results on their way out."""
+    return 4 * WARPGROUPS * ROWS * columns
+
+
 def stage_bytes(program: Program, columns: int) -> int:
     """Of what a step of the schedule `mma` fetches, with so many rows of x."""
     return 2 * columns * STAGE + fetched(program, parameters=not program.of_rows)  # those of rows are there at first
@@ -46,7 +55,7 @@ def too_much_before_hopper(program: Program) -> str | None:
     """Why no block of compute capability 8 can run the schedule `mma`; None where one can."""
     if isinstance(program.decoder, Bytes):
         return "weights of whole bytes are decoded on compute capability 9.0 alone"
-    needed = looked_up(program) + 2 * stage_bytes(program, 8)
+    needed = looked_up(program) + 2 * stage_bytes(program, FEWEST)
     if needed > BEFORE_HOPPER:
         return f"its tables and two stages take {needed:,} bytes of shared memory, and a block has {BEFORE_HOPPER:,}"
     return None
@@ -68,5 +77,19 @@ def dx_beside(program: Program) -> int:
 
 def too_much_for_dx(program: Program) -> str | None:
     """Why shared memory does not hold two steps of the schedule `mma_dx`; None where it does."""
-    needed = dx_beside(program) + 2 * dx_stage(program)
+    return _too_much(dx_beside(program), dx_stage(program))
+
+
+def too_much_for_mma(program: Program) -> str | None:
+    """The same of the schedule `mma`, with as few rows of x as it takes."""
+    return _too_much(looked_up(program) + results(FEWEST), stage_bytes(program, FEWEST))
+
+
+def too_much_for_int8(program: Program) -> str | None:
+    """The same in 8-bit integers: rows of x take half as much, and tables are in registers."""
+    return _too_much(results(FEWEST), stage_bytes(program, FEWEST // 2))
+
+
+def _too_much(beside: int, stage: int) -> str | None:
+    needed = beside + 2 * stage
     return None if needed <= SHARED else f"a block needs {needed:,} bytes of shared memory, and there are {SHARED:,}"

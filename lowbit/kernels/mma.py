@@ -24,7 +24,7 @@ from lowbit.kernels.computed import Bytes
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES, Program, by_leaf, groups_of
 from lowbit.kernels.layout import SMS, WARPGROUPS
-from lowbit.kernels.memory import SHARED, looked_up, stage_bytes
+from lowbit.kernels.memory import SHARED, looked_up, results, stage_bytes
 from lowbit.kernels.verbs import Gpu, Verbs, table_size
 from lowbit.passes.scalar import Element
 
@@ -81,7 +81,7 @@ def deepest(shape: Shape, stage: Callable[[int], int], beside: int = 0) -> Tunin
     """
 
     def fit(columns: int) -> int:
-        return (SHARED - 4 * WARPGROUPS * ROWS * columns - beside) // stage(columns)
+        return (SHARED - results(columns) - beside) // stage(columns)
 
     most = min(shape.m, COLUMNS_A_BLOCK)
     columns = next(c for c in range(most, 0, -8) if shape.m % c == 0 and fit(c) >= 2)
@@ -116,17 +116,18 @@ def launch(
 
 
 def started(
-    body: Callable[..., None], out: tuple[int, ...], grid: tuple[int, int, int], scratch: Sequence[Any], verbs: Verbs
-) -> Callable[..., jax.Array]:
-    """A kernel of blocks in a grid along AXES, that gives one array in float32."""
+    body: Callable[..., None], out: tuple[int, ...], grid: tuple[int, ...], scratch: Sequence[Any], verbs: Verbs,
+    axes: tuple[str, ...] = AXES,
+) -> Callable[..., jax.Array]:  # fmt: skip
+    """A kernel of blocks in a grid along axes, the last of which is that of warpgroups: it gives one f32 array."""
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(out, jnp.float32),
         scratch_types=scratch,
         grid=grid,
-        grid_names=AXES[:3],
+        grid_names=axes[:-1],
         num_threads=WARPGROUPS + 1,
-        thread_name=AXES[3],
+        thread_name=axes[-1],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=verbs.interpret,
     )

@@ -27,7 +27,7 @@ from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.layout import WARPGROUPS, Layout
 from lowbit.kernels.memory import SHARED, looked_up
-from lowbit.kernels.mma import HALF, pipelined
+from lowbit.kernels.mma import HALF, pipelined, started
 from lowbit.kernels.product import in_order, shared_tables
 from lowbit.kernels.verbs import Gpu, Verbs
 from lowbit.passes.scalar import Element
@@ -94,17 +94,8 @@ class _Schedule:
         scratch: list[Any] = [plgpu.SMEM((WARPGROUPS, *of_stage), jnp.float32)]
         if self.sums.unscaled:
             scratch += [plgpu.SMEM(program.table_shape, HALVES[program.kind]), plgpu.Barrier()]
-        return plgpu.kernel(
-            self.body,
-            out_type=jax.ShapeDtypeStruct((self.tiles, self.stages * of_stage[0], *of_stage[1:]), jnp.float32),
-            scratch_types=scratch,
-            grid=(self.tiles // WARPGROUPS, self.stages),
-            grid_names=AXES[:2],
-            num_threads=WARPGROUPS + 1,
-            thread_name=AXES[2],
-            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-            interpret=self.verbs.interpret,
-        )
+        out = self.tiles, self.stages * of_stage[0], *of_stage[1:]
+        return started(self.body, out, (self.tiles // WARPGROUPS, self.stages), scratch, self.verbs, AXES)
 
     @property
     def depth(self) -> int:

@@ -21,13 +21,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from lowbit.ir.dtypes import short
 from lowbit.kernels.alu import HALVES
 from lowbit.kernels.arrange import Fields
-from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import Program
 from lowbit.kernels.layout import SMS, WARPGROUPS, Layout
 from lowbit.kernels.memory import DY_ROWS, SHARED, dx_beside, dx_stage
-from lowbit.kernels.mma import HALF, MOST_DEEP, Schedule, Shape, Tuning, pipelined
-from lowbit.kernels.product import shared_tables
+from lowbit.kernels.mma import HALF, MOST_DEEP, Schedule, Shape, Tuning, pipelined, started
+from lowbit.kernels.product import operands
 from lowbit.kernels.verbs import Gpu, Verbs
 
 AXES = ("stage", "part", "column", "group")
@@ -56,17 +55,9 @@ def mma_dx(program: Program, shape: Shape, tuned: Tuning, verbs: Verbs | None = 
     """
     schedule = _Schedule(program, shape, tuned, verbs or Gpu())
     weights = plgpu.SMEM((WARPGROUPS, ROWS, STAGE), HALVES[program.kind], transforms=HALF)
-    return plgpu.kernel(
-        schedule.body,
-        out_type=jax.ShapeDtypeStruct((tuned.parts * WARPGROUPS, shape.m, shape.stages * STAGE), jnp.float32),
-        scratch_types=[weights, *schedule.scratch],
-        grid=(shape.stages, tuned.parts, shape.m // DY_ROWS),
-        grid_names=AXES[:3],
-        num_threads=WARPGROUPS + 1,
-        thread_name=AXES[3],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=schedule.verbs.interpret,
-    )
+    out = tuned.parts * WARPGROUPS, shape.m, shape.stages * STAGE
+    grid = shape.stages, tuned.parts, shape.m // DY_ROWS
+    return started(schedule.body, out, grid, [weights, *schedule.scratch], schedule.verbs, AXES)
 
 
 class _Schedule(Schedule):
@@ -124,9 +115,8 @@ def input_gradient(
     program, shape = of.program(kind, at), Shape(DY_ROWS * ceil(m / DY_ROWS), of.tiles, of.stages)
     run = mma_dx(program, shape, tuned or tuning(shape, program), verbs)
     padded = jnp.pad(dy, ((0, shape.m - m), (0, of.tiles * ROWS - of.n)))
-    stored = [fields[name] for name in of.read(at) if name not in of.books]
-    decoder = program.decoder
-    tables = [shared_tables(program, decoder, fields)] if isinstance(decoder, Books) else []
-    dx = run(*stored, *tables, padded).sum(0)[:m]
-    logical = dx.reshape(m, -1, decoder.consecutive // 2, 4, 2).swapaxes(2, 3).reshape(dx.shape)  # as x was turned
+    dx = run(*operands(of, program, fields, at), padded).sum(0)[:m]
+    logical = (
+        dx.reshape(m, -1, program.decoder.consecutive // 2, 4, 2).swapaxes(2, 3).reshape(dx.shape)
+    )  # as x was turned
     return logical[:, : of.k].astype(dy.dtype)

@@ -51,11 +51,15 @@ def product(
     program, shape = of.program(kind, at), Shape(padded, of.tiles, of.stages)
     run = schedule.mma(program, shape, tuned or schedule.tuning(shape, program), verbs)
     x_padded = jnp.pad(x, ((0, padded - m), (0, of.stages * STAGE - of.k)))
+    parts = run(*operands(of, program, fields, at), in_order(x_padded, program.decoder.consecutive))
+    return parts.sum(0)[: of.n, :m].T.astype(x.dtype)
+
+
+def operands(of: Layout, program: Program, fields: Fields, at: int) -> list[jax.Array]:
+    """Words, parameters and, where all rows share some, tables."""
     stored = [fields[name] for name in of.read(at) if name not in of.books]
     decoder = program.decoder
-    tables = [shared_tables(program, decoder, fields)] if isinstance(decoder, Books) else []
-    parts = run(*stored, *tables, in_order(x_padded, decoder.consecutive))
-    return parts.sum(0)[: of.n, :m].T.astype(x.dtype)
+    return [*stored, shared_tables(program, decoder, fields)] if isinstance(decoder, Books) else stored
 
 
 def product_of_codes(

@@ -96,7 +96,7 @@ class Verbs(Protocol):
     def total(self, sums: Sums, table: Ref, words: jax.Array, *scales: jax.Array) -> Sequence[jax.Array]:
         """For each row of x, what the ROWS add up to: float32 [ROWS]."""
 
-    def sums(self, weights: jax.Array, x: Ref) -> jax.Array:
+    def integer_product(self, weights: jax.Array, x: Ref) -> jax.Array:
         """weights [ROWS, k] @ x [columns, k]^T of integers of 8 bits, in int32."""
 
     def times_rows(self, factors: jax.Array, sums: jax.Array) -> jax.Array:
@@ -112,11 +112,7 @@ class Gpu:
     interpret = False
 
     def accumulate(self, out: Ref, run: Callable[[Ref], Any]) -> None:
-        def scoped(acc: Ref) -> jax.Array:
-            run(acc)
-            return acc[...]
-
-        out[...] = pl.run_scoped(scoped, plgpu.ACC(out.shape, jnp.float32))  # type: ignore[attr-defined]
+        out[...] = self.accumulated(out.shape, run)
 
     def words(self, ref: Ref, staged: bool = True) -> jax.Array:
         return load(ref, layout=BYTES if ref.dtype == jnp.uint8 else WORDS[ref.shape[0]], optimized=staged)
@@ -147,7 +143,7 @@ class Gpu:
     def product(self, weights: Ref, x: Ref) -> jax.Array:
         return self.accumulated((weights.shape[0], x.shape[0]), lambda acc: self.multiply(acc, weights, x))
 
-    def sums(self, weights: jax.Array, x: Ref) -> jax.Array:
+    def integer_product(self, weights: jax.Array, x: Ref) -> jax.Array:
         shape = weights.shape[0], x.shape[0]
         return self.accumulated(shape, lambda acc: self.multiply(acc, weights, x), jnp.int32)
 
@@ -270,7 +266,7 @@ class Twin:
         made: Sequence[jax.Array] = jax.pure_callback(totalled, out, [table[0], table[1]], words, *scales)
         return made
 
-    def sums(self, weights: jax.Array, x: Ref) -> jax.Array:
+    def integer_product(self, weights: jax.Array, x: Ref) -> jax.Array:
         return jnp.dot(weights.astype(jnp.int32), x[...].astype(jnp.int32).T)
 
     def times_rows(self, factors: jax.Array, sums: jax.Array) -> jax.Array:

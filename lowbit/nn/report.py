@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lowbit.array import QuantArray
 from lowbit.autotuning.lookup import measured
-from lowbit.backward import planned_dw, planned_dx
+from lowbit.backward import floats, planned_dw, planned_dx
 from lowbit.ir.dtypes import short
 from lowbit.nn.kernel import Kernel, Stats, expect_module, kernels
 from lowbit.nn.kinds import KINDS, QUANTIZED, layers
@@ -178,5 +178,7 @@ def _explained(batch: int, t: QuantType, platform: str | None, dtype: Any, gradi
     entry = measured(batch, t, short(dtype)) if made.machine == jax.default_backend() else None
     tables = [str(made) if entry is None else f"{made}\nmeasured {entry}"]
     if gradient:
-        tables += [str(planned(batch, t, short(dtype), made.machine)) for planned in (planned_dx, planned_dw)]
+        tables.append(str(planned_dx(batch, t, short(dtype), made.machine)))
+        if floats(t):
+            tables.append(str(planned_dw(batch, t, short(dtype), made.machine)))
     return "\n\n".join(tables)

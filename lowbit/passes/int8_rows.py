@@ -33,6 +33,8 @@ COLUMN = "column"
 LEAST = 2.0**-100
 """What a row is taken to reach at least, so that its scale and the inverse of that are normal in float32."""
 EXPONENT = 0x7F800000
+BELOW = np.nextafter(np.float32(2 / 127), np.float32(0))
+"""What the largest entry is multiplied by for the exponent of s: 127 times it is below 2, so that 127 has s = 1."""
 
 
 def rows(x: Expr, columns: int = 1) -> tuple[Expr, Expr]:
@@ -52,7 +54,7 @@ def rows(x: Expr, columns: int = 1) -> tuple[Expr, Expr]:
 
 def _power(largest: Any) -> Any:
     """The bits of s; for inf and NaN with an exponent beyond every number's."""
-    return (largest.clip(LEAST) * np.float32(2 / 127)).view(np.int32) & EXPONENT
+    return (largest.clip(LEAST) * BELOW).view(np.int32) & EXPONENT
 
 
 def _largest(x: Any) -> Any:

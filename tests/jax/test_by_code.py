@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +16,9 @@ from hypothesis import strategies as st
 import lowbit as lb
 from lowbit.array import QuantArray, laid_out, own
 from lowbit.compat import interpret_params, races_found
+from lowbit.ir.build import cast
 from lowbit.ir.dtypes import numpy_dtype
+from lowbit.ir.expr import Expr
 from lowbit.kernels.by_code import CodeSums, in_numpy, polynomial
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.mma_dw import by_span, parameter_gradients
@@ -217,9 +221,39 @@ def test_explain_lists_the_ways_to_the_gradients() -> None:
         (THERE, "cpu", "bfloat16", "it is for GPUs"),
         (W, "gpu", "bfloat16", "the weight is in its format's own layout: lb.prepare the model for its GPU"),
         (THERE, "gpu", "float32", "x is f32, and it multiplies halves: cast x to bfloat16 or float16"),
-        (laid_out(array(lb.nested_fp(), 64, 256)), "gpu", "float16", "its weights have no parameters of their rows"),
+        (laid_out(array(rounding(), 64, 256)), "gpu", "bfloat16", "it multiplies x as it is, and rounding() rounds it"),
     ):
         assert f"refused: {why}" in line(w, platform, dtype)
+    without = lb.explain(laid_out(array(lb.nested_fp(), 64, 256)), platform="gpu", dtype="float16", gradient=True)
+    assert "dw of" not in without and "dx[1, k] of" in without
+
+
+@lb.register_format("rounding", activations=lambda x: cast(cast(x, "e4m3"), x.dtype))
+def rounding(n: int, k: int) -> Expr:
+    return lb.uniform(4, group=32).decode(n=n, k=k)
+
+
+@pytest.mark.parametrize("fmt", [lb.uniform(4, group=128), lb.bcq(3, group=128), lb.any_precision(2, 3)], ids=str)
+def test_plans_of_gradients_in_other_numerics_are_those_in_floats(fmt: lb.Format) -> None:
+    plain = laid_out(array(fmt, 128, 256))
+    other = QuantArray(plain.fields, replace(plain.type, numerics="int8x2"))
+    tables = (lb.explain(w, 64, "gpu", "bfloat16", gradient=True).split("\n\n")[1:] for w in (plain, other))
+    assert next(tables) == next(tables)
+
+
+def test_the_page_says_what_the_table_counts() -> None:
+    """What runs once a tile is counted with 8 iterations, and with 64."""
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text("utf-8")
+    rows = [[cell.strip(" `%") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    counted = {row[0]: float(row[4]) for row in rows if "_dw_" in row[0]}
+    said = {row[0]: row for row in rows if f"{row[0]}_dw_bf16_m512" in counted}
+    assert len(said) == len(counted) // 2
+    for name, (_, _, instructions, clocks, *products) in said.items():
+        few, many = (counted[f"{name}_dw_bf16_m{m}"] for m in (512, 4096))
+        once = few - 8 * (many - few) / 56
+        assert float(instructions) == pytest.approx(once, abs=0.06)  # of one decimal
+        assert float(clocks.replace(",", "")) == pytest.approx(once * ROWS * STAGE / 128, abs=6 + 0.01 * 128)
+        assert products == ["4,096", "32,768"]
 
 
 def test_codebooks_are_left_to_xla() -> None:

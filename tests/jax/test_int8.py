@@ -105,6 +105,14 @@ def test_xla_rounds_rows_to_the_integers_of_the_oracle() -> None:
         np.testing.assert_array_equal(np.asarray(got, np.float64), evaluate(e, {"x": x}))
 
 
+@pytest.mark.parametrize("entries", [[127, -3, 1], [-127, 127, 64], [126, 3, 1], [64, 1, 0]])
+@pytest.mark.parametrize("power", [-40, 0, 7])
+def test_whole_numbers_up_to_127_times_a_power_of_two_are_exact(entries: list[int], power: int) -> None:
+    x = np.array([entries], np.float32) * np.float32(2.0) ** power
+    codes, scale = (evaluate(Call(name, (param("x", "f32", m=1, k=3),)), {"x": x}) for name in (CODES[1], SCALE))
+    np.testing.assert_array_equal(codes * scale, x)
+
+
 def test_rows_with_inf_or_nan_become_nan_and_others_do_not() -> None:
     x = random_rows(4, K)
     x[1, 3], x[2, 5] = np.inf, np.nan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations, product
 from math import ceil
 from types import SimpleNamespace
@@ -19,8 +20,9 @@ import lowbit as lb
 from lowbit import devices, planning
 from lowbit.array import QuantArray, laid_out
 from lowbit.compat import NEW, interpret_params, races_found
-from lowbit.ir import Bitcast, Call, param
+from lowbit.ir import Bitcast, Call, Gather, Unpack, merge, param
 from lowbit.ir.dtypes import short
+from lowbit.ir.expr import Expr
 from lowbit.kernels import mma as schedule
 from lowbit.kernels import product as launch
 from lowbit.kernels.choice import kernel_choices
@@ -301,6 +303,24 @@ def test_explain_lists_the_kernel_taken_or_refused() -> None:
         (array(lb.bcq(2, group=96), 100, 300), "gpu", "float16", "groups of 96 inputs do not line up with 256"),
     ):
         assert f"refused: {why}" in line(w, platform, dtype)
+
+
+@lb.register_format("two_tables")
+def two_tables(n: int, k: int) -> Expr:
+    """Entries that no kernel has room for: 2 x 16 floats for every 32 inputs."""
+    code = merge(Unpack(param("codes", "u8", n=n, g=k // 32, j=16), 4, "v", 2), "j", "v", into="i")
+    tables = (param(name, "f32", n=n, g=k // 32, c=16) for name in "ab")
+    return merge(sum(Gather(table, code, "c") for table in tables), "g", "i", into="k")
+
+
+def test_too_much_shared_memory_is_refused_by_its_bytes() -> None:
+    t = QuantType((("k", 256), ("n", 128)), "f32", two_tables(), layout="mma")
+    parameters, words, x, results = 2 * 16 * 8 * 128 * 4, 128 * 128, 8 * 256 * 2, 128 * 8 * 4
+    needed = results + 2 * (parameters + words + x + 2 * 1024)
+    plan = str(lb.plan((8, 256), t, "gpu", "bfloat16"))
+    assert f"mma      refused: a block needs {needed:,} bytes of shared memory, and there are 231,424" in plan
+    w = laid_out(random_array(replace(t, layout="own")))
+    assert lb.matmul(jnp.ones((8, 256), jnp.bfloat16), w).shape == (8, 128)  # though all platforms are planned
 
 
 def test_a_width_that_lanes_cannot_decode_is_refused_alone() -> None:

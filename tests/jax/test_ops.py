@@ -20,7 +20,8 @@ from lowbit.passes.choose import TIE
 from lowbit.passes.lower_xla import emit
 from lowbit.planning import MACHINES
 from lowbit.quant_type import QuantType
-from lowbit.testing.checks import check_gradients, check_product, stored
+from lowbit.testing import random_array
+from lowbit.testing.checks import check_gradients, check_product, random_rows, stored
 from lowbit.testing.terms import product_term
 from lowbit.testing.tolerance import assert_within, exact_and_bound, gamma, rounded, tiny
 from tests.terms import environment
@@ -73,6 +74,14 @@ def test_odd_shapes(m, k, n, fmt):
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
 def test_activation_dtypes_and_order(dtype, dims):
     check_product(activation(4, 70, dtype=dtype), quant(lb.bcq(3, 33, offset=True), 70, 6, dims=dims, dtype=dtype))
+
+
+def test_activations_in_any_order_in_memory():
+    w = random_array(lb.QuantType((("k", 40), ("n", 7)), "f32", lb.bcq(3, group=8)))
+    x = random_rows(6, 80)
+    want = lb.matmul(jnp.asarray(x[::2, ::2]), w)
+    for strided in (x[::2, ::2], np.asfortranarray(x[::2, ::2]), x.T.copy().T[::2, ::2], jnp.asarray(x.T[::2, ::2]).T):
+        np.testing.assert_array_equal(lb.matmul(strided, w), want)
 
 
 @pytest.mark.parametrize("batch", [(), (0,), (2, 3), (2, 0, 3), (1,)])
