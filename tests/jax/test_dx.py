@@ -183,10 +183,10 @@ def _forget() -> None:
 def test_on_a_hopper_gpu_the_cheapest_way_runs(hopper: SimpleNamespace) -> None:
     assert KERNEL in for_cuda(dx_of, X, THERE)
     assert KERNEL not in for_cuda(lambda x: dx_of(x, THERE, lowering="xla_dx"), X)
-    hopper.compute_capability = "8.0"
+    hopper.compute_capability = "10.0"
     _forget()
     assert KERNEL not in for_cuda(dx_of, X, THERE)
-    assert "mma_dx   refused: this GPU has compute capability 8.0" in lb.explain(THERE, gradient=True)
+    assert "mma_dx   refused: compute capability 10.0: lowbit has schedules for WGMMA" in lb.explain(THERE, gradient=True)
 
 
 def test_a_model_is_differentiated_through_the_kernel(hopper: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ def test_what_an_instruction_takes(opcode: str, where: tuple[str, ...], how_many
 def test_four_warps_multiply_before_hopper() -> None:
     # 16 x 8 x 16 multiply-adds each, of which an A100 has 1024 a clock and SM, an RTX 4090 256 with sums in float32.
     for chip, rate in (("a100", 1024), ("rtx4090", 256)):
-        its = load(repeated(HMMA_16816_F32=2), 16, 4, CHIPS[chip])
+        its = load(repeated(HMMA_16816_F32=2), 16, 4, chip=CHIPS[chip])
         assert pipes(Instruction("HMMA.16816.F32", "", 1)) == ("TC",)
         fed = 8 * CHIPS[chip].memory / CHIPS[chip].clock / CHIPS[chip].sms / 4  # weights a clock and SM
         assert its.pipes["TC"] == pytest.approx(2 * 4 * 16 * 8 * 16 / rate / (16 * 128 / fed))
@@ -185,7 +185,7 @@ def test_a_kernel_that_only_adds_is_judged_by_its_adds(tmp_path: Path) -> None:
     figures = measure(Listed(wgmmas=0), tmp_path)
     assert (figures.wgmmas, figures.load.clocks, figures.load.pipes["TC"]) == (0, 0, 0)
     assert figures.load.instructions == 10 / 8  # the loop is the one that multiplies otherwise
-    with pytest.raises(ValueError, match="0 of them with FADD, and exactly one must be"):
+    with pytest.raises(ValueError, match="0 of them with FADD, and just one must be"):
         measure(Listed(wgmmas=0), tmp_path / "nothing")
     with pytest.raises(ValueError, match="none of 4 loops has FADD"):
         hot_loop(read_sass(SASS), ("FADD",))
