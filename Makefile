@@ -55,12 +55,12 @@ bench:  ## time everything in benchmarks/ on this machine; writes benchmarks/res
 # An environment of its own: where jax finds its CUDA plugin and no driver, it says so at each start.
 aot:  ## every GPU kernel compiled for an H100, without one; writes the table of docs/kernels.md
 	@tools/venv.sh $(VENV)-aot aot
-	$(VENV)-aot/bin/python -m tools.aot $(or $(AOT_ARGS),--write docs/kernels.md)
+	$(VENV)-aot/bin/python -m tools.aot --jobs $(JOBS) $(or $(AOT_ARGS),--write docs/kernels.md)
 
 aot-ampere:  ## the same for an A100 and an RTX 4090, whose kernels need jax 0.12 and so Python >= 3.12
 	@JAX=0.12 tools/venv.sh $(VENV)-aot-ampere aot
-	$(VENV)-aot-ampere/bin/python -m tools.aot --chip a100 $(or $(AOT_ARGS),--write docs/kernels.md)
-	$(VENV)-aot-ampere/bin/python -m tools.aot --chip rtx4090 $(or $(AOT_ARGS),--write docs/kernels.md)
+	$(VENV)-aot-ampere/bin/python -m tools.aot --jobs $(JOBS) --chip a100 $(or $(AOT_ARGS),--write docs/kernels.md)
+	$(VENV)-aot-ampere/bin/python -m tools.aot --jobs $(JOBS) --chip rtx4090 $(or $(AOT_ARGS),--write docs/kernels.md)
 
 # With the Python of the machine and what that has: one with a GPU may have no network. The tests' own warnings are errors
 # elsewhere; here they may be those of other versions. In all less than 9 minutes, whatever hangs.

@@ -186,7 +186,9 @@ def test_on_a_hopper_gpu_the_cheapest_way_runs(hopper: SimpleNamespace) -> None:
     hopper.compute_capability = "10.0"
     _forget()
     assert KERNEL not in for_cuda(dx_of, X, THERE)
-    assert "mma_dx   refused: compute capability 10.0: lowbit has schedules for WGMMA" in lb.explain(THERE, gradient=True)
+    assert "mma_dx   refused: compute capability 10.0: lowbit has schedules for WGMMA" in lb.explain(
+        THERE, gradient=True
+    )
 
 
 def test_a_model_is_differentiated_through_the_kernel(hopper: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
