@@ -1,11 +1,11 @@
-"""A training step of one layer of an 8B model on a GPU: AlphaTuning of quantized weights beside LoRA on dense ones.
+"""A training step of layers of an 8B model on a GPU: AlphaTuning of quantized weights beside LoRA on dense ones.
 
     python -m benchmarks.gpu_step [--list]
 
-The seven products of a layer, without attention, forward and backward, and AdamW. AlphaTuning trains the first of four
-planes' scales, in the kernels' layout (`alpha`) and as XLA makes it of the format's own (`alpha_xla`). LoRA trains
-factors of rank 16 beside frozen bfloat16. The gradient of a scale is a sum over dy^T x, so that a step multiplies three
-times by a weight's size, and LoRA twice: what AlphaTuning has to show for it is memory.
+The seven products of each of four layers, without attention, forward and backward, and AdamW. AlphaTuning trains the
+first of four planes' scales, in the kernels' layout (`alpha`) and as XLA makes it of the format's own (`alpha_xla`).
+LoRA trains factors of rank 16 beside frozen bfloat16. The gradient of a scale is a sum over dy^T x, so that a step
+multiplies three times by a weight's size, and LoRA twice: what AlphaTuning has to show for it is memory.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ LAYER = {
     "down": (4096, 14336),
 }
 """Outputs by inputs."""
+DEPTH = 4
+"""Layers."""
 TOKENS = (512, 2048, 4096)
 WAYS = ("lora", "alpha", "alpha_xla")
 FORMAT = lb.bcq(4, group=128, scale_dtype="bfloat16")
@@ -61,15 +63,20 @@ class Case:
         return f"{self.way} tokens={self.tokens}"
 
     @property
+    def stack(self) -> dict[str, tuple[int, int]]:
+        """The weights of all layers."""
+        return {f"{i}/{name}": shape for i in range(DEPTH) for name, shape in self.layer.items()}
+
+    @property
     def weights(self) -> int:
-        return sum(n * k for n, k in self.layer.values())
+        return sum(n * k for n, k in self.stack.values())
 
     @property
     def stored(self) -> int:
         """Bytes of the weights and of what trains."""
         if self.way == "lora":
-            return 2 * self.weights + sum(4 * RANK * (n + k) for n, k in self.layer.values())
-        return sum(quantized(n, k).bits // 8 for n, k in self.layer.values())
+            return 2 * self.weights + sum(4 * RANK * (n + k) for n, k in self.stack.values())
+        return sum(quantized(n, k).bits // 8 for n, k in self.stack.values())
 
     @property
     def operations(self) -> int:
@@ -83,10 +90,17 @@ def quantized(n: int, k: int) -> lb.QuantType:
 
 
 def loss(product: Product, x: jax.Array) -> jax.Array:
-    """Of a layer: every product takes part, and attention is left out."""
-    h = x + product("o", product("q", x))
-    y = h + product("down", jax.nn.silu(product("gate", h)) * product("up", h))
-    return sum(((a.astype(jnp.float32) ** 2).mean() for a in (y, product("k", x), product("v", x))), jnp.float32(0))
+    """Of a stack of layers in which every product takes part; a gate stands where attention would."""
+    for i in range(DEPTH):
+        q, k, v = (product(f"{i}/{name}", normed(x)) for name in "qkv")
+        x = x + product(f"{i}/o", q * jnp.tile(jax.nn.silu(k) * v, (1, q.shape[1] // k.shape[1])))
+        gate, up = (product(f"{i}/{name}", normed(x)) for name in ("gate", "up"))
+        x = x + product(f"{i}/down", jax.nn.silu(gate) * up)
+    return (x.astype(jnp.float32) ** 2).mean()
+
+
+def normed(x: jax.Array) -> jax.Array:
+    return (x * jax.lax.rsqrt((x.astype(jnp.float32) ** 2).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
 def by_lora(frozen: Any, trained: Any, name: str, x: jax.Array) -> jax.Array:
@@ -108,14 +122,15 @@ def step(product: Callable[..., jax.Array], frozen: Any, trained: Any, state: An
 
 def operands(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The step of a case as a function, and its arguments."""
-    keys = dict(zip(case.layer, jax.random.split(jax.random.key(0), len(case.layer)), strict=True))
+    stack = case.stack
+    keys = dict(zip(stack, jax.random.split(jax.random.key(0), len(stack)), strict=True))
     x = jax.random.normal(jax.random.key(1), (case.tokens, case.layer["q"][1]), jnp.bfloat16)
     if case.way == "lora":
-        frozen: Any = {w: jax.random.normal(keys[w], (k, n), jnp.bfloat16) / k**0.5 for w, (n, k) in case.layer.items()}
-        trained: Any = {w: (jnp.ones((k, RANK)) / k, jnp.zeros((RANK, n))) for w, (n, k) in case.layer.items()}
+        frozen: Any = {w: jax.random.normal(keys[w], (k, n), jnp.bfloat16) / k**0.5 for w, (n, k) in stack.items()}
+        trained: Any = {w: (jnp.ones((k, RANK)) / k, jnp.zeros((RANK, n))) for w, (n, k) in stack.items()}
         return partial(step, by_lora), (frozen, trained, OPTIMIZER.init(trained), x)
     lay = jax.jit(laid_out) if case.way == "alpha" else lambda w: w
-    frozen = {w: lay(random_array(quantized(n, k))) for w, (n, k) in case.layer.items()}
+    frozen = {w: lay(random_array(quantized(n, k))) for w, (n, k) in stack.items()}
     trained = {w: a.fields[TRAINED] / a.type.dims[0][1] for w, a in frozen.items()}
     return partial(step, by_scales), (frozen, trained, OPTIMIZER.init(trained), x)
 

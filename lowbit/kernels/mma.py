@@ -35,6 +35,8 @@ COLUMNS_A_BLOCK = 64
 FILLING = 2
 """Steps that filling its pipeline costs a block, about."""
 MOST_DEEP = 8
+FETCHING = 56
+"""Registers of a lane that fetches: with 40 jax 0.12's pipeline spills some of them."""
 FEW = 16
 """Entries of a table that are fetched at a time."""
 HALF, BYTES = ((plgpu.TilingTransform((8, count)), plgpu.SwizzleTransform(128)) for count in (64, 128))
@@ -138,7 +140,7 @@ def pipelined(
 ) -> Callable[..., None]:
     """The steps of a block, their operands fetched by the last warpgroup while the others run `compute`."""
     run: Callable[..., None] = plgpu.emit_pipeline_warp_specialized(
-        step, grid=(steps,), in_specs=specs, wg_axis=AXES[3], num_compute_wgs=WARPGROUPS, memory_registers=40,
+        step, grid=(steps,), in_specs=specs, wg_axis=AXES[3], num_compute_wgs=WARPGROUPS, memory_registers=FETCHING,
         max_concurrent_steps=depth, compute_context=compute,
     )  # fmt: skip
     return run

@@ -17,17 +17,18 @@ SMALL = {"q": (64, 64), "k": (32, 64), "v": (32, 64), "o": (64, 64), "gate": (96
 
 def test_bytes_and_operations() -> None:
     lora, alpha = (Case(way, 512) for way in ("lora", "alpha"))
-    assert lora.weights == alpha.weights == 218_103_808
-    assert lora.stored == 2 * 218_103_808 + 4 * 16 * (4 * 4096 + 2 * 5120 + 3 * 18432)
-    assert alpha.stored == 218_103_808 * (4 + (3 * 16 + 32) / 128) / 8  # four planes, and the scales of one in float32
-    assert (lora.operations, alpha.operations) == tuple(2 * times * 512 * 218_103_808 for times in (2, 3))
+    weights = 4 * 218_103_808
+    assert lora.weights == alpha.weights == weights
+    assert lora.stored == 2 * weights + 4 * 4 * 16 * (4 * 4096 + 2 * 5120 + 3 * 18432)
+    assert alpha.stored == weights * (4 + (3 * 16 + 32) / 128) / 8  # four planes, and the scales of one in float32
+    assert (lora.operations, alpha.operations) == tuple(2 * times * 512 * weights for times in (2, 3))
 
 
 def test_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_step, "newest", lambda name: Results(Path(), MACHINE))
     assert gpu_step.main(["--list"]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("alpha tokens=512"))
-    assert line.split()[2:4] == ["126,091,264", "not"] and "677.5" in line
+    assert line.split()[2:4] == ["504,365,056", "not"] and "2709.9" in line
 
 
 @pytest.mark.slow
@@ -37,6 +38,7 @@ def test_a_run_measures_once(
     results = Results(tmp_path / "gpu_step.json", MACHINE)
     monkeypatch.setattr(gpu_step, "TOKENS", (8,))
     monkeypatch.setattr(gpu_step, "LAYER", SMALL)
+    monkeypatch.setattr(gpu_step, "DEPTH", 2)
     monkeypatch.setattr(gpu_step, "hopper", lambda parser: jax.devices()[0])
     monkeypatch.setattr(gpu_step, "opened", lambda name, machine: results)
     monkeypatch.setattr(gpu_step, "profiled", lambda: False)
