@@ -127,8 +127,8 @@ CASES = [
     (fp3_rows(), 13, 70, "f16"),
     # Read at every width: from one bit, with permutes, with a table in shared memory, with nothing else.
     (lb.any_precision(1, 4), 70, 300, "bf16"),
-    (lb.any_precision(2, 6), 64, 70, "f16"),
-    (lb.any_precision(3, 8, table_dtype="bfloat16"), 3, 300, "bf16"),
+    pytest.param(lb.any_precision(2, 6), 64, 70, "f16", marks=pytest.mark.slow),
+    pytest.param(lb.any_precision(3, 8, table_dtype="bfloat16"), 3, 300, "bf16", marks=pytest.mark.slow),
     (lb.any_precision(4, 5), 5, 64, "f16"),
     (lb.any_bcq(2, 4, group=32), 70, 100, "bf16"),
     # Vectors from tables that all rows share: words of 2 to 12 a lane, codes across words, part of a vector at the end.

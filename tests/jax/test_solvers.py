@@ -265,6 +265,7 @@ def test_half_precision_is_solved_in_float32(dtype: jnp.dtype):
 # --- Masks and importance --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_the_code():
     w = gaussian(64, 11) + 0.5
     values, mask = to_groups(w, 8)

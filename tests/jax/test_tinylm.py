@@ -129,6 +129,7 @@ def test_logits_are_float32_and_causal() -> None:
     assert all(np.any(np.asarray(logits[:, t] != changed[:, t])) for t in range(7, 12))
 
 
+@pytest.mark.slow
 def test_blocked_attention_equals_the_full_square() -> None:
     rng = np.random.default_rng(2)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 10, 2, 8)), jnp.float32) for _ in range(3))
@@ -260,6 +261,7 @@ def test_weights_beyond_half_precision_are_refused(tmp_path: pathlib.Path) -> No
         weights.save(model, tmp_path / "w.safetensors")
 
 
+@pytest.mark.slow
 def test_shipped_weights_compress_code_better_than_xz() -> None:
     assert weights.WEIGHTS.stat().st_size <= 8 * 2**20
     held = corpus.match_listed("code").text
