@@ -79,9 +79,10 @@ gpu-peers:  ## on an H100 or H200: lowbit beside other libraries; writes benchma
 	@$(PYTHON) -m benchmarks.needs
 	@timeout 540 $(PYTHON) -m benchmarks.peers $(PART) --seconds 500
 
+# Pages import the examples.
 docs:  ## the pages of docs/, every output in them made on the way; writes docs/_build/html
 	@tools/venv.sh $(VENV) docs
-	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	PYTHONPATH=$(CURDIR) $(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 clean:  ## remove environments, builds, caches and what the demo and the docs wrote
 	rm -rf .venv .venv-* build dist *.egg-info demo-out docs/_build docs/api
