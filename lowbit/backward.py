@@ -64,7 +64,7 @@ def planned_dx(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
     form = replace(made[0], name="xla_dx", nanoseconds=made[0].nanoseconds + before)
     read = cost(t.decode).bytes if t.format.widths else stored  # of one width
     kernel = dx_choice(m, readings(t), readings(t).index(t.decode), read, t.layout, dtype, machine.name)
-    kernel = replace(kernel, refused=kernel.refused or no_kernel_here(kernel.name))
+    kernel = kernel.unless(no_kernel_here(kernel.name))
     return Plan(f"dx[{m}, k] of x @ {t}", machine.name, (form,), (kernel,))
 
 
@@ -98,7 +98,7 @@ def planned_dw(m: int, t: QuantType, dtype: Any, platform: str) -> Plan:
     kernel = dw_choice(m, readings(t), readings(t).index(t.decode), read, t.layout, dtype, machine.name)
     x = param("x", dtype, None, m=m, k=dict(t.dims)["k"])
     encoded = None if t.format.activations(x) is x else f"it multiplies x as it is, and {t.format} rounds it"
-    kernel = replace(kernel, refused=kernel.refused or encoded or no_kernel_here(kernel.name))
+    kernel = kernel.unless(encoded).unless(no_kernel_here(kernel.name))
     if kernel.refused is None and (books := kernel_layout(t).books.keys() & made.keys()):  # which XLA adds up
         kernel = replace(kernel, nanoseconds=kernel.nanoseconds + before + sum(made[b].nanoseconds for b in books))
     took = before + sum(form.nanoseconds for form in made.values())

@@ -82,7 +82,6 @@ def by_fp8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], schedule: S
     from lowbit.kernels.product import product_of_codes
 
     tuned = None if schedule is None else Tuning(*schedule)
-
     encoded = t.format.activations(param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1]))
     factors = encoded.factors if isinstance(encoded, Contract) else (encoded,)
     (codes,) = (f for f in factors if "k" in f.dims)

@@ -223,21 +223,20 @@ def planned(m: int, t: QuantType, dtype: Any, platform: str, plain: bool = False
     read = cost(t.decode).bytes if t.format.widths else stored  # of one width
     at = readings(t).index(t.decode)
     *own, dense = kernel_choices(m, readings(t), at, read, t.layout, dtype, machine.name)
-    kernels = (*(replace(k, refused=k.refused or no_kernel_here(k.name, readings(t), at)) for k in own), dense)
+    kernels = (*(k if k.refused else k.unless(no_kernel_here(k.name, readings(t), at)) for k in own), dense)
     if t.numerics != "float":
         refused = f"it multiplies x as it is, and this product is in {t.numerics}"
         int8 = int8_choice(m, COLUMNS[t.numerics], readings(t), at, read, t.layout, machine.name)
-        int8 = replace(int8, refused=int8.refused or no_kernel_here("int8"))
-        others = tuple(replace(k, refused=k.refused or refused) for k in kernels if k.name != int8.name)
-        return Plan(f"x[{m}, k] @ {t}", machine.name, made, (int8, *others))
+        others = (k.unless(refused) for k in kernels if k.name != int8.name)
+        return Plan(f"x[{m}, k] @ {t}", machine.name, made, (int8.unless(no_kernel_here("int8")), *others))
     encoded = x if plain else t.activations(x)
     if encoded is x:
         return Plan(f"x[{m}, k] @ {t}", machine.name, made, kernels)
     code = min((e.dtype for e in topo(encoded) if "k" in e.dims), key=bits)
     refused = f"it multiplies x as it is, and {t.format} turns it into {code}"
-    none = tuple(replace(k, refused=k.refused or refused) for k in kernels)
+    none = (k.unless(refused) for k in kernels)
     fp8 = fp8_choice(m, readings(t), at, read, t.layout, code, machine.name)
-    fp8 = replace(fp8, refused=fp8.refused or no_kernel_here("fp8", readings(t), at))
+    fp8 = fp8.unless(no_kernel_here("fp8"))
     return Plan(f"x[{m}, k] as {code} @ {t}", machine.name, made, (fp8, *none))
 
 

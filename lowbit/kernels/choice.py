@@ -19,7 +19,7 @@ xla_dw   the cheapest forms of their terms
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from lowbit.devices import no_kernels_here, variant_here
@@ -67,6 +67,10 @@ class KernelChoice:
     refused: str | None
     bytes: int
     nanoseconds: float
+
+    def unless(self, why: str | None) -> KernelChoice:
+        """The same, refused for this too; the first reason stays."""
+        return self if why is None or self.refused is not None else replace(self, refused=why)
 
 
 def kernel_choices(
@@ -138,11 +142,16 @@ def int8_choice(
     m: int, columns: int, readings: Sequence[Expr], at: int, stored: int, laid_out: str, machine: str
 ) -> KernelChoice:
     """Of x [m, k], which becomes so many integers of 8 bits an entry, by a weight that is read as `readings[at]`."""
-    n, k = readings[0].dims["n"], readings[0].dims["k"]
-    nbytes, products = stored + columns * m * k, 8 * ceil(columns * m / 8) * n * k
-    nanoseconds = LAUNCH + max(nbytes / BYTES_A_NANOSECOND, products / (2 * PRODUCTS_A_NANOSECOND * DECODING))
     refused = _no_integers(readings, at, laid_out) if machine == "gpu" else "it is for GPUs"
-    return KernelChoice("mma", refused, nbytes, nanoseconds)
+    return _in_8_bits("mma", refused, columns * m, readings[0], stored)
+
+
+def _in_8_bits(name: str, refused: str | None, m: int, w: Expr, stored: int) -> KernelChoice:
+    """A product of m rows of bytes."""
+    n, k = w.dims["n"], w.dims["k"]
+    nbytes, products = stored + m * k, 8 * ceil(m / 8) * n * k
+    nanoseconds = LAUNCH + max(nbytes / BYTES_A_NANOSECOND, products / (2 * PRODUCTS_A_NANOSECOND * DECODING))
+    return KernelChoice(name, refused, nbytes, nanoseconds)
 
 
 def _no_integers(readings: Sequence[Expr], at: int, laid_out: str) -> str | None:
@@ -158,11 +167,8 @@ def fp8_choice(
     m: int, readings: Sequence[Expr], at: int, stored: int, laid_out: str, code: DType, machine: str
 ) -> KernelChoice:
     """Of x [m, k], which becomes `code`, by a weight that is read as `readings[at]`."""
-    n, k = readings[0].dims["n"], readings[0].dims["k"]
-    nbytes, products = stored + m * k, 8 * ceil(m / 8) * n * k
-    nanoseconds = LAUNCH + max(nbytes / BYTES_A_NANOSECOND, products / (2 * PRODUCTS_A_NANOSECOND * DECODING))
     refused = _no_float8(readings, at, laid_out, code) if machine == "gpu" else "it is for GPUs"
-    return KernelChoice("fp8", refused, nbytes, nanoseconds)
+    return _in_8_bits("fp8", refused, m, readings[0], stored)
 
 
 def no_kernel_here(name: str, readings: Sequence[Expr] = (), at: int = 0) -> str | None:
@@ -229,9 +235,9 @@ def restoring(readings: Sequence[Expr], stored: int, laid_out: str) -> float:
 def _no_halves(dtype: DType, machine: str) -> str | None:
     if machine != "gpu":
         return "it is for GPUs"
-    return (
-        None if dtype in ("f16", "bf16") else f"x is {dtype}, and it multiplies halves: cast x to bfloat16 or float16"
-    )
+    if dtype in ("f16", "bf16"):
+        return None
+    return f"x is {dtype}, and it multiplies halves: cast x to bfloat16 or float16"
 
 
 def _no_decoder(readings: Sequence[Expr], at: int, laid_out: str) -> str | None:

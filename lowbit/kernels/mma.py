@@ -146,6 +146,15 @@ def pipelined(
     return run
 
 
+def fetch_books(books: Sequence[Any], shared: Sequence[Any], group: jax.Array) -> None:
+    """Starts the copy of the tables of all rows to where `shared` has them, with the barrier behind them."""
+    for book in books:
+
+        @pl.when(group == 0)
+        def _(book: Any = book) -> None:
+            plgpu.copy_gmem_to_smem(book, *shared)
+
+
 def send(staging: Any, out: Any, tuned: Tuning, at: Sequence[jax.Array]) -> None:
     """A warpgroup's tile of the result, which is in `staging`, to its place: `at` along AXES."""
     row, part, column, group = at
@@ -201,7 +210,7 @@ class Schedule:
         tuned, verbs = self.tuned, self.verbs
         steps = self.shape.stages // tuned.parts
 
-        self.fetch(books, shared, group)
+        fetch_books(books, shared, group)
         table = (shared[0] if books else shared[0].at[group]) if shared else None
 
         def compute(pipeline: Callable[..., Any]) -> None:
@@ -221,14 +230,6 @@ class Schedule:
         specs = self.specs(lambda k: (row, part * steps + k), bool(staged))
         specs.append(plgpu.BlockSpec((tuned.columns, STAGE), lambda k: (column, part * steps + k), transforms=HALF))
         pipelined(step, steps, specs, tuned.depth, compute)(*words, *staged, x)
-
-    def fetch(self, books: Sequence[Any], shared: Sequence[Any], group: jax.Array) -> None:
-        """Starts the copy of the tables of all rows."""
-        for book in books:
-
-            @pl.when(group == 0)
-            def _(book: Any = book) -> None:
-                plgpu.copy_gmem_to_smem(book, *shared)
 
     def sorted(self, refs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Any]:
         """Words; parameters, and tables of all rows; x."""

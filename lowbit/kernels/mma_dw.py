@@ -27,7 +27,7 @@ from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.layout import WARPGROUPS, Layout
 from lowbit.kernels.memory import SHARED, looked_up
-from lowbit.kernels.mma import HALF, pipelined, started
+from lowbit.kernels.mma import HALF, fetch_books, pipelined, started
 from lowbit.kernels.product import in_order, shared_tables
 from lowbit.kernels.verbs import Gpu, Verbs
 from lowbit.passes.scalar import Element
@@ -55,7 +55,7 @@ def parameter_gradients(
     more = STEP * ceil(len(x) / STEP) - len(x)
     x = in_order(jnp.pad(x, ((0, more), (0, of.stages * STAGE - of.k))), sums.program.decoder.consecutive)
     dy = jnp.pad(dy, ((0, more), (0, of.tiles * ROWS - of.n)))
-    words = [fields[name] for name in of.words][: of.arrays(sums.program.weights)]
+    words = [fields[name] for name in of.words_read(at)]
     decoder = sums.program.decoder
     tables = [shared_tables(sums.program, decoder, fields)] if isinstance(decoder, Books) else []
     made = _Schedule(sums, len(x) // STEP, of.tiles, of.stages, verbs or Gpu()).run(dy, x, *words, *tables)
@@ -114,11 +114,7 @@ class _Schedule:
         verbs, sums = self.verbs, self.sums
         tile = row * WARPGROUPS + group
 
-        for book in books:
-
-            @pl.when(group == 0)
-            def _(book: Any = book) -> None:
-                plgpu.copy_gmem_to_smem(book, *shared)
+        fetch_books(books, shared, group)
 
         def compute(pipeline: Callable[..., Any]) -> None:
             total = verbs.accumulated((ROWS, STAGE), pipeline)

@@ -25,7 +25,7 @@ from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import Program
 from lowbit.kernels.layout import SMS, WARPGROUPS, Layout
 from lowbit.kernels.memory import DY_ROWS, SHARED, dx_beside, dx_stage
-from lowbit.kernels.mma import HALF, MOST_DEEP, Schedule, Shape, Tuning, pipelined, started
+from lowbit.kernels.mma import HALF, MOST_DEEP, Schedule, Shape, Tuning, fetch_books, pipelined, started
 from lowbit.kernels.product import operands
 from lowbit.kernels.verbs import Gpu, Verbs
 
@@ -69,7 +69,7 @@ class _Schedule(Schedule):
         stored, books = parameters[: len(self.leaves)], parameters[len(self.leaves) :]
         stage, part, column, group = [lax.axis_index(axis) for axis in AXES]
         steps = self.shape.rows // WARPGROUPS // self.tuned.parts
-        self.fetch(books, shared, group)
+        fetch_books(books, shared, group)
         table = (shared[0] if books else shared[0].at[group]) if shared else None
 
         def compute(pipeline: Callable[..., Any]) -> None:
