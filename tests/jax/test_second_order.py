@@ -13,6 +13,8 @@ import pytest
 from flax import nnx
 
 import lowbit as lb
+from lowbit.array import QuantArray
+from lowbit.quantizers import refit_tables
 from lowbit.quantizers.descent import descend
 from lowbit.quantizers.tables import best_table, codes_of, planes_of
 from lowbit.testing.quantizing import check_quantizer
@@ -154,6 +156,22 @@ def test_lnq_beats_kmeans_and_more_rounds_are_not_worse() -> None:
     errors = [error(lb.quantize_array(W, ALIKE, lb.lnq(rounds), importance=GRAM)) for rounds in range(4)]
     assert (np.array(errors[1:]) <= rounded_up_to(GRAM, np.array(errors[:-1]))).all()
     assert errors[2] < 0.7 * kmeans
+
+
+def test_tables_of_nested_codes_are_refitted_under_the_same_matrix() -> None:
+    nested = lb.quantize_array(W, lb.any_precision(1, 3, table_dtype="float32"), importance=GRAM.diagonal())
+    refitted = refit_tables(nested, W, gram=jnp.stack([GRAM, OTHER]))
+    for width in (1, 2, 3):
+        errors = []
+        for q in (nested, refitted):
+            d = np.asarray(lb.dequantize(QuantArray(q.fields, q.type.at(width))), np.float64) - W
+            both = np.stack([np.asarray(GRAM, np.float64) @ d, np.asarray(OTHER, np.float64) @ d])
+            errors.append((d * np.where(np.arange(N) < N // 2, both[0], both[1])).sum(0))
+        old, new = errors
+        assert (new <= rounded_up_to(GRAM, old)).all() and new.sum() < old.sum()
+    np.testing.assert_array_equal(refitted.fields["planes"], nested.fields["planes"])
+    with pytest.raises(ValueError, match="both importance and gram were given"):
+        refit_tables(nested, W, GRAM.diagonal(), gram=GRAM)
 
 
 def test_codes_of_planes_and_back() -> None:
