@@ -14,7 +14,7 @@ export PYTHON JAX
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint bench aot gpu docs clean
+.PHONY: help demo test test-all lint bench aot gpu gpu-peers docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -23,7 +23,7 @@ help:  ## this list
 	@echo "JAX=0.10.2         another jax (now: $(or $(JAX),the newest that fits))"
 	@echo "VENV=.venv-a       another environment (now: $(VENV))"
 	@echo "PYTEST_ARGS=...    more arguments for pytest"
-	@echo "PART=2/3           of the products that make gpu times (now: $(PART)); GPU_TESTS= leaves its tests out"
+	@echo "PART=2/3           of what make gpu and gpu-peers time (now: $(PART)); GPU_TESTS= leaves its tests out"
 	@echo "AOT_ARGS=...       other arguments for tools.aot: --only NAME --dump FOLDER"
 
 demo:  ## quantize, run, tune and save a real language model; writes demo-out/
@@ -67,6 +67,11 @@ gpu:  ## on an H100 or H200: tests/gpu, then the kernels timed; writes benchmark
 	timeout 120 $(PYTHON) -m benchmarks.gpu_micro || failed=1; \
 	timeout $$(left 530) $(PYTHON) -m benchmarks.gpu_matmul $(PART) --seconds $$(left 490) || failed=1; \
 	exit $$failed
+
+# Contenders that are not installed are named in the results. A run that is cut off goes on where it stopped.
+gpu-peers:  ## on an H100 or H200: lowbit beside other libraries; writes benchmarks/results/
+	@$(PYTHON) -m benchmarks.needs
+	@timeout 540 $(PYTHON) -m benchmarks.peers $(PART) --seconds 500
 
 docs:  ## the pages of docs/, every output in them made on the way; writes docs/_build/html
 	@tools/venv.sh $(VENV) docs

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import lowbit as lb
+from benchmarks.cold import copies
 from benchmarks.gpu_cases import COPY, HALVES, Case, canonical, groups, targets
 from benchmarks.gpu_results import Peaks, Results, Row, here, hopper, newest, opened, part, peaks
-from benchmarks.gpu_timing import copies, profiled, timed
+from benchmarks.gpu_timing import profiled, timed
 from lowbit.array import QuantArray, laid_out
 from lowbit.ir.dtypes import short
 from lowbit.passes.choose import Form

@@ -27,9 +27,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
+from benchmarks.cold import copies, middle
 from benchmarks.gpu_cases import DTYPES, SHAPES, Case, canonical
-from benchmarks.gpu_results import Row, here, hopper, middle, newest, opened, peaks
-from benchmarks.gpu_timing import copies, profiled, timed
+from benchmarks.gpu_results import Row, here, hopper, newest, opened, peaks
+from benchmarks.gpu_timing import profiled, timed
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.decoders import STAGE
 from lowbit.kernels.lanes import Program

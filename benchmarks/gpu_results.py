@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any, TypeVar
 
 import lowbit
@@ -151,12 +150,6 @@ def part(items: Sequence[T], text: str) -> list[T]:
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise ValueError(f"part {text!r} is none: write PART=i/n with i from 1 to n, such as PART=1/3")
     return list(items[int(found[1]) - 1 :: int(found[2])])
-
-
-def middle(times: Sequence[float]) -> dict[str, float]:
-    """The median, and how far the others lie apart, as a share of it."""
-    mid = median(times)
-    return {"seconds": mid, "spread": (max(times) - min(times)) / mid}
 
 
 @dataclass(frozen=True)

@@ -11,23 +11,14 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from math import ceil
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import profiler
 
-from benchmarks.gpu_results import Row, middle
-
-ROTATED = 512 << 20
-"""Bytes of weights that are read before one is read again: ten times the L2 cache of an H100."""
-ROUNDS = 5
-
-
-def copies(nbytes: int) -> int:
-    """How many weights of a size are used in turn: at least two."""
-    return max(2, ceil(ROTATED / nbytes))
+from benchmarks.cold import ROUNDS, middle
+from benchmarks.gpu_results import Row
 
 
 def profiled() -> bool:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu_matmul, gpu_micro, gpu_plot, gpu_results, gpu_timing, needs
+from benchmarks import cold, gpu_matmul, gpu_micro, gpu_plot, gpu_results, gpu_timing, needs
 from benchmarks.gpu_cases import COPY, Case, canonical, groups, targets
-from benchmarks.gpu_results import ASSUMED, Results, Target, middle, newest, opened, part, peaks
+from benchmarks.gpu_results import ASSUMED, Results, Target, newest, opened, part, peaks
 from lowbit.ir.build import param
 from lowbit.testing.checks import random_array, random_rows
 from lowbit.testing.terms import kernel_term
@@ -148,14 +148,14 @@ def test_what_was_wrong_or_of_other_code_is_measured_again(tmp_path: Path) -> No
 
 
 def test_median_and_spread() -> None:
-    assert middle([4.0, 1.0, 2.0]) == {"seconds": 2.0, "spread": 1.5}
+    assert cold.middle([4.0, 1.0, 2.0]) == {"seconds": 2.0, "spread": 1.5}
     assert gpu_timing.by_name([("a", 2.0), ("b", 4.0), ("a", 6.0)], 4) == {"a": 2e-3, "b": 1e-3}
 
 
 def test_weights_in_turn_exceed_the_cache() -> None:
-    assert gpu_timing.copies(470 << 20) == 2
-    assert gpu_timing.copies(1 << 40) == 2
-    assert gpu_timing.copies(4 << 20) == 128
+    assert cold.copies(470 << 20) == 2
+    assert cold.copies(1 << 40) == 2
+    assert cold.copies(4 << 20) == 128
 
 
 def test_targets() -> None:
@@ -228,7 +228,7 @@ def test_fetching_lowers_for_cuda() -> None:
 def cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Results:
     monkeypatch.setattr(gpu_matmul, "profiled", lambda: False)
     monkeypatch.setattr(gpu_matmul, "COPIED", 1 << 12)
-    monkeypatch.setattr(gpu_timing, "ROTATED", 1 << 10)
+    monkeypatch.setattr(cold, "ROTATED", 1 << 10)
     return Results(tmp_path / "gpu_matmul.json", MACHINE)
 
 
