@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import mul
 from typing import Any
@@ -25,8 +25,11 @@ def importance(stats: Mapping[str, LayerStats], path: str, rule: Rule, layer: An
     for a quantizer that needs none.
     """
     names = needed(rule)
-    if path not in stats or not names:
-        return None
+    return weighed(stats, path, names, layer) if path in stats and names else None
+
+
+def weighed(stats: Mapping[str, LayerStats], path: str, names: Sequence[str], layer: Any) -> jax.Array:
+    """The product of these statistics of a layer, likewise."""
     kind = KINDS[type(layer)]
     view = kind.view(layer)
     values = {name: jnp.asarray(getattr(stats[path], name)) for name in names}
