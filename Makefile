@@ -14,7 +14,7 @@ export PYTHON JAX
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint bench aot gpu gpu-peers docs clean
+.PHONY: help demo test test-all lint bench aot aot-ampere gpu gpu-peers docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,7 +55,12 @@ bench:  ## time everything in benchmarks/ on this machine; writes benchmarks/res
 # An environment of its own: where jax finds its CUDA plugin and no driver, it says so at each start.
 aot:  ## every GPU kernel compiled for an H100, without one; writes the table of docs/kernels.md
 	@tools/venv.sh $(VENV)-aot aot
-	$(VENV)-aot/bin/python -m tools.aot $(or $(AOT_ARGS),--write docs/kernels.md)
+	$(VENV)-aot/bin/python -m tools.aot --jobs $(JOBS) $(or $(AOT_ARGS),--write docs/kernels.md)
+
+aot-ampere:  ## the same for an A100 and an RTX 4090, whose kernels need jax 0.12 and so Python >= 3.12
+	@JAX=0.12 tools/venv.sh $(VENV)-aot-ampere aot
+	$(VENV)-aot-ampere/bin/python -m tools.aot --jobs $(JOBS) --chip a100 $(or $(AOT_ARGS),--write docs/kernels.md)
+	$(VENV)-aot-ampere/bin/python -m tools.aot --jobs $(JOBS) --chip rtx4090 $(or $(AOT_ARGS),--write docs/kernels.md)
 
 # With the Python of the machine and what that has: one with a GPU may have no network. The tests' own warnings are errors
 # elsewhere; here they may be those of other versions. In all less than 9 minutes, whatever hangs.
@@ -65,6 +70,7 @@ gpu:  ## on an H100 or H200: tests/gpu, then the kernels timed; writes benchmark
 	if [ -n "$(GPU_TESTS)" ]; then XLA_PYTHON_CLIENT_PREALLOCATE=false PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 timeout 240 \
 		$(PYTHON) -m pytest -p xdist.plugin -n 6 -p no:cacheprovider -W default $(GPU_TESTS) || failed=1; fi; \
 	timeout 120 $(PYTHON) -m benchmarks.gpu_micro || failed=1; \
+	timeout 120 $(PYTHON) -m benchmarks.gpu_step || failed=1; \
 	timeout $$(left 530) $(PYTHON) -m benchmarks.gpu_matmul $(PART) --seconds $$(left 490) || failed=1; \
 	exit $$failed
 

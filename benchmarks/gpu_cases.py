@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
+from typing import Literal
 
 import lowbit as lb
 from benchmarks.gpu_results import Peaks, Row, Target
+from lowbit.backward import planned_dx
 from lowbit.ir.cost import cost
+from lowbit.ir.dtypes import short
+from lowbit.kernels.choice import DX
+from lowbit.planning import Plan
 
 SHAPES = ((28672, 8192), (8192, 28672), (14336, 4096), (4096, 4096))
 """Outputs by inputs."""
@@ -22,6 +27,7 @@ FORMATS = {
     "bcq4": lb.bcq(4, group=128, scale_dtype="float16"),
     "bcq3": lb.bcq(3, group=128, scale_dtype="float16"),
     "bcq2": lb.bcq(2, group=128, scale_dtype="float16"),
+    "bcq1": lb.bcq(1, group=128, scale_dtype="float16"),
     "any_precision4": lb.any_precision(3, 4),
     "any_precision3": lb.any_precision(3, 4, width=3),
     "m1v4": lb.codebook(1, 8, vec=4, group=128, scale_dtype="float16"),
@@ -29,24 +35,36 @@ FORMATS = {
     "nested_fp16": lb.nested_fp(),
     "nested_fp8": lb.nested_fp(8),
 }
+INT8 = {f"{name}_int8x2": name for name in ("uniform4", "bcq3", "bcq2", "any_precision4", "any_precision3")}
+"""Products of the same weights in 8-bit integers, with few rows."""
 IN_BOTH = ("uniform4", "bcq4", "bcq3", "bcq2")
 """Timed in both halves, the others in the first."""
 HALVES, COPY = "halves", "copy"
 """A weight of 16 bits in an ordinary product; reading and writing memory."""
-WEIGHTS = (*((what,) for what in (HALVES, *IN_BOTH)), ("any_precision4", "any_precision3"), ("m1v4",), ("m2v8",))
+WEIGHTS = tuple(
+    (*whats, *(name for name, what in INT8.items() if what in whats))
+    for whats in (
+        *((what,) for what in (HALVES, *IN_BOTH, "bcq1", "m1v4", "m2v8")), ("any_precision4", "any_precision3")
+    )
+)  # fmt: skip
 NESTED = ((HALVES,), ("nested_fp16", "nested_fp8"))
-"""Widths of one array stand together."""
+"""Widths and numerics of one array stand together."""
+BACK, BACK_BATCHES = ("uniform4", "bcq3", "any_precision4", "m1v4"), (64, 512, 2048)
+"""Whose gradients of activations are timed, of the first shape and the last."""
 PREFILL = 512
 """Rows from which on decoding once and an ordinary product are a candidate too."""
+SUMMED = ("bcq4", "bcq3", "bcq2", "bcq1", "m1v4", "m2v8")
+"""What `sums` looks up too, for at most so many rows:"""
+SUMMED_ROWS = 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """One product x [m, k] @ w [k, n].
+    """One product x [m, k] @ w [k, n], or the gradient of x in it.
 
     Attributes:
-      what: a name of FORMATS, or HALVES.
-      lowering: what it is asked to run as; None for dense weights.
+      what: a name of FORMATS or INT8, or HALVES.
+      lowering: what it is asked to run as; None for products with dense weights. DX are those of gradients.
     """
 
     what: str
@@ -60,6 +78,11 @@ class Case:
     def name(self) -> str:
         lowering = f" {self.lowering}" if self.lowering else ""
         return f"{self.what}{lowering} {self.n}x{self.k} m={self.m} {self.dtype}"
+
+    @property
+    def back(self) -> bool:
+        """Whether it is a gradient."""
+        return self.lowering in DX
 
     @property
     def type(self) -> lb.QuantType:
@@ -88,19 +111,22 @@ class Case:
         """Seconds by the library's own model of its candidates."""
         if self.what == HALVES:
             return {}
-        found = lb.plan((self.m, self.k), self.type, "gpu", self.dtype)
-        return {c.name: c.nanoseconds / 1e9 for c in found.choices if c.name == self.lowering}
+        return {c.name: c.nanoseconds / 1e9 for c in self.plan().choices if c.name == self.lowering}
 
     def chosen(self) -> str | None:
         """What `lb.matmul` runs unasked."""
-        if self.what == HALVES:
-            return None
-        return lb.plan((self.m, self.k), self.type, "gpu", self.dtype).choice().name
+        return None if self.what == HALVES else self.plan().choice().name
+
+    def plan(self) -> Plan:
+        if self.back:
+            return planned_dx(self.m, self.type, short(self.dtype), "gpu")
+        return lb.plan((self.m, self.k), self.type, "gpu", self.dtype)
 
 
 def canonical(what: str, n: int, k: int) -> lb.QuantType:
     """A format's type at a size, laid out as on disk."""
-    return lb.QuantType((("k", k), ("n", n)), "bf16", FORMATS[what])
+    numerics: Literal["float", "int8x2"] = "int8x2" if what in INT8 else "float"
+    return lb.QuantType((("k", k), ("n", n)), "bf16", FORMATS[INT8.get(what, what)], numerics=numerics)
 
 
 def groups() -> list[list[Case]]:
@@ -118,9 +144,14 @@ def cases(what: str, n: int, k: int) -> list[Case]:
     """Those of one weight: first bfloat16."""
     if (n, k) in NESTED_SHAPES:
         return [Case(what, n, k, m, "float16", way) for m in (*FEW, *MANY) for way in ways(what, m)]
-    out = [Case(what, n, k, m, DTYPES[0], way) for m in BATCHES for way in ways(what, m)]
+    batches = [m for m in BATCHES if m < PREFILL] if what in INT8 else BATCHES
+    out = [Case(what, n, k, m, DTYPES[0], way) for m in batches for way in ways(what, m)]
     both = what in (HALVES, *IN_BOTH)
-    return out + [Case(what, n, k, m, DTYPES[1], ways(what, m)[0]) for m in BATCHES if both]
+    out += [Case(what, n, k, m, DTYPES[1], ways(what, m)[0]) for m in BATCHES if both]
+    if (n, k) in (SHAPES[0], SHAPES[-1]) and what in (HALVES, *BACK):
+        some = DX[-1:] if what == HALVES else DX
+        out += [Case(what, n, k, m, DTYPES[0], way) for m in BACK_BATCHES for way in some]
+    return out
 
 
 def ways(what: str, m: int) -> list[str | None]:
@@ -129,6 +160,8 @@ def ways(what: str, m: int) -> list[str | None]:
         return [None]
     if what == "nested_fp8":
         return ["fp8", "decode"]
+    if what in SUMMED and m <= SUMMED_ROWS:
+        return ["mma", "sums"]
     return ["mma", "dense"] if m >= PREFILL else ["mma"]
 
 

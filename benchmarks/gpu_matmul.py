@@ -30,7 +30,7 @@ from benchmarks.gpu_timing import profiled, timed
 from lowbit.array import QuantArray, laid_out
 from lowbit.ir.dtypes import short
 from lowbit.passes.choose import Form
-from lowbit.testing.checks import assert_product, random_array, random_rows
+from lowbit.testing.checks import assert_dx, assert_product, random_array, random_rows
 from lowbit.testing.terms import kernel_term
 from lowbit.testing.tolerance import assert_within, dot_tolerance, tiny
 
@@ -103,23 +103,36 @@ def _varied(w: QuantArray, i: jax.Array) -> QuantArray:
 
 
 def products(case: Case, x: jax.Array, weights: Sequence[Any]) -> list[jax.Array]:
-    """One product with each of the weights."""
+    """One product with each of the weights; x is dy for gradients."""
     if case.what == HALVES:
-        return [jnp.einsum("mk,nk->mn", x, w) for w in weights]
-    return [lb.matmul(x, QuantArray(w.fields, case.type), lowering=case.lowering) for w in weights]
+        return [jnp.einsum("mn,nk->mk" if case.back else "mk,nk->mn", x, w) for w in weights]
+    typed = [QuantArray(w.fields, case.type) for w in weights]
+    if case.back:
+        return [gradient(case, x, w) for w in typed]
+    return [lb.matmul(x, w, lowering=case.lowering) for w in typed]
+
+
+def gradient(case: Case, dy: jax.Array, w: QuantArray) -> jax.Array:
+    """Of x; the product itself is not computed."""
+    x = jnp.zeros((len(dy), case.k), dy.dtype)
+    dx: jax.Array = jax.vjp(lambda x: lb.matmul(x, w, lowering=case.lowering), x)[1](dy)[0]
+    return dx
 
 
 def measure(case: Case, host: Any, weights: Sequence[Any], of: Peaks, cupti: bool) -> Row:
     """One case: timed, and its first product compared with the oracle."""
     if case.what == HALVES:
         weights = [w.astype(case.dtype) for w in weights]
-    x = jnp.asarray(random_rows(case.m, case.k) / 64, case.dtype)  # so that sums stay within float16
+    x = jnp.asarray(random_rows(case.m, case.n if case.back else case.k) / 64, case.dtype)  # sums stay within float16
     out, times = timed(partial(products, case), (x, weights), len(weights), cupti)
     row = {"name": case.name, "what": case.what, "n": case.n, "k": case.k, "m": case.m, "dtype": case.dtype}
     row |= {"lowering": case.lowering, "chosen": case.chosen(), "stored": case.stored, "bytes": case.bytes}
     row |= {"at_peak": case.roofline(of), "predicted": case.predicted(), "weights": len(weights), **times}
     try:
-        check(case, host, np.asarray(x), out[0])
+        if case.back:
+            check_gradient(case, host, x, weights[0])
+        else:
+            check(case, host, np.asarray(x), out[0])
     except AssertionError as err:
         row["wrong"] = str(err)
     return row
@@ -137,10 +150,24 @@ def check(case: Case, host: Any, x: Any, y: jax.Array) -> None:
         assert_within(got, exact, bound, case.name)
         return
     few = sampled(host, columns, canonical(case.what, case.n, case.k))
-    kernel = case.lowering in ("mma", "fp8")  # which take no array in its format's own layout
+    kernel = case.lowering in ("mma", "sums", "fp8")  # which take no array in its format's own layout
     form = None if kernel else lb.plan(some.shape, few.type, "gpu", some.dtype).choice(case.lowering)
-    term = form.term if isinstance(form, Form) else kernel_term(len(some), few.type, short(some.dtype))
+    name = case.lowering or "mma"
+    term = form.term if isinstance(form, Form) else kernel_term(len(some), few.type, short(some.dtype), name)
     assert_product(got, some, few, term)
+
+
+def check_gradient(case: Case, host: Any, dy: jax.Array, w: Any) -> None:
+    """A gradient of few outputs against the oracle: the others get none."""
+    few = np.unique(np.linspace(0, case.n - 1, SAMPLE).astype(int))
+    rows = np.unique(np.linspace(0, case.m - 1, SAMPLE // 4).astype(int))
+    (dx,) = jax.jit(partial(products, case))(jnp.zeros_like(dy).at[:, few].set(dy[:, few]), [w])
+    got, some = np.asarray(dx[rows]), np.asarray(dy[rows][:, few])
+    if case.what != HALVES:
+        return assert_dx(got, some, sampled(host, few, canonical(case.what, case.n, case.k)), case.lowering == "mma_dx")
+    weights = np.asarray(jnp.asarray(host[few]).astype(case.dtype)).astype(np.float64)
+    exact, size = some.astype(np.float64) @ weights, np.abs(some.astype(np.float64)) @ np.abs(weights)
+    assert_within(got, exact, dot_tolerance(case.n, "float32", case.dtype) * size + tiny(case.dtype), case.name)
 
 
 def sampled(w: QuantArray, columns: Any, read_as: lb.QuantType) -> QuantArray:

@@ -34,8 +34,8 @@ from benchmarks.gpu_timing import profiled, timed
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels.decoders import STAGE
 from lowbit.kernels.lanes import Program
-from lowbit.kernels.layout import layout
-from lowbit.kernels.mma import SMS, Shape, mma, tuning
+from lowbit.kernels.layout import SMS, layout
+from lowbit.kernels.mma import Shape, mma, tuning
 from lowbit.kernels.verbs import Gpu
 
 NAME = "gpu_micro"
@@ -228,7 +228,7 @@ def program(q: Question) -> Callable[[jax.Array], jax.Array]:
 class Fetching(Gpu):
     """A back end that fetches all that a product needs, and computes nothing."""
 
-    def words(self, ref: Any) -> Any:
+    def words(self, ref: Any, staged: bool = True) -> Any:
         return None
 
     def rows(self, ref: Any, staged: bool) -> Any:

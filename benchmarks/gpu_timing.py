@@ -35,8 +35,10 @@ def profiled() -> bool:
 
 
 def timed(program: Callable[..., Any], args: Sequence[Any], products: int, cupti: bool) -> tuple[Any, Row]:
-    """The results of `program(*args)` and seconds for one of its `products`: median, spread, by kernel, by the host."""
+    """The results of `program(*args)` and seconds for one of its `products`: median, spread, by kernel, by the host;
+    and the bytes of memory that it takes beside its arguments and results."""
     compiled = jax.jit(program).lower(*args).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]
     out = jax.block_until_ready(compiled(*args))
     host = []
     for _ in range(ROUNDS):
@@ -44,14 +46,15 @@ def timed(program: Callable[..., Any], args: Sequence[Any], products: int, cupti
         jax.block_until_ready(compiled(*args))
         host.append((time.perf_counter() - start) / products)
     wall = middle(host)
+    beside = {"wall": wall["seconds"], "temporary": temporary}
     if not cupti:
-        return out, {**wall, "clock": "host", "wall": wall["seconds"]}
+        return out, {**wall, "clock": "host", **beside}
     kernels: list[dict[str, float]] = []
     for _ in range(ROUNDS):
         _, found = profiler.measure(compiled, aggregate=False)(*args)
         kernels.append(by_name(found or [], products))
     times = middle([sum(k.values()) for k in kernels])
-    return out, {**times, "clock": "CUPTI", "wall": wall["seconds"], "kernels": kernels[0]}
+    return out, {**times, "clock": "CUPTI", **beside, "kernels": kernels[0]}
 
 
 def by_name(found: Sequence[tuple[str, float]], products: int) -> dict[str, float]:

@@ -15,8 +15,9 @@ from jax import export
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.ir.expr import Param
 from lowbit.kernels.arrange import arrange, restore
+from lowbit.passes.in_int8 import Numerics, checked_numerics
 from lowbit.passes.lower_xla import align, emit
-from lowbit.quant_type import QuantType, float_words, kernel_layout, type_from_json, type_to_json
+from lowbit.quant_type import QuantType, float_words, kernel_layout, readings, type_from_json, type_to_json
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -126,6 +127,11 @@ def expect_array(w: Any, who: str) -> QuantArray:
     return w
 
 
+def in_numerics(w: QuantArray, numerics: Numerics | None) -> QuantArray:
+    """The same array for products in other numerics. Raises ValueError for those that do not exist."""
+    return w if numerics is None else QuantArray(w.fields, replace(w.type, numerics=checked_numerics(numerics)))
+
+
 def own(w: QuantArray) -> QuantArray:
     """The same array with its fields laid out as its format says; `w` itself if they are."""
     if w.type.layout == "own":
@@ -142,9 +148,12 @@ def _restored(t: QuantType, fields: dict[str, jax.Array]) -> dict[str, jax.Array
 def laid_out(w: QuantArray) -> QuantArray:
     """The same array in the layout that GPU kernels read. Bits that pad a group come out as zeros.
 
-    Raises `lowbit.passes.pointwise.UnsuitableError`, with the reason, for a format that has none.
+    Raises `lowbit.passes.pointwise.UnsuitableError`, with the reason, for a format that has none, or that no kernel
+    multiplies in the numerics of the type.
     """
     to = replace(w.type, layout="mma")
+    if to.numerics != "float":
+        kernel_layout(to).integers(readings(to).index(to.decode))
     return over_stack(lambda one: QuantArray(_arranged(to, one.fields), to), own(w))
 
 

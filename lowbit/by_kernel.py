@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
 from lowbit.array import QuantArray, own
+from lowbit.devices import variant_here
 from lowbit.ir.build import param
 from lowbit.ir.dtypes import short
 from lowbit.ir.expr import Contract
+from lowbit.passes.in_int8 import COLUMNS
+from lowbit.passes.int8_rows import rows
 from lowbit.passes.lower_xla import align, emit
 from lowbit.quant_type import QuantType, kernel_layout, readings
+
+if TYPE_CHECKING:
+    from lowbit.kernels.mma import Tuning
 
 
 def dense(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
@@ -25,12 +33,47 @@ Schedule = tuple[int, int, int] | None
 
 
 def by_mma(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], schedule: Schedule = None) -> jax.Array:
-    """Weights in the kernels' layout, decoded on their way to the tensor cores."""
+    """Weights in the kernels' layout, decoded on their way to the tensor cores, in whatever numerics."""
     from lowbit.kernels.mma import Tuning  # imports Mosaic GPU, which other platforms do without
     from lowbit.kernels.product import product
 
     tuned = None if schedule is None else Tuning(*schedule)
-    return product(kernel_layout(t), x, fields, tuned, at=readings(t).index(t.decode))
+    if t.numerics != "float":
+        return _by_int8(t, x, fields, tuned)
+    return product(kernel_layout(t), x, fields, tuned, at=readings(t).index(t.decode), variant=variant_here())
+
+
+def by_mma_dx(t: QuantType, dy: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """The gradient of x from dy [m, n]: weights in the kernels' layout, decoded to shared memory."""
+    from lowbit.kernels.mma_dx import input_gradient
+
+    return input_gradient(kernel_layout(t), dy, fields, at=readings(t).index(t.decode))
+
+
+def by_mma_dw(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array) -> dict[str, jax.Array]:
+    """The gradients of float fields in the kernels' layout: sums of dy^T x by codes, for dy [m, n]."""
+    from lowbit.kernels.mma_dw import parameter_gradients
+
+    return parameter_gradients(kernel_layout(t), x, dy, fields, at=readings(t).index(t.decode))
+
+
+def by_sums(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """Weights in the kernels' layout, looked up among sums of x."""
+    from lowbit.kernels.product import product_by_sums
+
+    return product_by_sums(kernel_layout(t), x, fields)
+
+
+def _by_int8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], tuned: Tuning | None) -> jax.Array:
+    from lowbit.kernels.int8 import product_of_integers
+
+    leaf, columns = param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1]), COLUMNS[t.numerics]
+    codes, scales = (emit(e, {"x": x}) for e in rows(leaf, columns))
+    of, at = kernel_layout(t), readings(t).index(t.decode)
+    sums = product_of_integers(of, codes.reshape(-1, x.shape[1]), fields, at, tuned)
+    by_column = sums.reshape(columns, len(x), -1)
+    y = sum(by_column[i] * 256.0**-i for i in range(columns)) * scales[:, None]
+    return y.astype(x.dtype)
 
 
 def by_fp8(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], schedule: Schedule = None) -> jax.Array:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 NEW = jax.__version_info__ >= (0, 11)
+NEEDED_BEFORE_HOPPER = "0.12"
+BEFORE_HOPPER = jax.__version_info__ >= (0, 12)
+"""Whether Mosaic GPU compiles for compute capability 8: `mma.sync`, and `cp.async` by warpgroups."""
 
 
 def load(ref: Any, layout: Any, optimized: bool = True) -> jax.Array:
@@ -18,6 +22,32 @@ def load(ref: Any, layout: Any, optimized: bool = True) -> jax.Array:
 def transposed(ref: Any) -> Any:
     """A matrix in memory seen the other way round: `plgpu.transpose_ref` in 0.10, a method since."""
     return ref.transpose((1, 0)) if NEW else plgpu.transpose_ref(ref, (1, 0))
+
+
+def store(ref: Any, value: jax.Array) -> None:
+    """Stores to memory in pieces as small as the lanes have them: `plgpu.store`, which 0.10 lacks."""
+    plgpu.store(ref, value, optimized=False)  # type: ignore[attr-defined, unused-ignore]
+
+
+def mma(total: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """total + a @ b by `mma.sync`, which 0.10 lacks."""
+    out: jax.Array = plgpu.mma(total, a, b)  # type: ignore[attr-defined, unused-ignore]
+    return out
+
+
+def mma_layout(operand: str) -> Any:
+    """How `mma` takes its operand LHS, RHS or ACC; all halves are alike."""
+    return getattr(plgpu.Layout, f"MMA_{operand}")(jnp.float16)
+
+
+def copy_matrix_async(source: Any, target: Any) -> None:
+    """Begins a copy by `cp.async`, from memory to a tiled buffer; earlier ones that no group has end with it as one."""
+    plgpu.copy_gmem_to_smem(source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)  # type: ignore[call-arg, attr-defined, unused-ignore]
+
+
+def wait_async(but: int) -> None:
+    """Waits for copies by `cp.async`, but for the newest groups of them, and for the warpgroup's other lanes."""
+    plgpu.wait_gmem_to_smem(but)  # type: ignore[attr-defined, unused-ignore]
 
 
 def interpret_params(**options: Any) -> Any:

@@ -18,14 +18,15 @@ _two_programs = Primitive("lowbit_two_programs")
 _two_programs.multiple_results = True
 
 
-def by_platform(cuda: Callable[..., jax.Array], default: Callable[..., jax.Array], *args: Any) -> jax.Array:
-    """`cuda(*args)` in what is compiled for CUDA, `default(*args)` elsewhere; both give an array of the same type.
+def by_platform(cuda: Callable[..., Any], default: Callable[..., Any], *args: Any) -> Any:
+    """`cuda(*args)` in what is compiled for CUDA, `default(*args)` elsewhere; both give one tree of arrays of the same
+    types.
 
     Of a batch by `jax.vmap`, CUDA computes one after another.
     """
-    programs = [jax.make_jaxpr(lambda *a, f=f: [f(*a)])(*args) for f in (cuda, default)]
-    out: list[jax.Array] = _two_programs.bind(*jax.tree.leaves(args), cuda=programs[0], default=programs[1])
-    return out[0]
+    (for_cuda, _), (for_others, shapes) = (jax.make_jaxpr(f, return_shape=True)(*args) for f in (cuda, default))
+    out = _two_programs.bind(*jax.tree.leaves(args), cuda=for_cuda, default=for_others)
+    return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
 
 @_two_programs.def_impl
@@ -57,13 +58,13 @@ def _batched(args: Any, dims: Any, *, cuda: ClosedJaxpr, default: ClosedJaxpr) -
     def one_by_one(*args: Any) -> Any:
         def one(slices: Any) -> Any:
             it = iter(slices)
-            return jaxpr_as_fun(cuda)(*(next(it) if m else a for a, m in zip(args, moving, strict=True)))[0]
+            return jaxpr_as_fun(cuda)(*(next(it) if m else a for a, m in zip(args, moving, strict=True)))
 
         return jax.lax.map(one, [a for a, m in zip(args, moving, strict=True) if m])
 
     axes = [0 if m else None for m in moving]
-    together = jax.vmap(lambda *a: jaxpr_as_fun(default)(*a)[0], axes)
-    return [by_platform(one_by_one, together, *first)], [0]
+    together = jax.vmap(jaxpr_as_fun(default), axes)
+    return by_platform(one_by_one, together, *first), [0] * len(default.out_avals)
 
 
 mlir.register_lowering(_two_programs, _lower_default)

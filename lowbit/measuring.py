@@ -70,7 +70,7 @@ def expected(few: QuantType, env: dict[str, Array], dtype: Any, lowering: str) -
     m = len(env["x"])
     product = product_term(m, few, dtype)
     exact, _ = exact_and_bound(product, env, ("m", "n"))
-    term = run(product, PIPELINES[lowering]) if lowering in PIPELINES else kernel_term(m, few, dtype)
+    term = run(product, PIPELINES[lowering]) if lowering in PIPELINES else kernel_term(m, few, dtype, lowering)
     _, bound = exact_and_bound(term, env, ("m", "n"))
     return exact, rounded(exact, bound, numpy_dtype(dtype))
 

@@ -11,29 +11,29 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lowbit.array import QuantArray, expect_array, over_stack, own
+from lowbit.array import QuantArray, expect_array, in_numerics, over_stack, own
 from lowbit.autotuning.lookup import chosen
-from lowbit.by_kernel import by_fp8, by_mma, dense
-from lowbit.devices import is_hopper
+from lowbit.backward import cotangents
+from lowbit.by_kernel import by_fp8, by_mma, by_sums, dense
+from lowbit.by_term import emit_in_order
+from lowbit.devices import runs_kernels
 from lowbit.dispatch import by_platform
 from lowbit.ir.build import param
 from lowbit.ir.dtypes import numpy_dtype, short
-from lowbit.ir.expr import Const, Expr
-from lowbit.ir.walk import params, topo
+from lowbit.ir.expr import Const
+from lowbit.ir.walk import topo
 from lowbit.kernels.decoders import ROWS
 from lowbit.passes.choose import Form
+from lowbit.passes.in_int8 import Numerics
 from lowbit.passes.lower_xla import align, emit
 from lowbit.passes.tile import Tiles, keeps
 from lowbit.planning import (
-    FORCED,
+    FORCED_BACK,
     WATCH,
     Lowering,
     check_last_dim,
-    checked_lowering,
-    cotangent_term,
-    machine_of,
+    forced,
     planned,
 )
 from lowbit.quant_type import QuantType, kernel_layout
@@ -70,6 +70,7 @@ def matmul(
     width: int | jax.Array | None = None,
     differentiable: Mode | None = None,
     lowering: Lowering = None,
+    numerics: Numerics | None = None,
 ) -> jax.Array:
     """`x @ w` for x [..., k] and a quantized w with dims k and n: [..., n], accumulated in float32.
 
@@ -88,47 +89,55 @@ def matmul(
         a dense weight. "jvp" for forward mode too (`jax.jvp`, `jax.hessian`): JAX differentiates the product's program,
         in reverse mode with whatever memory that takes.
       lowering: the name of the form or kernel to run whatever it costs, or several of which the first that can is
-        taken. `lb.explain` lists them.
+        taken. "mma_dx" and "xla_dx" say so of the gradient of x, "mma_dw" and "xla_dw" of those of w's fields.
+        `lb.explain` lists them all.
+      numerics: "float"; or 8-bit integers, one for each activation ("int8") or two ("int8x2"), their products summed
+        exactly: docs/int8.md bounds the rounding. Gradients are those in floats. If None w's own, see `lb.Rule`.
 
     Raises TypeError for an x that is not floating, a w that is no QuantArray, or forward mode through a "vjp" product,
-    ValueError when x's last dim is not w's k or its first ones are not w's stack (both sizes are named), or for another
-    mode, and LoweringError, with the table of what can run and why the rest cannot, for a `lowering` that cannot.
+    ValueError when x's last dim is not w's k or its first ones are not w's stack (both sizes are named), for another
+    mode or numerics that w lacks, and LoweringError, with the table of what can run, for another `lowering`.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> w = lb.quantize_array(jnp.eye(8, 4), lb.bcq(2, group=8))
     >>> lb.matmul(jnp.ones((3, 8)), w).shape
     (3, 4)
     """
+    w = in_numerics(expect_array(w, "matmul"), numerics)
     if width is not None:
-        how = partial(matmul, differentiable=differentiable, lowering=lowering)
-        return at_width(how, x, expect_array(w, "matmul"), width)
+        return at_width(partial(matmul, differentiable=differentiable, lowering=lowering), x, w, width)
     x = jnp.asarray(x)
-    sizes = dict(expect_array(w, "matmul").type.dims)
+    sizes = dict(w.type.dims)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x is {x.dtype}[{', '.join(map(str, x.shape))}]; matmul takes floating activations: cast it")
-    if stack := w.stack:
-        if x.ndim <= len(stack) or x.shape[: len(stack)] != stack:
-            raise ValueError(
-                f"x has shape {x.shape}, but w is a stack {list(stack)} of {w.type}: x must begin with the axes of the "
-                f"stack and end with k = {sizes['k']}; jnp.broadcast_to gives every slice the same x"
-            )
+    _check_stack(x.shape, w)
     check_last_dim(x.shape, w.type)
     if (seen := WATCH.get()) is not None:
         seen(x, w)
-    if stack:
+    if w.stack:
         y: jax.Array = over_stack(lambda one, x: matmul(x, one, differentiable=differentiable, lowering=lowering), w, x)
         return y
     batch, rows = x.shape[:-1], prod(x.shape[:-1])
     if rows == 0:
         return jnp.zeros((*batch, sizes["n"]), x.dtype)
     flat = x.reshape(rows, sizes["k"])
-    product = _matmul if _checked(differentiable or _MODE.value) == "vjp" else _differentiable
-    with explained(), FORCED(checked_lowering(lowering) or FORCED.value):
+    reverse = _checked(differentiable or _MODE.value) == "vjp"
+    with explained(), forced(lowering):
+        product = partial(_matmul, FORCED_BACK.value) if reverse else _differentiable
         if isinstance(rows, int):
             out = product(w.type, flat, w.fields)
         else:
             out = jax.vmap(lambda row: product(w.type, row[None], w.fields)[0])(flat)
     return out.reshape(*batch, sizes["n"])
+
+
+def _check_stack(shape: Sequence[int], w: QuantArray) -> None:
+    stack = w.stack
+    if stack and (len(shape) <= len(stack) or shape[: len(stack)] != stack):
+        raise ValueError(
+            f"x has shape {shape}, but w is a stack {list(stack)} of {w.type}: x must begin with the axes of the stack "
+            f"and end with k = {dict(w.type.dims)['k']}; jnp.broadcast_to gives every slice the same x"
+        )
 
 
 @contextmanager
@@ -203,8 +212,9 @@ def _row_of_tile(w: QuantArray, row: jax.Array) -> jax.Array:
     return _rows(own(QuantArray(tile, w.type.resized(n=size))), (row % ROWS)[None])[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(asked: Lowering, t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+    """`asked`: how gradients are made."""
     if t.layout == "own":
         return _forward(t, x, fields)
     return _laid_out(t, x, fields)
@@ -218,23 +228,26 @@ def _forward(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], plain: bo
     if choice.name == "dense":
         return dense(t, x, fields)
     term = choice.term if isinstance(choice, Form) else planned(*how).term
-    return _emit_in_order(term, {**own(QuantArray(fields, t)).fields, "x": x}, ("m", "n"), x.dtype)
+    return emit_in_order(term, {**own(QuantArray(fields, t)).fields, "x": x}, ("m", "n"), x.dtype)
 
 
 def _differentiable(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
     """The product as a program to be differentiated: straight through the rounding of activations."""
+    if t.numerics != "float":
+        y = _forward(replace(t, numerics="float"), x, fields)
+        return _forward(t, *jax.lax.stop_gradient((x, fields))) + (y - jax.lax.stop_gradient(y))
     leaf = param("x", short(x.dtype), None, m=x.shape[0], k=x.shape[1])
     if (encoded := t.format.activations(leaf)) is leaf:
         return _forward(t, x, fields)
-    rounded = jax.lax.stop_gradient(_emit_in_order(encoded, {"x": x}, ("m", "k"), numpy_dtype(encoded.dtype)))
+    rounded = jax.lax.stop_gradient(emit_in_order(encoded, {"x": x}, ("m", "k"), numpy_dtype(encoded.dtype)))
     return _forward(t, rounded + (x - jax.lax.stop_gradient(x)), fields, True).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnums=0)
 def _laid_out(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
-    """On a Hopper GPU as planned there, elsewhere by the term: in one program for all platforms."""
+    """On a GPU with kernels as planned there, elsewhere by the term: in one program for all platforms."""
     here = jax.default_backend()
-    if here == "gpu" and not is_hopper(jax.devices()[0]):
+    if here == "gpu" and not runs_kernels(jax.devices()[0]):
         return _forward(t, x, fields)
     product = x.shape[0], t, short(x.dtype)
     choice, schedule = chosen(*product, here)  # raises for a lowering that it lacks
@@ -243,49 +256,26 @@ def _laid_out(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.A
     by_term = partial(_forward, t)
     if isinstance(choice, Form):
         return by_term(x, fields)
-    cuda = dense if choice.name == "dense" else partial({"mma": by_mma, "fp8": by_fp8}[choice.name], schedule=schedule)
-    return by_platform(partial(cuda, t), by_term, x, fields)
-
-
-def _emit_in_order(
-    term: Expr, env: dict[str, jax.Array], order: Sequence[str], dtype: Any, share: int = 1
-) -> jax.Array:
-    style = machine_of(jax.default_backend()).style
-    value = emit(term, env, replace(style, part=style.part / share))
-    return align(value, term.dims, {d: term.dims[d] for d in order}).astype(dtype)
+    with_schedule = {"mma": by_mma, "fp8": by_fp8}
+    if choice.name in with_schedule:
+        cuda = partial(with_schedule[choice.name], t, schedule=schedule)
+    else:
+        cuda = partial({"sums": by_sums, "dense": dense}[choice.name], t)
+    return by_platform(cuda, by_term, x, fields)
 
 
 Residuals = tuple[jax.Array, dict[str, jax.Array]]
 
 
-def _matmul_fwd(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> tuple[jax.Array, Residuals]:
-    return _matmul(t, x, fields), (x, fields)
+def _matmul_fwd(
+    asked: Lowering, t: QuantType, x: jax.Array, fields: dict[str, jax.Array]
+) -> tuple[jax.Array, Residuals]:
+    return _matmul(asked, t, x, fields), (x, fields)
 
 
-def _matmul_bwd(t: QuantType, saved: Residuals, dy: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+def _matmul_bwd(asked: Lowering, t: QuantType, saved: Residuals, dy: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
     x, fields = saved
-    if t.layout != "own":
-        restored, back = jax.vjp(lambda f: own(QuantArray(f, t)).fields, fields)
-        dx, drestored = _matmul_bwd(replace(t, layout="own"), (x, restored), dy)
-        return dx, back(drestored)[0]
-    dx = _cotangent(t, "x", x, fields, dy)
-    out: dict[str, Any] = {}
-    for name, value in fields.items():
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            out[name] = np.zeros(value.shape, jax.dtypes.float0)
-        elif name in params(t.decode):
-            out[name] = _cotangent(t, name, x, fields, dy)
-        else:  # of another width
-            out[name] = jnp.zeros_like(value)
-    return dx, out
+    return cotangents(replace(t, numerics="float"), x, fields, dy, asked)  # straight through all rounding
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _cotangent(t: QuantType, name: str, x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array) -> jax.Array:
-    term, leaf = cotangent_term(x.shape[0], t, short(x.dtype), short(dy.dtype), name, jax.default_backend())
-    env = {**fields, "x": x, "dy": dy}
-    # A part of the dense gradient is alive together with what is made of it.
-    return _emit_in_order(term, env, tuple(leaf.dims), numpy_dtype(leaf.dtype), share=4)

@@ -13,15 +13,25 @@ from typing import Any
 import jax
 
 from lowbit.array import QuantArray
-from lowbit.devices import no_kernels_here
 from lowbit.ir.build import contract, param
 from lowbit.ir.cost import cost
 from lowbit.ir.dtypes import bits, short
 from lowbit.ir.expr import Expr, Param
 from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params, topo
-from lowbit.kernels.choice import KERNELS, LAUNCH, KernelChoice, fp8_choice, kernel_choices, restoring
+from lowbit.kernels.choice import (
+    GRADIENTS,
+    KERNELS,
+    LAUNCH,
+    KernelChoice,
+    fp8_choice,
+    int8_choice,
+    kernel_choices,
+    no_kernel_here,
+    restoring,
+)
 from lowbit.passes.choose import Form, Machine, forms
+from lowbit.passes.in_int8 import COLUMNS
 from lowbit.passes.pipeline import PIPELINES
 from lowbit.passes.style import Style
 from lowbit.quant_type import QuantType, readings
@@ -31,6 +41,8 @@ Lowering = str | Sequence[str] | None
 WATCH: ContextVar[Callable[[jax.Array, QuantArray], None] | None] = ContextVar("WATCH", default=None)
 FORCED = jax.make_user_context(None)
 """What `lowering` asks for: part of every jit cache key, also of functions that were traced before."""
+FORCED_BACK = jax.make_user_context(None)
+"""The same for gradients."""
 
 # name, byte, dot, pointwise, moved, field, lookup, far_lookup, select, scatter, cache, style
 MACHINES = {
@@ -65,7 +77,7 @@ class Plan:
     def choices(self) -> tuple[Form | KernelChoice, ...]:
         """What can run: the cheapest first (of what ties with a form, the form), then by cost."""
         kernels = sorted((k for k in self.kernels if k.refused is None), key=lambda k: k.nanoseconds)
-        cheaper = [k for k in kernels if k.nanoseconds < self.forms[0].nanoseconds]
+        cheaper = [k for k in kernels if not self.forms or k.nanoseconds < self.forms[0].nanoseconds]
         every: list[Form | KernelChoice] = [*cheaper, *self.forms, *(k for k in kernels if k not in cheaper)]
         first, rest = every[0], every[1:]
         return first, *sorted(rest, key=lambda c: c.nanoseconds)
@@ -116,8 +128,9 @@ def lowering(name: str | Sequence[str]) -> Iterator[None]:
     """Within it, `lb.matmul` and every quantized layer run the product in the form or by the kernel of that name (the
     first of several that can run), whatever it costs.
 
-    Functions compiled before are compiled again. Gradients are made in the forms chosen as ever. `lb.explain` lists
-    the forms of a product; those that come out the same as another go by one name.
+    Functions compiled before are compiled again. Gradients are made as ever, those of activations as "mma_dx" or
+    "xla_dx" say where that is among the names, and those of weights as "mma_dw" or "xla_dw" do. `lb.explain` lists the
+    forms of a product; those that come out the same as another go by one name.
 
     Raises LoweringError for a name that does not exist, and then in `lb.matmul` for one that a product does not have.
 
@@ -127,7 +140,17 @@ def lowering(name: str | Sequence[str]) -> Iterator[None]:
     ...     lb.matmul(jnp.ones((3, 8)), w).shape
     (3, 4)
     """
-    with FORCED(checked_lowering(name)):
+    with forced(name):
+        yield
+
+
+@contextmanager
+def forced(names: Lowering) -> Iterator[None]:
+    """`lowering`, where None changes nothing, and names of ways to a gradient nothing of products, nor the reverse."""
+    asked = checked_lowering(names) or ()
+    products = tuple(name for name in asked if name not in GRADIENTS)
+    gradients = tuple(name for name in asked if name in GRADIENTS)
+    with FORCED(products or FORCED.value), FORCED_BACK(gradients or FORCED_BACK.value):
         yield
 
 
@@ -136,10 +159,11 @@ def checked_lowering(names: Lowering) -> tuple[str, ...] | None:
     if names is None:
         return None
     names = (names,) if isinstance(names, str) else tuple(names)
+    known = (*PIPELINES, *KERNELS, *GRADIENTS)
     if not names:
-        raise LoweringError(f"lowering names nothing: {_options((*PIPELINES, *KERNELS))}, or None for the cheapest")
+        raise LoweringError(f"lowering names nothing: {_options(known)}, or None for the cheapest")
     for name in names:
-        if name not in (known := (*PIPELINES, *KERNELS)):
+        if name not in known:
             raise LoweringError(f"there is no lowering {name!r}: {_options(known)}")
     return names
 
@@ -198,16 +222,22 @@ def planned(m: int, t: QuantType, dtype: Any, platform: str, plain: bool = False
     made = tuple(replace(f, nanoseconds=f.nanoseconds + before) for f in made)
     read = cost(t.decode).bytes if t.format.widths else stored  # of one width
     at = readings(t).index(t.decode)
-    mma, dense = kernel_choices(m, readings(t), at, read, t.layout, dtype, machine.name)
-    kernels = (replace(mma, refused=mma.refused or no_kernels_here()), dense)
-    encoded = x if plain else t.format.activations(x)
+    *own, dense = kernel_choices(m, readings(t), at, read, t.layout, dtype, machine.name)
+    kernels = (*(replace(k, refused=k.refused or no_kernel_here(k.name, readings(t), at)) for k in own), dense)
+    if t.numerics != "float":
+        refused = f"it multiplies x as it is, and this product is in {t.numerics}"
+        int8 = int8_choice(m, COLUMNS[t.numerics], readings(t), at, read, t.layout, machine.name)
+        int8 = replace(int8, refused=int8.refused or no_kernel_here("int8"))
+        others = tuple(replace(k, refused=k.refused or refused) for k in kernels if k.name != int8.name)
+        return Plan(f"x[{m}, k] @ {t}", machine.name, made, (int8, *others))
+    encoded = x if plain else t.activations(x)
     if encoded is x:
         return Plan(f"x[{m}, k] @ {t}", machine.name, made, kernels)
     code = min((e.dtype for e in topo(encoded) if "k" in e.dims), key=bits)
     refused = f"it multiplies x as it is, and {t.format} turns it into {code}"
     none = tuple(replace(k, refused=k.refused or refused) for k in kernels)
     fp8 = fp8_choice(m, readings(t), at, read, t.layout, code, machine.name)
-    fp8 = replace(fp8, refused=fp8.refused or no_kernels_here())
+    fp8 = replace(fp8, refused=fp8.refused or no_kernel_here("fp8", readings(t), at))
     return Plan(f"x[{m}, k] as {code} @ {t}", machine.name, made, (fp8, *none))
 
 
@@ -223,10 +253,12 @@ def check_last_dim(shape: Sequence[int], t: QuantType) -> None:
 
 
 @lru_cache(maxsize=4096)
-def cotangent_term(m: int, t: QuantType, dtype: Any, dy_dtype: Any, name: str, platform: str) -> tuple[Expr, Param]:
+def cotangent_forms(
+    m: int, t: QuantType, dtype: Any, dy_dtype: Any, name: str, platform: str
+) -> tuple[tuple[Form, ...], Param]:
+    """Of the gradient of x or of a field, from dy [m, n]; and what it is the gradient of."""
     # Rounding activations has no slope: the gradient of x is that of the product with x as it is.
     _, product = _product(m, t, dtype, plain=name == "x")
     leaf = params(product)[name]
     dy = param("dy", dy_dtype, None, m=m, n=dict(t.dims)["n"])
-    term = transpose(product, leaf, dy)
-    return forms(term, machine_of(platform))[0].term, leaf
+    return forms(transpose(product, leaf, dy), machine_of(platform)), leaf

@@ -16,6 +16,8 @@ from lowbit.ir.dtypes import DType, bits, is_float, short
 from lowbit.ir.expr import Bitcast, Concat, Contract, Expr, Gather, Param
 from lowbit.ir.walk import params, substitute, topo
 from lowbit.kernels.layout import Layout, layout
+from lowbit.passes.in_int8 import Numerics, activations_in_int8, checked_numerics, product_in_int8
+from lowbit.passes.pointwise import UnsuitableError
 
 LayoutName = Literal["own", "mma"]
 """How fields are laid out: as the format's decode term says, or as the kernels read them (`lowbit.kernels.layout`)."""
@@ -35,6 +37,7 @@ class QuantType:
       splits: fields stored in two parts so that one can be trained and the other not.
       adapter: what is added to the decoded weight and trains instead of everything else in it.
       layout: of the stored fields. Files hold "own".
+      numerics: what products are made of: see `lb.matmul`. The weight itself is the same.
     """
 
     dims: Shape
@@ -43,6 +46,7 @@ class QuantType:
     splits: tuple[Split, ...] = ()
     adapter: LowRank | None = None
     layout: LayoutName = "own"
+    numerics: Numerics = "float"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,8 +73,9 @@ class QuantType:
 
     @property
     def encoding(self) -> str:
-        """The format, and the adapter on it: "bcq(bits=3) + lora(rank=8, alpha=16)"."""
-        return " + ".join(str(part) for part in (self.format, self.adapter) if part is not None)
+        """The format, the adapter on it, and other numerics: "bcq(bits=3) + lora(rank=8, alpha=16) in int8x2"."""
+        encoded = " + ".join(str(part) for part in (self.format, self.adapter) if part is not None)
+        return encoded if self.numerics == "float" else f"{encoded} in {self.numerics}"
 
     def role(self, field: str) -> str:
         """One of "code" (integers), "codebook" (a table that codes select from), "scale", "frozen" (not trained) or
@@ -90,9 +95,23 @@ class QuantType:
         """The type that reads the same stored arrays at another width. Raises ValueError for one that there is not."""
         return replace(self, format=self.format.at(width))
 
-    def product(self, x: Expr) -> Expr:
-        """x @ w as a term, for activations x [m, k]."""
-        return contract((self.format.activations(x), self.decode), ("k",))
+    def activations(self, x: Expr) -> Expr:
+        """What products multiply with in place of activations x [m, k]."""
+        return self.format.activations(x) if self.numerics == "float" else activations_in_int8(x, self.numerics)
+
+    def product(self, x: Param) -> Expr:
+        """x @ w as a term, for activations x [m, k].
+
+        Raises `lowbit.passes.pointwise.UnsuitableError`, a ValueError, for numerics that the format does not have.
+        """
+        if self.numerics == "float":
+            return contract((self.activations(x), self.decode), ("k",))
+        try:
+            if self.format.activations(x) is not x:
+                raise UnsuitableError("it encodes activations itself")
+            return product_in_int8(x, self.decode, self.numerics)
+        except UnsuitableError as err:
+            raise UnsuitableError(f"{self.format} has no products in {self.numerics}: {err}") from err
 
     def resized(self, **sizes: int) -> QuantType:
         """The same format at another size: `type.resized(n=4)` is the type of four rows."""
@@ -138,6 +157,13 @@ def readings(t: QuantType) -> tuple[Expr, ...]:
     return tuple(_decode(t.at(width)) for width in t.format.widths) or (_decode(t),)
 
 
+def check_products(t: QuantType) -> None:
+    """Raises UnsuitableError where a type, read at any of its widths, has no products in its numerics."""
+    x = param("x", "f32", None, m=1, k=dict(t.dims)["k"])
+    for one in [t.at(width) for width in t.format.widths] or [t]:
+        one.product(x)
+
+
 @lru_cache(maxsize=4096)
 def float_words(t: QuantType) -> dict[str, DType]:
     """The fields whose words a reading takes for the bits of a float, and for which."""
@@ -178,6 +204,8 @@ def type_to_json(t: QuantType) -> dict[str, Any]:
     }
     if t.adapter is not None:
         data["adapter"] = asdict(t.adapter)
+    if t.numerics != "float":
+        data["numerics"] = t.numerics
     return data if t.layout == "own" else {**data, "layout": t.layout}
 
 
@@ -192,4 +220,5 @@ def type_from_json(data: Mapping[str, Any]) -> QuantType:
     adapter = LowRank(**data["adapter"]) if "adapter" in data else None
     if (arranged := data.get("layout", "own")) not in get_args(LayoutName):
         raise ValueError(f"layout {arranged!r} is not one this library reads: {', '.join(get_args(LayoutName))}")
-    return QuantType(dims, short(data["dtype"]), fmt, splits, adapter, arranged)
+    numerics = checked_numerics(data.get("numerics", "float"))
+    return QuantType(dims, short(data["dtype"]), fmt, splits, adapter, arranged, numerics)

@@ -56,6 +56,7 @@ class Listed:
     weights: int = 8
     bits: float = 4.0
     wgmmas: int = 2
+    times: int | None = None
     target: float | None = 0.9
 
 

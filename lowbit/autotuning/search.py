@@ -18,8 +18,10 @@ import jax
 from lowbit.array import QuantArray
 from lowbit.autotuning.cache import Cache, Entry, entry_of, key_of
 from lowbit.autotuning.lookup import TUNED, Schedule, Tuned
+from lowbit.devices import variant_here
 from lowbit.formats.format import definition
 from lowbit.ir.dtypes import short
+from lowbit.passes.in_int8 import COLUMNS
 from lowbit.planning import planned, watching
 from lowbit.quant_type import QuantType, kernel_layout, readings, type_to_json
 
@@ -53,10 +55,14 @@ def candidates(m: int, t: QuantType, dtype: Any, platform: str) -> list[Candidat
     for choice in planned(m, t, dtype, platform).choices:
         out.append(Candidate(choice.name))
         if choice.name in ("mma", "fp8"):
-            from lowbit.kernels.product import nearby  # imports Mosaic GPU, which other platforms do without
+            from lowbit.kernels import int8, product  # which import Mosaic GPU, and other platforms do without
 
+            of, at = kernel_layout(t), readings(t).index(t.decode)
             halves = None if choice.name == "fp8" else dtype
-            others = nearby(kernel_layout(t), m, halves, readings(t).index(t.decode))
+            if integers := COLUMNS.get(t.numerics):
+                others = int8.nearby(of, integers * m, at)
+            else:
+                others = product.nearby(of, m, halves, at, variant_here())
             out += [Candidate(choice.name, (o.columns, o.parts, o.depth)) for o in others]
     return out
 

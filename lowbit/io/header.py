@@ -4,7 +4,7 @@
      "metadata": {...},                                           what the caller gave, strings
      "entries": {"bias":   {"kind": "dense", "tensor": "bias"},
                  "kernel": {"kind": "quantized",
-                            "type": {dims, dtype, format, version, options, splits[, adapter]},
+                            "type": {dims, dtype, format, version, options, splits[, adapter][, numerics]},
                             "decode": "%0 = param alpha ...",     the text of the decode term
                             "tensors": {"alpha": "kernel/alpha", ...}}},
      "tensors": {"kernel/alpha": {"dtype": "float32", "shape": [3, 64, 1], "sha256": "..."}, ...}}
@@ -36,7 +36,7 @@ FIELDS = {
     "header": {"version", "metadata", "entries", "tensors"},
     "dense": {"kind", "tensor"},
     "quantized": {"kind", "type", "decode", "tensors"},
-    "type": {"dims", "dtype", "format", "version", "options", "splits", "adapter"},
+    "type": {"dims", "dtype", "format", "version", "options", "splits", "adapter", "numerics"},
     "tensor": {"dtype", "shape", "sha256"},
 }
 """What each part of a header holds; the entries by their kind."""

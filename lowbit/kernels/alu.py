@@ -1,11 +1,12 @@
 """The operations of a lane program, and their reading in numpy: a register of 128 lanes is one uint32[128].
 
 A lane program is a function `program(alu, *inputs)` of lists of 32-bit registers. It is written once and read twice:
-here, and as PTX in `lowbit.kernels.lane_gpu`. Operations are those of the PTX ISA, by the same names.
+here, and as PTX in `lowbit.kernels.gpu_alu`. Operations are those of the PTX ISA, by the same names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import jax.numpy as jnp
@@ -13,8 +14,11 @@ import numpy as np
 
 Register = Any
 """32 bits a lane: uint32[128] in numpy, an i32 value in MLIR."""
+Bit = Any
+"""A bit a lane: bool[128] in numpy, an i1 value in MLIR."""
 Half = Literal["f16", "bf16"]
 HalfOp = Literal["add", "mul", "fma"]
+FloatOp = Literal["add", "sub", "mul", "fma"]
 AND, OR, XOR = 0xC0, 0xFC, 0x3C
 AND_OR, AND_XOR, SELECT = 0xEA, 0x6A, 0xCA
 """Truth tables of `lop3` over a = 0xF0, b = 0xCC, c = 0xAA: a & b, a | b, a ^ b; (a & b) | c, (a & b) ^ c,
@@ -45,17 +49,32 @@ class Alu(Protocol):
     def load_vector(self, table: Any, index: Register, size: int) -> list[Register]:
         """A vector of `size` halves of one, two in a register."""
 
+    def load_words(self, memory: Any, address: Register, count: int, behind: int) -> list[Register]:
+        """Words of shared memory that follow each other, from so many bytes behind an address."""
+
+    def store_words(self, memory: Any, address: Register, words: Sequence[Register], behind: int) -> None: ...
+    def across(self, a: Register, distance: int) -> Register:
+        """What the lane holds whose number differs by the bits of `distance`."""
+
     def to_bf16(self, a: Register) -> Register:
         """Two float16 as two bfloat16, rounded to nearest even."""
 
-    def sub(self, a: Register, b: Register) -> Register: ...
+    def sub(self, a: Register, b: Register | int) -> Register: ...
     def mad_high(self, a: Register, b: int, c: int) -> Register:
         """The high 32 bits of a b, plus c."""
 
     def half2(self, op: HalfOp, kind: Half, *operands: Register | int) -> Register:
         """Two halves at once, a + b, a b or a b + c, rounded to nearest even."""
 
-    def f32(self, op: Literal["add", "sub", "mul"], a: Register, b: Register) -> Register: ...
+    def f32(self, op: FloatOp, *operands: Register) -> Register:
+        """a + b, a - b, a b or a b + c."""
+
+    def add_sizes(self, a: Register, b: Register) -> Register:
+        """|a| + |b| in float32."""
+
+    def larger(self, a: Register, b: Register) -> Register:
+        """Of two float32, NaN if one of them is."""
+
     def number(self, value: float) -> Register:
         """A float32 constant."""
 
@@ -64,6 +83,15 @@ class Alu(Protocol):
 
     def pack2(self, kind: Half, low: Register, high: Register) -> Register:
         """Two float32 rounded to halves, to nearest even."""
+
+    def bit(self, a: Register, n: int) -> Bit:
+        """Whether bit n is set."""
+
+    def where(self, bit: Bit, a: Register) -> Register:
+        """a or zero."""
+
+    def add_where(self, bit: Bit, a: Register, b: Register) -> Register:
+        """a + b in float32, or a."""
 
 
 HALVES = {"f16": jnp.float16, "bf16": jnp.bfloat16}
@@ -107,14 +135,24 @@ class NumpyAlu:
     def load_vector(self, table: Any, index: Register, size: int) -> list[Register]:
         return list(np.ascontiguousarray(table[index]).view(np.uint32).reshape(-1, size // 2).T)
 
+    def load_words(self, memory: Any, address: Register, count: int, behind: int) -> list[Register]:
+        return [memory[0][(address + np.uint32(behind)) // 4 + np.uint32(i)] for i in range(count)]
+
+    def store_words(self, memory: Any, address: Register, words: Sequence[Register], behind: int) -> None:
+        for i, word in enumerate(words):
+            memory[0][(address + np.uint32(behind)) // 4 + np.uint32(i)] = word
+
+    def across(self, a: Register, distance: int) -> Register:
+        return a[np.arange(len(a)) ^ distance]
+
     def to_bf16(self, a: Register) -> Register:
         return self.pack2("bf16", *map(_bits, _halves(a, "f16")))
 
     def mad(self, a: Register, b: int, c: Register | int) -> Register:
         return a * np.uint32(b) + np.uint32(c)
 
-    def sub(self, a: Register, b: Register) -> Register:
-        return a - b
+    def sub(self, a: Register, b: Register | int) -> Register:
+        return a - np.uint32(b)
 
     def mad_high(self, a: Register, b: int, c: int) -> Register:
         return (a.astype(np.uint64) * np.uint64(b) >> np.uint64(32)).astype(np.uint32) + np.uint32(c)
@@ -126,9 +164,18 @@ class NumpyAlu:
             pair.append(x + y if op == "add" else x * y + z[0] if z else x * y)
         return self.pack2(kind, *map(_bits, pair))
 
-    def f32(self, op: Literal["add", "sub", "mul"], a: Register, b: Register) -> Register:
-        x, y = _float(a), _float(b)
+    @np.errstate(invalid="ignore")  # of inf and NaN
+    def f32(self, op: FloatOp, *operands: Register) -> Register:
+        x, y, *z = map(_float, operands)
+        if z:  # a product of two is exact in float64
+            return _bits(x.astype(np.float64) * y + z[0])
         return _bits(x + y if op == "add" else x - y if op == "sub" else x * y)
+
+    def add_sizes(self, a: Register, b: Register) -> Register:
+        return _bits(abs(_float(a)) + abs(_float(b)))
+
+    def larger(self, a: Register, b: Register) -> Register:
+        return _bits(np.maximum(_float(a), _float(b)))
 
     def number(self, value: float) -> Register:
         return _bits(np.array([value], np.float32))
@@ -141,6 +188,15 @@ class NumpyAlu:
     def pack2(self, kind: Half, low: Register, high: Register) -> Register:
         lo, hi = (_float(v).astype(HALVES[kind]).view(np.uint16).astype(np.uint32) for v in (low, high))
         return lo | hi << np.uint32(16)
+
+    def bit(self, a: Register, n: int) -> Bit:
+        return self.shr(a, n) & np.uint32(1) == 1
+
+    def where(self, bit: Bit, a: Register) -> Register:
+        return np.where(bit, a, np.uint32(0))
+
+    def add_where(self, bit: Bit, a: Register, b: Register) -> Register:
+        return np.where(bit, self.f32("add", a, b), a)
 
 
 def _float(a: Register) -> Any:

@@ -71,7 +71,7 @@ class Books(Decoder):
             for h in range(2):
                 vectors = []
                 for table, width in zip(shared, self.widths, strict=True):
-                    vectors.append(alu.load_vector(table, _field(alu, words, at, width), self.grain))
+                    vectors.append(alu.load_vector(table, field(alu, words, at, width), self.grain))
                     at += width
                 pairs = [reduce(lambda a, b: alu.half2("add", kind, a, b), pair) for pair in zip(*vectors, strict=True)]
                 for s, pair in enumerate(pairs):
@@ -175,7 +175,7 @@ def _check_vector(lookup: Lookup, grain: int) -> None:
         raise UnsuitableError(f"which vectors of {lookup.table.name!r} are looked up depends on the input")
 
 
-def _field(alu: Alu, words: Sequence[Register], at: int, width: int) -> Register:
+def field(alu: Alu, words: Sequence[Register], at: int, width: int) -> Register:
     """Bits of a lane's words, counted through."""
     word, shift = divmod(at, 32)
     if width == 8 and shift % 8 == 0:

@@ -141,15 +141,15 @@ def in_numpy(program: Program, words: Sequence[Array], *stored: Array, table: Ar
       table: what is in shared memory, of `program.table_shape`.
     """
     tables = [] if table is None else _tables_of_lanes(program, table)
-    lane_words = [list(_lane_words(w)) for w in words]
-    registers = program(NumpyAlu(), lane_words, *map(row_registers, stored), shared=tables)
+    of_lanes = [list(words_of_lanes(w)) for w in words]
+    registers = program(NumpyAlu(), of_lanes, *map(row_registers, stored), shared=tables)
     return from_registers(np.stack([np.broadcast_to(r, LANES) for r in registers]), program.kind)
 
 
 def tables_in_numpy(program: Program, *stored: Array) -> list[Array]:
     """The registers of the rows' tables, each u32 [ROWS]."""
     made = program.tables(NumpyAlu(), *map(row_registers, stored))
-    return [_by_row([np.broadcast_to(r, LANES) for r in register]) for register in made]
+    return [row_values([np.broadcast_to(r, LANES) for r in register]) for register in made]
 
 
 def at_once(words: int) -> int:
@@ -157,7 +157,8 @@ def at_once(words: int) -> int:
     return gcd(words, 4)
 
 
-def _lane_words(words: Array) -> Array:
+def words_of_lanes(words: Array) -> Array:
+    """The registers u32 [word, LANES] of what a lane loads."""
     if words.dtype == np.uint8:  # [ROWS, STAGE], four inputs of a row in a word
         of_rows = np.ascontiguousarray(words).view("<u4").reshape(4, 2, 8, -1, 4)  # warp, h, r, slab, q
         return of_rows.transpose(3, 1, 0, 2, 4).reshape(-1, LANES)
@@ -177,7 +178,7 @@ def row_registers(stored: Array) -> list[Array]:
     return [np.repeat(rows[:, h].reshape(-1), 4) for h in range(2)]
 
 
-def _by_row(register: Sequence[Array]) -> Array:
+def row_values(register: Sequence[Array]) -> Array:
     """The inverse of `row_registers`, for words."""
     lanes = np.stack(register).reshape(2, 4, 8, 4)[..., 0]  # h, warp, r
     return np.ascontiguousarray(lanes.transpose(1, 0, 2)).reshape(ROWS)

@@ -24,6 +24,7 @@ from lowbit.ir.expr import Expr, Param
 from lowbit.ir.walk import params
 from lowbit.kernels.alu import Half
 from lowbit.kernels.decoders import ROWS, STAGE, Decoder
+from lowbit.kernels.int8_lanes import Integers
 from lowbit.kernels.lanes import LANES, Program, by_leaf
 from lowbit.passes.pointwise import COMPUTED_BITS, Pointwise, UnsuitableError, code_width, pointwise
 from lowbit.passes.scalar import Element, Where
@@ -31,6 +32,7 @@ from lowbit.passes.scalar import Element, Where
 WORDS = "words"
 WARPGROUPS = 2
 """That compute in a kernel, each on a tile of rows."""
+SMS = 132
 Array = np.ndarray[Any, Any]
 
 
@@ -148,6 +150,10 @@ class Layout:
         arrays = tuple(self.words.values())[: self.arrays(weights)]
         return Program(weights, kind, arrays, self.nested, self.shared)
 
+    def integers(self, at: int = 0) -> Integers:
+        """How weights are decoded to integers of 8 bits. Raises UnsuitableError with the reason why they are not."""
+        return Integers(self.program("f16", at))
+
     def check_decoded(self, at: int = -1) -> None:
         """Raises UnsuitableError where no decoder makes halves of the weights at one of the widths."""
         _ = self.program("f16", at).decoder  # made here, and that raises
@@ -155,7 +161,10 @@ class Layout:
     def read(self, at: int = 0) -> list[str]:
         """The fields that a product at one of the widths reads, words first."""
         weights = self.weights[at]
-        return [*list(self.words)[: self.arrays(weights)], *by_leaf(weights), *weights.books]
+        return [*self.words_read(at), *by_leaf(weights), *weights.books]
+
+    def words_read(self, at: int = 0) -> list[str]:
+        return list(self.words)[: self.arrays(self.weights[at])]
 
     @property
     def nested(self) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, prod
+from functools import partial
+from math import ceil
 from typing import Any
 
 import jax
@@ -18,12 +19,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lowbit.ir.dtypes import bits as dtype_bits
 from lowbit.kernels.alu import HALVES
 from lowbit.kernels.computed import Bytes
 from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.lanes import LANES, Program, by_leaf, groups_of
-from lowbit.kernels.layout import WARPGROUPS
+from lowbit.kernels.layout import SMS, WARPGROUPS
+from lowbit.kernels.memory import SHARED, looked_up, results, stage_bytes
 from lowbit.kernels.verbs import Gpu, Verbs, table_size
 from lowbit.passes.scalar import Element
 
@@ -31,18 +32,15 @@ AXES = ("row", "part", "column", "group")
 """Of a launch: tiles of rows, parts of k, columns, and the warpgroups of a block."""
 COLUMNS_A_BLOCK = 64
 """Rows of x that a block multiplies at most."""
-SMS = 132
 FILLING = 2
 """Steps that filling its pipeline costs a block, about."""
 MOST_DEEP = 8
-SHARED = 226 << 10
-"""Bytes of shared memory for buffers; barriers take the rest."""
+FETCHING = 56
+"""Registers of a lane that fetches: with 40 jax 0.12's pipeline spills some of them."""
 FEW = 16
 """Entries of a table that are fetched at a time."""
 HALF, BYTES = ((plgpu.TilingTransform((8, count)), plgpu.SwizzleTransform(128)) for count in (64, 128))
 """How buffers of halves and of bytes lie in shared memory, for WGMMA and for lanes to read without bank conflicts."""
-ALIGNED = 1024
-"""Bytes that a buffer begins at a multiple of."""
 
 
 @dataclass(frozen=True)
@@ -85,30 +83,28 @@ def deepest(shape: Shape, stage: Callable[[int], int], beside: int = 0) -> Tunin
     """
 
     def fit(columns: int) -> int:
-        return (SHARED - 4 * WARPGROUPS * ROWS * columns - beside) // stage(columns)
+        return (SHARED - results(columns) - beside) // stage(columns)
 
     most = min(shape.m, COLUMNS_A_BLOCK)
     columns = next(c for c in range(most, 0, -8) if shape.m % c == 0 and fit(c) >= 2)
-    blocks = shape.rows // WARPGROUPS * ceil(shape.m / columns)
-
-    def longest(parts: int) -> int:
-        return ceil(blocks * parts / SMS) * (shape.stages // parts + FILLING)
-
-    parts = min((p for p in range(1, shape.stages + 1) if shape.stages % p == 0), key=longest)
+    parts = parts_of_k(shape, columns, SMS)
     depth = max(2, min(MOST_DEEP, fit(columns), shape.stages // parts))
     return Tuning(columns, parts, 1 << depth.bit_length() - 1)  # a power of two: the loop divides by it
 
 
+def parts_of_k(shape: Shape, columns: int, sms: int) -> int:
+    """With the fewest steps of the SM that has most of them."""
+    blocks = shape.rows // WARPGROUPS * ceil(shape.m / columns)
+
+    def longest(parts: int) -> int:
+        return ceil(blocks * parts / sms) * (shape.stages // parts + FILLING)
+
+    return min((p for p in range(1, shape.stages + 1) if shape.stages % p == 0), key=longest)
+
+
 def tuning(shape: Shape, program: Program) -> Tuning:
     """The schedule's parameters for a program."""
-    tables = 0 if not program.decoder.shared else 1 if program.weights.books else WARPGROUPS
-    parameters = sum(WARPGROUPS * ROWS * dtype_bits(e.leaf.dtype) // 8 for e, _ in program.inputs)
-    leaves = {e.leaf for e in program.weights.parameters}
-    words = 4 * WARPGROUPS * sum(program.words) * LANES
-    if program.of_rows:  # and so not fetched stage by stage
-        parameters, leaves = 0, set()
-    rest = words + parameters + ALIGNED * (len(leaves) + len(program.words) - 1)
-    return deepest(shape, lambda columns: 2 * columns * STAGE + rest, 2 * tables * prod(program.table_shape))
+    return deepest(shape, partial(stage_bytes, program), looked_up(program))
 
 
 def launch(
@@ -116,14 +112,24 @@ def launch(
 ) -> Callable[..., jax.Array]:
     """A kernel `body(*inputs, out, staging, *scratch)` with a block for WARPGROUPS tiles of rows, a part of k and
     some columns: it gives f32 [parts, n, m]. `staging` is shared memory for `send`."""
+    staging = plgpu.SMEM((WARPGROUPS, ROWS, tuned.columns), jnp.float32)
+    grid = shape.rows // WARPGROUPS, tuned.parts, ceil(shape.m / tuned.columns)
+    return started(body, (tuned.parts, shape.rows * ROWS, shape.m), grid, [staging, *scratch], verbs)
+
+
+def started(
+    body: Callable[..., None], out: tuple[int, ...], grid: tuple[int, ...], scratch: Sequence[Any], verbs: Verbs,
+    axes: tuple[str, ...] = AXES,
+) -> Callable[..., jax.Array]:  # fmt: skip
+    """A kernel of blocks in a grid along axes, the last of which is that of warpgroups: it gives one f32 array."""
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((tuned.parts, shape.rows * ROWS, shape.m), jnp.float32),
-        scratch_types=[plgpu.SMEM((WARPGROUPS, ROWS, tuned.columns), jnp.float32), *scratch],
-        grid=(shape.rows // WARPGROUPS, tuned.parts, ceil(shape.m / tuned.columns)),
-        grid_names=AXES[:3],
+        out_type=jax.ShapeDtypeStruct(out, jnp.float32),
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=axes[:-1],
         num_threads=WARPGROUPS + 1,
-        thread_name=AXES[3],
+        thread_name=axes[-1],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=verbs.interpret,
     )
@@ -134,7 +140,7 @@ def pipelined(
 ) -> Callable[..., None]:
     """The steps of a block, their operands fetched by the last warpgroup while the others run `compute`."""
     run: Callable[..., None] = plgpu.emit_pipeline_warp_specialized(
-        step, grid=(steps,), in_specs=specs, wg_axis=AXES[3], num_compute_wgs=WARPGROUPS, memory_registers=40,
+        step, grid=(steps,), in_specs=specs, wg_axis=AXES[3], num_compute_wgs=WARPGROUPS, memory_registers=FETCHING,
         max_concurrent_steps=depth, compute_context=compute,
     )  # fmt: skip
     return run
@@ -157,12 +163,14 @@ def mma(program: Program, shape: Shape, tuned: Tuning, verbs: Verbs | None = Non
     `program.table_shape`; x: [m, k], inputs in the program's order. Tables and x are of the program's halves; m and k
     are those of `shape`.
     """
-    schedule = _Schedule(program, shape, tuned, verbs or Gpu())
+    schedule = Schedule(program, shape, tuned, verbs or Gpu())
     return launch(schedule.body, shape, tuned, schedule.verbs, schedule.scratch)
 
 
 @dataclass(frozen=True)
-class _Schedule:
+class Schedule:
+    """What a kernel that decodes stages is made of."""
+
     program: Program
     shape: Shape
     tuned: Tuning
@@ -193,18 +201,14 @@ class _Schedule:
         tuned, verbs = self.tuned, self.verbs
         steps = self.shape.stages // tuned.parts
 
-        for book in books:
-
-            @pl.when(group == 0)
-            def _(book: Any = book) -> None:
-                plgpu.copy_gmem_to_smem(book, *shared)
-
+        self.fetch(books, shared, group)
         table = (shared[0] if books else shared[0].at[group]) if shared else None
 
         def compute(pipeline: Callable[..., Any]) -> None:
             for _, barrier in [shared] if books else []:
                 plgpu.barrier_wait(barrier)
-            tables = self.tables(parameters, row * WARPGROUPS + group, None if books else table)
+            tile, own = row * WARPGROUPS + group, None if books else table
+            tables = self.tables(parameters, tile, own, False) if self.program.of_rows else []  # made once, and kept
             verbs.accumulate(staging.at[group], lambda acc: pipeline((acc, *tables)))
             send(staging, out, tuned, at)
 
@@ -213,69 +217,80 @@ class _Schedule:
             self.step(group, acc, table, tables, *stage)
             return acc, *tables
 
-        pipeline = pipelined(step, steps, self.specs(row, part * steps, column), tuned.depth, compute)
-        pipeline(*words, *([] if self.program.of_rows else parameters[: len(self.leaves)]), x)
+        staged = [] if self.program.of_rows else parameters[: len(self.leaves)]
+        specs = self.specs(lambda k: (row, part * steps + k), bool(staged))
+        specs.append(plgpu.BlockSpec((tuned.columns, STAGE), lambda k: (column, part * steps + k), transforms=HALF))
+        pipelined(step, steps, specs, tuned.depth, compute)(*words, *staged, x)
+
+    def fetch(self, books: Sequence[Any], shared: Sequence[Any], group: jax.Array) -> None:
+        """Starts the copy of the tables of all rows."""
+        for book in books:
+
+            @pl.when(group == 0)
+            def _(book: Any = book) -> None:
+                plgpu.copy_gmem_to_smem(book, *shared)
 
     def sorted(self, refs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Any]:
         """Words; parameters, and tables of all rows; x."""
         count = len(self.program.words)
         return refs[:count], refs[count:-1], refs[-1]
 
-    def stored(self, parameters: Sequence[Any], at: jax.Array) -> list[jax.Array]:
-        """The program's inputs from its leaves, for one tile of rows."""
+    def stored(self, parameters: Sequence[Any], at: jax.Array | int, staged: bool) -> list[jax.Array]:
+        """The program's inputs from its leaves, for one tile of rows: from a stage's buffers, or from where all are."""
         leaves = self.leaves
         refs = dict(zip(leaves, parameters, strict=False))
         places = [(refs[e.leaf.name], (at, g, leaves[e.leaf.name].index(e))) for e, g in self.program.inputs]
-        return [self.verbs.rows(ref.at[place], not self.program.of_rows) for ref, place in places]
+        return [self.verbs.rows(ref.at[place], staged) for ref, place in places]
 
-    def tables(self, parameters: Sequence[Any], tile: jax.Array, shared: Any = None) -> Sequence[jax.Array]:
-        """The tables of whole rows: made once, and kept."""
-        if not self.program.of_rows:
-            return []
+    def tables(self, parameters: Sequence[Any], tile: jax.Array, shared: Any, staged: bool) -> Sequence[jax.Array]:
+        """The tables of whole rows, in registers and, for `shared`, there."""
+        kept = bool(table_size(self.program))
+        stored = self.stored(parameters, tile, staged) if kept else []  # first: it is not loaded twice
         if shared is not None:
-            self.fill(shared, parameters[0], tile)
-        if not table_size(self.program):
-            return []
-        return self.verbs.tables(self.program, *self.stored(parameters, tile))
+            self.fill(shared, parameters[0], tile, staged)
+        return self.verbs.tables(self.program, *stored) if kept else []
 
-    def fill(self, shared: Any, stored: Any, tile: jax.Array) -> None:
+    def fill(self, shared: Any, stored: Any, tile: jax.Array, staged: bool) -> None:
         """Copies a table to shared memory, in the program's halves."""
 
         @pl.loop(0, len(self.program.weights.entries) // FEW)
         def _(part: jax.Array) -> None:
             entries = [part * FEW + i for i in range(FEW)]
-            values = [self.verbs.rows(stored.at[tile, 0, e], False) for e in entries]  # all under way at once
+            values = [self.verbs.rows(stored.at[tile, 0, e], staged) for e in entries]  # all under way at once
             for e, value in zip(entries, values, strict=True):
                 shared[e, pl.ds(0, ROWS)] = value.astype(shared.dtype)
 
-        plgpu.commit_smem()
+        self.verbs.commit()
 
     def step(self, group: jax.Array, acc: Any, table: Any, tables: Sequence[jax.Array], *stage: Any) -> None:
         """One stage: decode, multiply."""
         words, parameters, x = self.sorted(stage)
-        loaded = [self.verbs.words(ref.at[group] if ref.dtype == jnp.uint8 else ref.at[group, 0]) for ref in words]
-        stored = tables if self.program.of_rows else self.stored(parameters, group)
-        weights = self.verbs.decode(self.program, table, loaded, *stored)
-        self.verbs.multiply(acc, weights, x)
+        stored = tables if self.program.of_rows else self.stored(parameters, group, True)
+        self.verbs.multiply(acc, self.weights(group, table, words, stored), x)
         self.verbs.release()
 
-    def specs(self, row: jax.Array, first: jax.Array, column: jax.Array) -> list[plgpu.BlockSpec]:
-        """What a step fetches."""
-        x = plgpu.BlockSpec((self.tuned.columns, STAGE), lambda k: (column, first + k), transforms=HALF)
+    def weights(self, group: jax.Array, table: Any, words: Sequence[Any], stored: Sequence[jax.Array]) -> jax.Array:
+        """The weights of a stage, for a warpgroup."""
+        loaded = [self.verbs.words(ref.at[group] if ref.dtype == jnp.uint8 else ref.at[group, 0]) for ref in words]
+        return self.verbs.decode(self.program, table, loaded, *stored)
+
+    def specs(self, at: Callable[[Any], tuple[Any, Any]], parameters: bool) -> list[plgpu.BlockSpec]:
+        """What a step fetches of the weights and, perhaps, of their parameters: `at` gives its rows and stage."""
         if isinstance(self.program.decoder, Bytes):
-            rows = plgpu.BlockSpec((WARPGROUPS, ROWS, STAGE), lambda k: (row, 0, first + k), transforms=BYTES)
+            rows = plgpu.BlockSpec((WARPGROUPS, ROWS, STAGE), lambda k: (at(k)[0], 0, at(k)[1]), transforms=BYTES)
             words = [rows] * len(self.program.words)
         else:
             words = [
-                plgpu.BlockSpec((WARPGROUPS, 1, count, LANES), lambda k: (row, first + k, 0, 0))
-                for count in self.program.words
+                plgpu.BlockSpec((WARPGROUPS, 1, count, LANES), lambda k: (*at(k), 0, 0)) for count in self.program.words
             ]
-        staged = [] if self.program.of_rows else self.leaves.values()
-        return [*words, *(self.parameter_spec(e, row, first) for e in staged), x]
+        staged = self.leaves.values() if parameters else []
+        return [*words, *(self.parameter_spec(e, at) for e in staged)]
 
-    def parameter_spec(self, elements: Sequence[Element], row: jax.Array, first: jax.Array) -> plgpu.BlockSpec:
-        e = elements[0]
-        block = (WARPGROUPS, groups_of(e), len(elements), ROWS)
-        # Stages that share a group. The pipeline wants every index to depend on the step, also that of a whole row.
-        wide = max(1, e.span // STAGE) if e.span else self.shape.stages
-        return plgpu.BlockSpec(block, lambda k: (row, lax.div(first + k, wide), 0, 0))
+    def parameter_spec(self, elements: Sequence[Element], at: Callable[[Any], tuple[Any, Any]]) -> plgpu.BlockSpec:
+        block = (WARPGROUPS, groups_of(elements[0]), len(elements), ROWS)
+        wide = self.wide(elements[0])
+        return plgpu.BlockSpec(block, lambda k: (at(k)[0], lax.div(at(k)[1], wide), 0, 0))
+
+    def wide(self, e: Element) -> int:
+        """Stages that share a group. The pipeline wants every index to depend on the step, also that of a whole row."""
+        return max(1, e.span // STAGE) if e.span else self.shape.stages

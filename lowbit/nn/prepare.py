@@ -9,7 +9,7 @@ from absl import logging
 from flax import nnx
 
 from lowbit.array import laid_out
-from lowbit.devices import is_hopper
+from lowbit.devices import runs_kernels
 from lowbit.nn.kernel import Frozen, Kernel, expect_arrays, expect_module, joined
 from lowbit.passes.pointwise import UnsuitableError
 
@@ -19,8 +19,9 @@ M = TypeVar("M", bound=nnx.Module)
 def prepare(model: M, device: Any = None) -> M:
     """The model with its quantized weights laid out as the kernels of `device` read them, once and for all.
 
-    On a GPU of compute capability 9.0 products then run as Pallas kernels; every result, gradient and saved file is
-    that of the model as it was, but for bits that pad a group, which become zeros. Weights of formats that the kernels
+    On a GPU of compute capability 9.0, or from jax 0.12 on 8.0, 8.6 or 8.9, products then run as Pallas kernels; every
+    result, gradient and saved file is that of the model as it was, but for bits that pad a group, which become zeros.
+    The layout is the same for all of them. Weights of formats that the kernels
     cannot decode stay as they are, and one log line names them with the reasons. For a device without kernels the model
     comes back unchanged. `model` keeps its own arrays: drop it to free them.
 
@@ -40,7 +41,7 @@ def prepare(model: M, device: Any = None) -> M:
     if device != "hopper":
         if device is not None and not isinstance(device, jax.Device):
             raise TypeError(f"device is {device!r}: give a jax.Device, None for the default one, or 'hopper'")
-        if not is_hopper(jax.devices()[0] if device is None else device):
+        if not runs_kernels(jax.devices()[0] if device is None else device):
             return model
     refused: dict[str, str] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
@@ -22,7 +23,7 @@ from lowbit.nn.kinds import KINDS, NAMES, QUANTIZED, dense_matrices, layers, ref
 from lowbit.nn.linen import Linen, opened
 from lowbit.nn.resume import Finished
 from lowbit.nn.rules import Rule, Rules, as_rules, assign, needed
-from lowbit.quant_type import QuantType, readings
+from lowbit.quant_type import QuantType, check_products
 from lowbit.quantizers.checks import IneligibleError, check_weight
 from lowbit.quantizers.quantizer import quantize_array
 
@@ -49,7 +50,7 @@ def quantize(
     Args:
       model: left as it is, unless `donate`.
       rules: a format for all layers; a dict from path patterns to formats (None: leave dense); or `Rule`s, which can
-        also name the quantizer. Ordered, the first match wins.
+        also name the quantizer, and numerics. Ordered, the first match wins.
       stats: what `lb.calibrate` measured. Binary-coding solvers then weigh the error of each input by its second
         moment, which is the expected error of the layer's output, or by what else they were told to (`lb.alternating`);
         `lb.additive_codebooks` takes `gram`, and round to nearest has no use for any. A logged warning names layers of
@@ -125,7 +126,7 @@ def _check(
         check_weight(dense := dense_matrices(found[path]), f"layer {path!r}")
         dims = tuple(zip(KINDS[type(found[path])].view(found[path]).dims, dense.shape[-2:], strict=True))
         try:
-            readings(QuantType(dims, "f32", rule.format))
+            check_products(QuantType(dims, "f32", rule.format, numerics=rule.numerics))
         except ValueError as err:
             raise ValueError(f"layer {path!r} cannot be quantized: {err}") from err
     if unknown := sorted(stats.keys() - found.keys()):
@@ -198,7 +199,7 @@ class _Job:
         kind, variable = KINDS[type(layer)], weight(layer)
         view = kind.view(layer)
         # Two layers with one weight keep sharing it, if they multiply by the same matrices and get the same format.
-        key = id(variable), view, rule.format, id(rule.quantizer)
+        key = id(variable), view, rule.format, id(rule.quantizer), rule.numerics
         if key not in self.made:
             dense, weighed = dense_matrices(layer), importance(self.stats, path, rule, layer)
 
@@ -210,7 +211,9 @@ class _Job:
                 return Kernel(array, error_stats(dense, array))
 
             kept = self.finished
-            self.made[key] = kept.kernel(path, dense, rule, view.dims, weighed, solve) if kept else solve()
+            made = kept.kernel(path, dense, rule, view.dims, weighed, solve) if kept else solve()
+            made.type = dataclasses.replace(made.type, numerics=rule.numerics)
+            self.made[key] = made
         self._release(variable.get_value(), self.made[key])
         return kind.make(layer, self.made[key])
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lowbit.array import QuantArray
 from lowbit.autotuning.lookup import measured
+from lowbit.backward import floats, planned_dw, planned_dx
 from lowbit.ir.dtypes import short
 from lowbit.nn.kernel import Kernel, Stats, expect_module, kernels
 from lowbit.nn.kinds import KINDS, QUANTIZED, layers
@@ -142,7 +143,7 @@ def _nbytes(a: Any) -> int:
     return int(prod(a.shape) * dtype.itemsize)
 
 
-def explain(layer: Any, batch: int = 1, platform: str | None = None, dtype: Any = None) -> str:
+def explain(layer: Any, batch: int = 1, platform: str | None = None, dtype: Any = None, gradient: bool = False) -> str:
     """Every way to run a quantized layer's product at a batch size, cheapest first: predicted costs, and what
     cannot run, with the reason. Where one was measured (`lb.tuned`), the last line says which: that one runs.
 
@@ -152,6 +153,7 @@ def explain(layer: Any, batch: int = 1, platform: str | None = None, dtype: Any 
       batch: rows of activations.
       platform: "cpu", "gpu" or "tpu"; the default backend's if None.
       dtype: of the activations; if None that which the layer computes in, or else that of its weight.
+      gradient: whether to list the ways to the gradients of the activations and of the weight's parameters, too.
 
     Raises TypeError for a layer that is not quantized, ValueError for a batch below 1 or an unknown platform.
 
@@ -168,10 +170,15 @@ def explain(layer: Any, batch: int = 1, platform: str | None = None, dtype: Any 
     given = dtype or getattr(layer, "dtype", None) or array.dtype
     changes = isinstance(held, Kernel) and held.width is not None
     types = [array.type.at(width) for width in array.type.format.widths] if changes else [array.type]
-    return "\n\n".join(_explained(batch, t, platform, given) for t in types)
+    return "\n\n".join(_explained(batch, t, platform, given, gradient) for t in types)
 
 
-def _explained(batch: int, t: QuantType, platform: str | None, dtype: Any) -> str:
+def _explained(batch: int, t: QuantType, platform: str | None, dtype: Any, gradient: bool) -> str:
     made = plan((batch, dict(t.dims)["k"]), t, platform, dtype)
     entry = measured(batch, t, short(dtype)) if made.machine == jax.default_backend() else None
-    return str(made) if entry is None else f"{made}\nmeasured {entry}"
+    tables = [str(made) if entry is None else f"{made}\nmeasured {entry}"]
+    if gradient:
+        tables.append(str(planned_dx(batch, t, short(dtype), made.machine)))
+        if floats(t):
+            tables.append(str(planned_dw(batch, t, short(dtype), made.machine)))
+    return "\n\n".join(tables)

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 from lowbit.formats import Format
+from lowbit.passes.in_int8 import Numerics, checked_numerics
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.quantizer import default_quantizer, takes_gram, weighs_by
 
@@ -27,6 +28,7 @@ class Rule:
       path: a pattern over paths such as "layers/0/mlp/up": `*` and `?` match within a part, `**` any number of parts.
       format: such as `lb.bcq(3, group=128)`; None leaves the layer dense.
       quantizer: how codes and scales are found; the format's default when None.
+      numerics: what the layers' products are made of, "float", "int8" or "int8x2": see `lb.matmul`.
 
     >>> import lowbit as lb
     >>> rule = lb.Rule("layers/*/mlp/**", lb.bcq(3, group=128), lb.greedy())
@@ -37,6 +39,7 @@ class Rule:
     path: str
     format: Format | None
     quantizer: Quantizer | None = None
+    numerics: Numerics = "float"
 
     def matches(self, path: str) -> bool:
         return _pattern(self.path).fullmatch(path) is not None
@@ -65,6 +68,7 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
             raise TypeError(f"{rule!r} is not a rule: give lb.Rule(path, format), or a dict of path to format or None")
         if rule.quantizer is not None and not callable(rule.quantizer):
             raise TypeError(f"{rule!r}: {rule.quantizer!r} is not a quantizer such as lb.greedy()")
+        checked_numerics(rule.numerics)
     if not given:
         raise ValueError("no rules were given: nothing would be quantized")
     return tuple(given)

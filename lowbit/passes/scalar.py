@@ -6,9 +6,10 @@ a table share their beginnings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 
@@ -152,6 +153,26 @@ def times(x: Scalar, y: Scalar) -> Scalar:
     if isinstance(b, Product) and isinstance(b.a, Number):
         return times((sign, b.a), times((1, a), (1, b.b)))
     return sign, Product(a, b)
+
+
+def evaluated(x: Scalar, stored: Callable[[Element], Any], number: Callable[[float], Any] = float) -> Any:
+    """Its value, in whatever arithmetic `stored` and `number` give values of."""
+    sign, node = x
+    match node:
+        case Number(value):
+            out = number(value)
+        case Element():
+            out = stored(node)
+        case Sum(a, b, minus):
+            left, right = (evaluated((1, e), stored, number) for e in (a, b))
+            out = left - right if minus else left + right
+        case Product(a, b):
+            out = evaluated((1, a), stored, number) * evaluated((1, b), stored, number)
+        case Step() | Lookup():
+            raise AssertionError("a step or a look-up has no value without a code")
+        case _:
+            assert_never(node)
+    return out if sign > 0 else -out
 
 
 def leaves(node: Node) -> list[Node]:

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit.array import QuantArray, dequantize, own
+from lowbit.array import QuantArray, dequantize, in_numerics, own
 from lowbit.io import read, write
-from lowbit.ir.build import param
+from lowbit.ir.build import contract, param
 from lowbit.ir.dtypes import is_float, numpy_dtype, short
 from lowbit.ir.expr import Expr
 from lowbit.ir.oracle import evaluate
@@ -31,7 +31,7 @@ from lowbit.passes.choose import Form, choose
 from lowbit.passes.lower_xla import align, emit
 from lowbit.planning import lowering, machine_of, plan
 from lowbit.quant_type import QuantType, float_words, type_from_json, type_to_json
-from lowbit.testing.terms import encoded, kernel_term, product_term
+from lowbit.testing.terms import encoded, kernel_dx_term, kernel_term, product_term
 from lowbit.testing.tolerance import Array, assert_within, exact_and_bound, expect, in_float64, rounded
 
 DRAWS = 64
@@ -123,7 +123,7 @@ def check_product(x: Any, w: QuantArray, form: str | None = None) -> None:
     shape = (*x.shape[:-1], dict(w.type.dims)["n"])
     expect(y.shape == shape and y.dtype == x.dtype, f"{y.dtype}{list(y.shape)}, not {x.dtype}{list(shape)}")
     rows = x.size // x.shape[-1]
-    term = planned.term if isinstance(planned, Form) else kernel_term(rows, w.type, short(x.dtype))
+    term = planned.term if isinstance(planned, Form) else kernel_term(rows, w.type, short(x.dtype), planned.name)
     assert_product(y, x, own(w), term)
 
 
@@ -134,6 +134,16 @@ def assert_product(y: Any, x: Array, w: QuantArray, term: Expr) -> None:
     exact = _ordered(evaluate(product := product_term(len(rows), w.type, short(x.dtype)), env), product, ("m", "n"))
     _, bound = exact_and_bound(term, env, ("m", "n"))
     assert_within(np.asarray(y).reshape(exact.shape), exact, rounded(exact, bound, x.dtype), "y [m, n]")
+
+
+def assert_dx(dx: Any, dy: Array, w: QuantArray, by_kernel: bool = True) -> None:
+    """dx [m, k] is dy [m, n] times the transpose of w, as exactly as kernels compute it, or forms of the term."""
+    m, env = len(dy), {**stored(w), "dy": dy}
+    plain = contract((param("dy", short(dy.dtype), None, m=m, n=dict(w.type.dims)["n"]), w.type.decode), ("n",))
+    exact = _ordered(evaluate(plain, env), plain, ("m", "k"))
+    _, bound = exact_and_bound(kernel_dx_term(m, w.type, short(dy.dtype)) if by_kernel else plain, env, ("m", "k"))
+    expect(dx.shape == exact.shape and dx.dtype == dy.dtype, f"{dx.dtype}{list(dx.shape)}, not {list(exact.shape)}")
+    assert_within(dx, exact, rounded(exact, bound, dy.dtype), "dx [m, k]")
 
 
 def check_batches(x: Array, w: QuantArray) -> None:
@@ -164,11 +174,12 @@ def check_gradients(x: Array, w: QuantArray) -> None:
     >>> import lowbit as lb
     >>> lb.testing.check_gradients(np.ones((3, 8), np.float32), lb.quantize_array(np.eye(8, 4), lb.bcq(2)))
     """
+    given, w = w, in_numerics(w, "float")  # gradients are those of the product in floats, whatever its numerics
     m, n = x.shape[0], dict(w.type.dims)["n"]
     # Small, so that the cotangents stay within the narrowest type that may store a scale: 448 for e4m3.
     dy = (random_rows(m, n, seed=3) / 64).astype(x.dtype)
-    dx, dw = jax.jit(lambda x, w, dy: jax.vjp(matmul, x, w)[1](dy))(jnp.asarray(x), w, jnp.asarray(dy))
-    expect(isinstance(dw, QuantArray) and dw.type == w.type, f"the cotangent of w is {dw!r}")
+    dx, dw = jax.jit(lambda x, w, dy: jax.vjp(matmul, x, w)[1](dy))(jnp.asarray(x), given, jnp.asarray(dy))
+    expect(isinstance(dw, QuantArray) and dw.type == given.type, f"the cotangent of w is {dw!r}")
     autodiff = _autodiff(encoded(x, w.type), w, dy)
     term, leaf_dy = product_term(m, w.type, short(x.dtype)), param("dy", short(dy.dtype), None, m=m, n=n)
     env = {**stored(w), "x": x, "dy": dy}

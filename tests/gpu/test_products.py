@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -28,6 +29,7 @@ FORMATS = {
 OTHERS = {
     "bcq1": lb.bcq(1, group=128, scale_dtype="bfloat16"),
     "bcq4_offset": lb.bcq(4, group=64, offset=True),
+    "bcq3_offset": lb.bcq(3, group=512, offset=True),
     "uniform2": lb.uniform(2, group=512),
     "uniform4_rows": lb.uniform(4),
     "from_outside": fp3_rows(),
@@ -45,9 +47,19 @@ NESTED = {
     "any_bcq_offset": lb.any_bcq(2, 4, group=64, offset=True),
 }
 """Read at every width."""
+INTEGERS = [
+    *FORMATS.values(),
+    lb.uniform(3),
+    lb.bcq(4),
+    *(lb.any_precision(2, 4, width=width) for width in (2, 3, 4)),
+    lb.any_bcq(2, 4, group=128, scale_dtype="float16"),
+]
+"""With kernels for products in 8-bit integers."""
 WIDTHS = [(name, width) for name, fmt in NESTED.items() for width in fmt.widths]
 OWN = ("m1v4", "m2v8", "nested_fp")
 """Of OTHERS, those whose kernels hold tables of all rows, or fetch bytes as they are stored."""
+SUMMED = ("bcq4", "bcq3", "bcq2", "bcq1", "bcq3_offset", "m1v4", "m2v8", "vectors_of_16")
+"""Of both, those that `sums` looks up."""
 HALVES = ("float16", "bfloat16")
 KERNEL = "mma"
 
@@ -101,6 +113,15 @@ def test_nested_floats_in_8_bits(lowering: str, m: int) -> None:
     check_product(rows(m, 1024, "float16"), at(8, prepared(OTHERS["nested_fp"], 192, 1024)), lowering)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("numerics", ["int8", "int8x2"])
+@pytest.mark.parametrize("fmt", INTEGERS, ids=str)
+def test_products_in_8_bit_integers(fmt: Format, numerics: Any, dtype: str) -> None:
+    for m, n, k in ((1, 256, 1024), (5, 70, 301), (64, 192, 1024)):
+        w = prepared(fmt, n, k)
+        check_product(rows(m, k, dtype), QuantArray(w.fields, replace(w.type, numerics=numerics)), KERNEL)
+
+
 @pytest.mark.parametrize("m", [64, 512])
 @pytest.mark.parametrize("name", OWN)
 def test_more_rows_of_other_formats(name: str, m: int) -> None:
@@ -133,6 +154,27 @@ def test_the_same_bits_every_time(name: str) -> None:
     """Parts of k are summed in order: no atomics. Many parts, and enough blocks for every SM."""
     w, x = prepared(FORMATS[name], 2048, 8192), jnp.asarray(rows(8, 8192, "bfloat16"))
     first, *others = (np.asarray(lb.matmul(x, w, lowering=KERNEL)).tobytes() for _ in range(20))
+    assert all(bits == first for bits in others)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [*HALVES, "float32"])
+@pytest.mark.parametrize("name", SUMMED)
+def test_sums_that_are_looked_up(name: str, dtype: str, m: int) -> None:
+    check_product(rows(m, 1024, dtype), prepared({**FORMATS, **OTHERS}[name], 256, 1024), "sums")
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 128), (70, 301), (200, 2049), (8192, 512)])
+@pytest.mark.parametrize("name", SUMMED)
+def test_sums_at_sizes_that_fit_no_tile(name: str, n: int, k: int) -> None:
+    check_product(rows(1, k, "float16"), prepared({**FORMATS, **OTHERS}[name], n, k), "sums")
+
+
+@pytest.mark.parametrize("name", ["bcq1", "m2v8"])
+def test_the_same_sums_every_time(name: str) -> None:
+    """Lanes of a row, and chunks of k, are summed in order."""
+    w, x = prepared(OTHERS[name], 2048, 8192), jnp.asarray(rows(1, 8192, "bfloat16"))
+    first, *others = (np.asarray(lb.matmul(x, w, lowering="sums")).tobytes() for _ in range(20))
     assert all(bits == first for bits in others)
 
 

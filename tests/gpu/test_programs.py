@@ -12,23 +12,18 @@ from flax import nnx
 
 import lowbit as lb
 from lowbit.array import QuantArray, laid_out, own
-from lowbit.ir.build import param
+from lowbit.backward import planned_dw, planned_dx
 from lowbit.ir.dtypes import short
-from lowbit.ir.oracle import evaluate
-from lowbit.ir.transpose import transpose
-from lowbit.ir.walk import params
-from lowbit.passes.choose import choose
-from lowbit.planning import machine_of
 from lowbit.testing.checks import (
+    assert_dx,
     assert_product,
     check_export,
     random_array,
     random_rows,
-    stored,
 )
-from lowbit.testing.terms import kernel_term, product_term
-from lowbit.testing.tolerance import assert_within, exact_and_bound, rounded
+from lowbit.testing.terms import kernel_term
 from tests.hopper import needed
+from tests.parameter_gradients import check_parameter_gradients
 
 needed()
 
@@ -52,28 +47,23 @@ def check_by_kernel(y: Any, x: Any, w: QuantArray) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_gradients(name: str) -> None:
-    """Of x, and of every float field through the layout, against the oracle of the transposed term."""
+    """Of x, and of every float field in the kernels' layout, against the oracle."""
     w, x = array(name), random_rows(M, K, dtype=HALF)
-    dy = (random_rows(M, N, dtype=HALF, seed=3) / 64).astype(x.dtype)
-    floats = {field: a for field, a in w.fields.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    dy, there = (random_rows(M, N, dtype=HALF, seed=3) / 64).astype(x.dtype), arranged(w)
+    floats = {field: a for field, a in there.fields.items() if jnp.issubdtype(a.dtype, jnp.floating)}
 
     @jax.jit
     def pull(x: jax.Array, floats: dict[str, jax.Array], dy: jax.Array) -> Any:
         def product(x: jax.Array, floats: dict[str, jax.Array]) -> jax.Array:
-            return lb.matmul(x, laid_out(QuantArray({**w.fields, **floats}, w.type)))
+            return lb.matmul(x, QuantArray({**there.fields, **floats}, there.type))
 
         return jax.vjp(product, x, floats)[1](dy)
 
     dx, dfloats = pull(jnp.asarray(x), floats, jnp.asarray(dy))
-    term, leaf_dy = product_term(M, w.type, short(x.dtype)), param("dy", short(dy.dtype), None, m=M, n=N)
-    env = {**stored(w), "x": x, "dy": dy}
-    for field, got in {"x": dx, **dfloats}.items():
-        leaf = params(term)[field]
-        pulled = transpose(term, leaf, leaf_dy)
-        order = [list(pulled.dims).index(d) for d in leaf.dims]
-        exact = evaluate(pulled, env).transpose(order)
-        _, bound = exact_and_bound(choose(pulled, machine_of("gpu")), env, list(leaf.dims))
-        assert_within(got, exact, rounded(exact, bound, leaf.dtype), f"the cotangent of {field!r}")
+    for planned, kernel in ((planned_dx, "mma_dx"), (planned_dw, "mma_dw")):
+        assert planned(M, there.type, "bf16", "gpu").choice().name == kernel
+    assert_dx(dx, dy, w)
+    check_parameter_gradients(dfloats, x, dy, there)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -11,6 +11,7 @@ import pytest
 from tests import machine_code
 from tests.machine_code import SASS, Listed
 from tools.aot import __main__ as command
+from tools.aot import compiling
 from tools.aot.report import BEGIN, END
 from tools.aot.target import cuda_root
 
@@ -22,12 +23,12 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "resolve_name", lambda name: lambda: kernels)
     monkeypatch.setattr(command, "assembler", lambda: "1.2")
 
-    def compile_for_h100(function: object, times: int, dump: Path) -> None:
+    def compile_for(chip: str, function: object, times: int, dump: Path) -> None:
         middle = re.search(r"(?s)   -:-:2:Y:01.*gsb0\n", SASS)
         assert middle
         machine_code.write(dump, sass=SASS.replace(middle[0], middle[0] * times))
 
-    monkeypatch.setattr(command, "compile_for_h100", compile_for_h100)
+    monkeypatch.setattr(compiling, "compile_for", compile_for)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -69,7 +70,7 @@ def test_an_error_names_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object, dump: Path) -> None:
         raise NotImplementedError("no such layout")
 
-    monkeypatch.setattr(command, "compile_for_h100", broken)
+    monkeypatch.setattr(compiling, "compile_for", broken)
     with pytest.raises(NotImplementedError, match="no such layout") as raised:
         run(monkeypatch)
     assert raised.value.__notes__ == ["while compiling the kernel small for an H100"]

@@ -211,7 +211,7 @@ def test_schedules_beside_a_kernel_s_own() -> None:
 
 def test_a_schedule_reaches_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(launch, "product", lambda of, x, fields, tuned, at: seen.append(tuned))
+    monkeypatch.setattr(launch, "product", lambda of, x, fields, tuned, at, variant: seen.append(tuned))
     t = QuantType((("n", 64), ("k", 256)), "bf16", lb.uniform(4, group=128), layout="mma")
     by_mma(t, X, {}, (8, 2, 4))
     by_mma(t, X, {})

@@ -26,6 +26,7 @@ OTHERS = [
     [Case("m1v4", 128, 256, 2, "bfloat16", "decode")],
     [Case(what, 128, 256, 2, "float16", "decode") for what in ("nested_fp16", "nested_fp8")],
 ]
+BACK = [[Case(what, 128, 256, 2, "bfloat16", "xla_dx")] for what in ("halves", "bcq3")]
 
 
 def rows_of(results: Results) -> dict[str, Any]:
@@ -65,8 +66,10 @@ def test_roofline_is_of_memory_then_of_the_matrix_unit() -> None:
 
 def test_every_shape_batch_format_and_dtype_is_a_case() -> None:
     named = {case.name: case for group in groups() for case in group}
-    once = 4 * (2 * 8 + 4 * (2 * 8 + 2) + 4 * (8 + 2)) + 4 * (7 + 7 + 3 + 2 * 7)
-    assert len(named) == sum(map(len, groups())) == once
+    once = 4 * (2 * 8 + 4 * (2 * 8 + 2) + 5 * (8 + 2) + 5 * 6 + 6 * 3) + 4 * (7 + 7 + 3 + 2 * 7)
+    back = 2 * 3 * (1 + 4 * 2)
+    assert len(named) == sum(map(len, groups())) == once + back
+    assert sum(case.back for case in named.values()) == back
     promised = {need for target in targets() for need in target.needs} - {COPY}
     assert promised == {case.name for group in groups()[:15] for case in group}
 
@@ -246,8 +249,17 @@ def test_a_run_measures_and_goes_on(
 
 
 def test_every_kind_of_weight_is_made_varied_and_checked(cpu: Results) -> None:
-    assert gpu_matmul.run(OTHERS, cpu, 60.0) == 0
-    assert [row["weights"] for name, row in cpu.rows.items() if name != COPY] == [2] * 5
+    assert gpu_matmul.run([*OTHERS, *BACK], cpu, 60.0) == 0
+    assert [row["weights"] for name, row in cpu.rows.items() if name != COPY] == [2] * 7
+
+
+def test_a_wrong_gradient_is_named(
+    cpu: Results, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = gpu_matmul.gradient
+    monkeypatch.setattr(gpu_matmul, "gradient", lambda *args: right(*args) + 100)
+    assert gpu_matmul.run(BACK[1:], cpu, 60.0) == 1
+    assert "WRONG bcq3 xla_dx 128x256 m=2 bfloat16: dx [m, k]: 512 of 512 differ" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("cpu")
@@ -281,7 +293,7 @@ def test_the_profiler_is_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpu_timing.profiler, "measure", measure)
     out, row = gpu_timing.timed(lambda x: x + 1, [jnp.zeros(2)], 2, cupti=True)
-    assert out.tolist() == [1, 1] and row.pop("wall") > 0
+    assert out.tolist() == [1, 1] and row.pop("wall") > 0 and row.pop("temporary") >= 0
     assert row == {
         "seconds": 1.5e-3,
         "spread": pytest.approx(8 / 3),
@@ -322,6 +334,15 @@ def test_the_kernels_results_are_checked_on_some_columns() -> None:
     gpu_matmul.check(case, jax.device_get(own), x, y)
     with pytest.raises(AssertionError, match=r"y \[m, n\]: 4 of 64 differ; at \(\d, 15\)"):
         gpu_matmul.check(case, jax.device_get(own), x, y.at[:, -1].add(1e5))
+
+
+def test_sums_are_checked_within_the_bound_of_float32() -> None:
+    case = Case("bcq1", 192, 512, 2, "float16", "sums")
+    own, x = random_array(canonical(case.what, case.n, case.k)), random_rows(2, 512, dtype="float16") / np.float16(64)
+    y = gpu_matmul.lb.matmul(jnp.asarray(x), own, lowering="table")
+    gpu_matmul.check(case, jax.device_get(own), x, y)
+    with pytest.raises(AssertionError, match=r"y \[m, n\]: 2 of 32 differ; at \(\d, 15\)"):
+        gpu_matmul.check(case, jax.device_get(own), x, y.at[:, -1].add(100))
 
 
 def test_the_product_in_8_bits_is_checked_with_encoded_activations() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations, product
 from math import ceil
 from types import SimpleNamespace
@@ -19,8 +20,9 @@ import lowbit as lb
 from lowbit import devices, planning
 from lowbit.array import QuantArray, laid_out
 from lowbit.compat import NEW, interpret_params, races_found
-from lowbit.ir import Bitcast, Call, param
+from lowbit.ir import Bitcast, Call, Gather, Unpack, merge, param
 from lowbit.ir.dtypes import short
+from lowbit.ir.expr import Expr
 from lowbit.kernels import mma as schedule
 from lowbit.kernels import product as launch
 from lowbit.kernels.choice import kernel_choices
@@ -303,6 +305,24 @@ def test_explain_lists_the_kernel_taken_or_refused() -> None:
         assert f"refused: {why}" in line(w, platform, dtype)
 
 
+@lb.register_format("two_tables")
+def two_tables(n: int, k: int) -> Expr:
+    """Entries that no kernel has room for: 2 x 16 floats for every 32 inputs."""
+    code = merge(Unpack(param("codes", "u8", n=n, g=k // 32, j=16), 4, "v", 2), "j", "v", into="i")
+    tables = (param(name, "f32", n=n, g=k // 32, c=16) for name in "ab")
+    return merge(sum(Gather(table, code, "c") for table in tables), "g", "i", into="k")
+
+
+def test_too_much_shared_memory_is_refused_by_its_bytes() -> None:
+    t = QuantType((("k", 256), ("n", 128)), "f32", two_tables(), layout="mma")
+    parameters, words, x, results = 2 * 16 * 8 * 128 * 4, 128 * 128, 8 * 256 * 2, 128 * 8 * 4
+    needed = results + 2 * (parameters + words + x + 2 * 1024)
+    plan = str(lb.plan((8, 256), t, "gpu", "bfloat16"))
+    assert f"mma      refused: a block needs {needed:,} bytes of shared memory, and there are 231,424" in plan
+    w = laid_out(random_array(replace(t, layout="own")))
+    assert lb.matmul(jnp.ones((8, 256), jnp.bfloat16), w).shape == (8, 128)  # though all platforms are planned
+
+
 def test_a_width_that_lanes_cannot_decode_is_refused_alone() -> None:
     upper, lower = (param(name, "u8", n=64, k=256) for name in ("upper", "lower"))
     readings = Bitcast(upper, "e4m3"), Call("rebuild_f16", (upper, lower))
@@ -320,7 +340,7 @@ def test_lowering_by_name_or_by_several() -> None:
         lb.matmul(X, THERE, lowering=["mma", "fp8"])
     with pytest.raises(planning.LoweringError, match="lowering 'mma' or 'dense' cannot run"):
         lb.matmul(X, THERE, lowering=["mma", "dense"])
-    with pytest.raises(planning.LoweringError, match=r"there is no lowering 'wgmma': use one of .*mma, fp8, dense"):
+    with pytest.raises(planning.LoweringError, match=r"there is no lowering 'wgmma': use one of .*sums, fp8, dense"):
         lb.matmul(X, THERE, lowering=["decode", "wgmma"])
     with pytest.raises(planning.LoweringError, match=r"^lowering names nothing: use one of .*, or None"):
         lb.matmul(X, THERE, lowering=[])
@@ -333,7 +353,7 @@ def test_lowering_by_name_or_by_several() -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[str]]]:
     """A GPU to be given a capability, and what is logged. Programs are still made for the CPU."""
     said: list[str] = []
-    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
+    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA B200", compute_capability="10.0")
     monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
@@ -352,15 +372,15 @@ def test_another_gpu_is_named_once_and_runs_what_xla_makes(gpu: tuple[Any, list[
     device, said = gpu
     assert KERNEL not in for_cuda(lb.matmul, X, THERE)
     assert KERNEL not in for_cuda(lb.matmul, X[:2], THERE)
-    why = "NVIDIA A100 has compute capability 8.0: lowbit's kernels are for 9.0 exactly"
-    assert said == [f"{why}, so products run as XLA makes them"]
-    with pytest.raises(planning.LoweringError, match=r"mma +refused: this GPU has compute capability 8.0, and it is"):
+    why = devices.no_kernels_on(device)
+    assert said == [f"NVIDIA B200 runs none of lowbit's kernels ({why}), so products run as XLA makes them"]
+    with pytest.raises(planning.LoweringError, match=r"mma +refused: compute capability 10.0: lowbit has schedules"):
         lb.matmul(X, THERE, lowering="mma")
     layer = lb.nn.Linear(lb.nn.Kernel(W, jnp.zeros(2)), None)
     assert lb.prepare(layer) is layer
-    assert "mma      refused: this GPU has compute capability 8.0" in lb.explain(THERE)
+    assert "mma      refused: compute capability 10.0" in lb.explain(THERE)
     del device.compute_capability
-    assert not devices.is_hopper(device)
+    assert not devices.runs_kernels(device)
 
 
 def test_on_a_hopper_gpu_the_kernel_is_the_choice(gpu: tuple[Any, list[str]]) -> None:

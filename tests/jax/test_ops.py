@@ -20,7 +20,8 @@ from lowbit.passes.choose import TIE
 from lowbit.passes.lower_xla import emit
 from lowbit.planning import MACHINES
 from lowbit.quant_type import QuantType
-from lowbit.testing.checks import check_gradients, check_product, stored
+from lowbit.testing import random_array
+from lowbit.testing.checks import check_gradients, check_product, random_rows, stored
 from lowbit.testing.terms import product_term
 from lowbit.testing.tolerance import assert_within, exact_and_bound, gamma, rounded, tiny
 from tests.terms import environment
@@ -75,6 +76,14 @@ def test_activation_dtypes_and_order(dtype, dims):
     check_product(activation(4, 70, dtype=dtype), quant(lb.bcq(3, 33, offset=True), 70, 6, dims=dims, dtype=dtype))
 
 
+def test_activations_in_any_order_in_memory():
+    w = random_array(lb.QuantType((("k", 40), ("n", 7)), "f32", lb.bcq(3, group=8)))
+    x = random_rows(6, 80)
+    want = lb.matmul(jnp.asarray(x[::2, ::2]), w)
+    for strided in (x[::2, ::2], np.asfortranarray(x[::2, ::2]), x.T.copy().T[::2, ::2], jnp.asarray(x.T[::2, ::2]).T):
+        np.testing.assert_array_equal(lb.matmul(strided, w), want)
+
+
 @pytest.mark.parametrize("batch", [(), (0,), (2, 3), (2, 0, 3), (1,)])
 def test_batch_shapes(batch):
     w = quant(lb.uniform(4, 16), 40, 3)
@@ -117,7 +126,7 @@ def test_plan_is_sorted_and_printed():
     assert rest == sorted(rest) and first <= TIE * rest[0]
     lines = str(p).splitlines()
     assert lines[0] == "x[6, k] @ f32[k=4096 n=8] as bcq(bits=3, group=128) on cpu"
-    assert [line.split()[0] for line in lines[2:]] == [*p.names, "mma", "dense"]
+    assert [line.split()[0] for line in lines[2:]] == [*p.names, "mma", "sums", "dense"]
     assert all("refused: it is for GPUs" in line for line in lines[-2:])
     assert lb.plan((6, 4096), p_type := quant(lb.bcq(3, 128), 4096, 8).type, platform="tpu").machine == "tpu"
     assert lb.plan((6, 4096), p_type) is lb.plan((2, 3, 4096), p_type)
@@ -232,7 +241,7 @@ def test_vmap_over_stacked_weights_and_its_gradient():
 def test_a_second_call_does_not_trace_again(monkeypatch):
     traces = []
     fmt = lb.bcq(2, 8)
-    monkeypatch.setattr("lowbit.ops.emit", lambda *args: traces.append(1) or emit(*args))
+    monkeypatch.setattr("lowbit.by_term.emit", lambda *args: traces.append(1) or emit(*args))
     a, b = (quant(fmt, 24, 7, seed=s) for s in (0, 1))
     x = jnp.asarray(activation(2, 24))
     first = lb.matmul(x, a)

@@ -410,8 +410,8 @@ def test_explain() -> None:
     text = lb.explain(up, batch=4)
     assert text.splitlines()[0] == "x[4, k] @ f32[k=16 n=32] as bcq(bits=2, group=8) on cpu"
     assert text.splitlines()[1].split() == ["form", "predicted", "bytes", "read", "fma", "look-ups"]
-    *rows, mma, dense = text.splitlines()[2:]
-    assert mma.split()[:2] == ["mma", "refused:"] and dense.split()[:2] == ["dense", "refused:"]
+    *rows, mma, sums, dense = text.splitlines()[2:]
+    assert [line.split()[:2] for line in (mma, sums, dense)] == [[k, "refused:"] for k in ("mma", "sums", "dense")]
     times = [float(line.split()[1]) for line in rows]
     assert len(times) >= 2 and times == sorted(times)
     assert "decode" in {line.split()[0] for line in text.splitlines()[2:]}

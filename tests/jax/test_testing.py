@@ -13,7 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 
 import lowbit as lb
-from lowbit import ops, planning
+from lowbit import by_term, ops, planning
 from lowbit.ir import (
     Bitcast,
     Call,
@@ -30,7 +30,7 @@ from lowbit.ir import (
     slice_,
     text,
 )
-from lowbit.kernels.choice import KERNELS
+from lowbit.kernels.choice import GRADIENTS, KERNELS
 from lowbit.passes import PIPELINES, Pass
 from lowbit.passes.lower_xla import emit
 from lowbit.testing import checks, kit, quantizing, strategies
@@ -391,7 +391,7 @@ def test_weights_that_come_back_as_nan_are_caught():
 def test_a_lowering_really_runs(monkeypatch):
     """Also in what was compiled before, and no longer than it was asked for."""
     ran = []
-    monkeypatch.setattr(ops, "emit", lambda term, *rest: ran.append(term) or emit(term, *rest))
+    monkeypatch.setattr(by_term, "emit", lambda term, *rest: ran.append(term) or emit(term, *rest))
     w = lb.testing.random_array(lb.QuantType((("k", 24), ("n", 5)), "f32", lb.bcq(2, group=8)))  # no other test's
     plan = lb.plan(X.shape, w.type)
     compiled = jax.jit(lb.matmul)
@@ -409,7 +409,7 @@ def test_a_lowering_really_runs(monkeypatch):
 def test_lowerings_that_are_not_there():
     with pytest.raises(
         lb.testing.LoweringError,
-        match=f"^there is no lowering 'tabel': use one of {', '.join((*PIPELINES, *KERNELS))}$",
+        match=f"^there is no lowering 'tabel': use one of {', '.join((*PIPELINES, *KERNELS, *GRADIENTS))}$",
     ):
         lb.testing.lowering("tabel").__enter__()
     one = lb.testing.random_array(lb.QuantType((("k", 24), ("n", 3)), "f32", lb.uniform(2, group=8)))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.machine_code import LOG, SASS, Listed, write
-from tools.aot.model import BYTES, RATES, load, pipes, slots
+from tools.aot.model import BYTES, CHIPS, RATES, load, pipes, slots
 from tools.aot.report import BEGIN, END, measure, place, refusals, table
 from tools.aot.sass import Instruction, hot_loop, read_log, read_sass
 
@@ -94,6 +94,16 @@ def test_a_loop_of_known_counts() -> None:
     assert round(its.clocks, 1) == 35.4
 
 
+def test_what_follows_a_loop_is_counted_once() -> None:
+    program = read_sass(SASS)
+    behind = program.behind(hot_loop(program))
+    assert [i.base for i in behind] == ["BRA", "EXIT"]
+    its = load(repeated(FADD=4, HGMMA_64x8x16=1), 8, 4, times=10, after=repeated(FADD=6, LDS_64=2))
+    assert its.instructions == (50 + 8) / 8
+    assert its.pipes["FMA"] == pytest.approx((40 + 6) / 8 * 2 * BYTES / RATES["FMA"])
+    assert its.clocks == pytest.approx(128 * 8 / 10 / (2 * BYTES))
+
+
 @pytest.mark.parametrize(
     ("opcode", "where", "how_many"),
     [
@@ -116,6 +126,16 @@ def test_what_an_instruction_takes(opcode: str, where: tuple[str, ...], how_many
     assert slots(instruction) == how_many
 
 
+def test_four_warps_multiply_before_hopper() -> None:
+    # 16 x 8 x 16 multiply-adds each, of which an A100 has 1024 a clock and SM, an RTX 4090 256 with sums in float32.
+    for chip, rate in (("a100", 1024), ("rtx4090", 256)):
+        its = load(repeated(HMMA_16816_F32=2), 16, 4, chip=CHIPS[chip])
+        assert pipes(Instruction("HMMA.16816.F32", "", 1)) == ("TC",)
+        fed = 8 * CHIPS[chip].memory / CHIPS[chip].clock / CHIPS[chip].sms / 4  # weights a clock and SM
+        assert its.pipes["TC"] == pytest.approx(2 * 4 * 16 * 8 * 16 / rate / (16 * 128 / fed))
+        assert its.clocks == pytest.approx(16 * 128 / 2 / fed)
+
+
 def test_an_instruction_that_the_model_does_not_know_is_refused() -> None:
     with pytest.raises(ValueError, match=r"does not know which pipe TTUOPEN\.X runs on: add it to"):
         load(repeated(TTUOPEN_X=1, HGMMA_64x8x16=1), 1, 4)
@@ -135,9 +155,10 @@ def test_an_instruction_that_the_model_does_not_know_is_refused() -> None:
         (None, None, Listed(target=0.3), "fills TC to 45.2% at memory speed; its target is 30%"),
         (None, None, Listed(bits=1.5), "fills TC to 120.5% at memory speed; its target is 90%"),
         (None, None, Listed(bits=1.5, target=None), None),
+        (None, None, Listed(times=2), "fills TC to 90.4% at memory speed; its target is 90%"),
         (None, None, Listed(), None),
     ],
-    ids=["spills", "stack", "local", "serialized", "products", "target", "bits", "no target", "good"],
+    ids=["spills", "stack", "local", "serialized", "products", "target", "bits", "no target", "times", "good"],
 )
 def test_refusals(
     log: tuple[str, str] | None, sass: tuple[str, str] | None, kernel: Listed, complaint: str | None, tmp_path: Path
@@ -159,11 +180,22 @@ def test_a_kernel_beside_the_one_that_multiplies_is_counted_too(tmp_path: Path) 
     assert (figures.wgmmas, figures.spills) == (2, 8)
 
 
+def test_a_kernel_that_only_adds_is_judged_by_its_adds(tmp_path: Path) -> None:
+    write(tmp_path, sass=SASS.replace("HGMMA.64x16x16.F32", "FADD"))
+    figures = measure(Listed(wgmmas=0), tmp_path)
+    assert (figures.wgmmas, figures.load.clocks, figures.load.pipes["TC"]) == (0, 0, 0)
+    assert figures.load.instructions == 10 / 8  # the loop is the one that multiplies otherwise
+    with pytest.raises(ValueError, match="0 of them with FADD, and just one must be"):
+        measure(Listed(wgmmas=0), tmp_path / "nothing")
+    with pytest.raises(ValueError, match="none of 4 loops has FADD"):
+        hot_loop(read_sass(SASS), ("FADD",))
+
+
 @pytest.mark.parametrize("names", [(), ("kernel_0", "kernel_1")])
 def test_a_compilation_without_one_kernel_that_multiplies_is_refused(names: tuple[str, ...], tmp_path: Path) -> None:
     for name in names:
         write(tmp_path, name=name)
-    said = rf"{re.escape(str(tmp_path))}, {len(names)} of them with WGMMA, and exactly one must be\. One that equals"
+    said = rf"{re.escape(str(tmp_path))}, {len(names)} of them with products, and just one must be\. One that equals"
     with pytest.raises(ValueError, match=said):
         measure(Listed(), tmp_path)
 
@@ -192,4 +224,12 @@ def test_the_table_stands_between_its_markers_and_again_when_made_again() -> Non
 
 
 def test_the_page_of_the_documentation_has_the_markers() -> None:
-    assert "| a |" in place((ROOT / "docs" / "kernels.md").read_text("utf-8"), "| a |")
+    page = (ROOT / "docs" / "kernels.md").read_text("utf-8")
+    for chip in CHIPS.values():
+        assert f"| {chip.name} |" in place(page, f"| {chip.name} |", chip)
+
+
+def test_a_table_says_what_its_tensor_cores_do(tmp_path: Path) -> None:
+    write(tmp_path, sass=SASS.replace("HGMMA.64x16x16.F32", "HMMA.16816.F32"))
+    figures = measure(Listed(), tmp_path, CHIPS["a100"])
+    assert figures.wgmmas == 2 and "| registers | HMMA |" in table([(Listed(), figures)], "jax", CHIPS["a100"])

@@ -5,19 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tools.aot.model import Load, load
-from tools.aot.sass import LOCAL, WGMMA, hot_loop, read_log, read_sass
+from tools.aot.model import H100, Chip, Load, load
+from tools.aot.sass import ADDS, LOCAL, PRODUCTS, hot_loop, read_log, read_sass
 
 BEGIN = "<!-- the table of `make aot` begins -->"
 END = "<!-- the table of `make aot` ends -->"
+"""For an H100; for another GPU with its name."""
 
 
 class Kernel(Protocol):
     """What the catalog says of a kernel: how to compile it, and what its loop has to be.
 
     `weights` are those that one lane decodes in one iteration of the loop with the products, `bits` what is stored for
-    a weight with its share of scales and tables, `wgmmas` the products of that iteration. No pipe may be fuller than
-    `target` at memory speed; None where arithmetic is the limit and not memory.
+    a weight with its share of scales and tables, `wgmmas` the products of that iteration, 0 where it only adds. No pipe
+    may be fuller than `target` at memory speed; None where arithmetic is the limit and not memory. Where the weights
+    are not those of one iteration, `times` says of how many, and what follows the loop is counted too; None elsewhere.
     """
 
     @property
@@ -32,6 +34,8 @@ class Kernel(Protocol):
     def bits(self) -> float: ...
     @property
     def wgmmas(self) -> int: ...
+    @property
+    def times(self) -> int | None: ...
     @property
     def target(self) -> float | None: ...
 
@@ -49,26 +53,29 @@ class Figures:
     load: Load
 
 
-def measure(kernel: Kernel, dump: Path) -> Figures:
+def measure(kernel: Kernel, dump: Path, chip: Chip = H100) -> Figures:
     """Reads what compiling `kernel` left in `dump`. Of several programs there the one with products is the kernel."""
+    work, what = (PRODUCTS, "products") if kernel.wgmmas else (ADDS, "FADD")
     logs = sorted(dump.glob("*.ptxas"))
     found = [(read_log(p.read_text()), read_sass(p.with_suffix(".sass_ctrl").read_text())) for p in logs]
-    multiplying = [(log, program) for log, program in found if program.count(WGMMA)]
+    multiplying = [(log, program) for log, program in found if program.count(work)]
     if len(multiplying) != 1:
         raise ValueError(
-            f"{kernel.name}: {len(found)} programs in {dump}, {len(multiplying)} of them with WGMMA, and exactly one "
+            f"{kernel.name}: {len(found)} programs in {dump}, {len(multiplying)} of them with {what}, and just one "
             "must be. One that equals an earlier one is not compiled again: list it once"
         )
     ((log, program),) = multiplying
-    loop = hot_loop(program)
+    loop = hot_loop(program, work)
+    code = program.instructions[loop.start : loop.stop]
+    after = () if kernel.times is None else program.behind(loop)
     return Figures(
         log.registers,
         sum(other.stack for other, _ in found),
         sum(other.spills for other, _ in found),
         sum(other.count(LOCAL) for _, other in found),
-        program.count(WGMMA, loop),
+        program.count(PRODUCTS, loop),
         tuple(sorted({code for other, _ in found for code in other.warnings})),
-        load(program.instructions[loop.start : loop.stop], kernel.weights, kernel.bits),
+        load(code, kernel.weights, kernel.bits, kernel.times or 1, after, chip),
     )
 
 
@@ -93,12 +100,13 @@ def refusals(kernel: Kernel, figures: Figures) -> list[str]:
 
 
 SHOWN = ("issue", "ALU", "IMAD", "FMA", "LSU", "TC")
-COLUMNS = ("kernel", "bits", "registers", "WGMMA", "instr.", *SHOWN, "clk", "stall", "worst")
+COLUMNS = ("kernel", "bits", "registers", "{product}", "instr.", *SHOWN, "clk", "stall", "worst")
 
 
-def table(rows: Iterable[tuple[Kernel, Figures]], versions: str) -> str:
+def table(rows: Iterable[tuple[Kernel, Figures]], versions: str, chip: Chip = H100) -> str:
     """The figures of all kernels in Markdown, under a line that says what compiled them."""
-    lines = [f"Compiled by {versions}.", "", _line(COLUMNS), _line(["---"] + ["---:"] * (len(COLUMNS) - 2) + ["---"])]
+    head = _line(COLUMNS).format(product=chip.product)
+    lines = [f"Compiled by {versions}.", "", head, _line(["---"] + ["---:"] * (len(COLUMNS) - 2) + ["---"])]
     for kernel, figures in rows:
         its = figures.load
         aim = "" if kernel.target is None else f" of {kernel.target:.0%}"
@@ -113,10 +121,11 @@ def _line(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def place(page: str, text: str) -> str:
+def place(page: str, text: str, chip: Chip = H100) -> str:
     """`page` with `text` between its two marker lines."""
-    before, begin, rest = page.partition(BEGIN + "\n")
-    _, end, after = rest.partition(END + "\n")
+    first, last = (m if chip == H100 else m.replace("table", f"{chip.name}'s table") for m in (BEGIN, END))
+    before, begin, rest = page.partition(first + "\n")
+    _, end, after = rest.partition(last + "\n")
     if not begin or not end:
-        raise ValueError(f"the page needs a line {BEGIN!r} and later a line {END!r} for the table to stand between")
+        raise ValueError(f"the page needs a line {first!r} and later a line {last!r} for the table to stand between")
     return f"{before}{begin}\n{text}\n\n{end}{after}"

@@ -4,6 +4,9 @@ import re
 from dataclasses import dataclass
 
 WGMMA = ("HGMMA", "QGMMA", "IGMMA")
+PRODUCTS = (*WGMMA, "HMMA")
+"""HMMA is what `mma.sync` becomes."""
+ADDS = ("FADD",)
 LOCAL = ("LDL", "STL")
 
 ADDRESS = re.compile(r"/\*[0-9a-f]{4,}\*/")
@@ -37,6 +40,11 @@ class Program:
         chosen = self.instructions if where is None else self.instructions[where.start : where.stop]
         return sum(i.base in bases for i in chosen)
 
+    def behind(self, loop: range) -> tuple[Instruction, ...]:
+        """What runs after a loop, to the end: what stands behind that are waits."""
+        rest = self.instructions[loop.stop :]
+        return rest[: 1 + next(i for i, instruction in enumerate(rest) if instruction.base == "EXIT")]
+
 
 def read_sass(text: str) -> Program:
     """Reads nvdisasm's listing with control codes. A loop is what lies between a label and a later branch to it."""
@@ -57,16 +65,17 @@ def read_sass(text: str) -> Program:
     return Program(tuple(found), tuple(loops))
 
 
-def hot_loop(program: Program) -> range:
-    """The loop that multiplies: of the innermost loops with a WGMMA the one with the most, and then the shortest.
+def hot_loop(program: Program, work: tuple[str, ...] = PRODUCTS) -> range:
+    """The loop that multiplies: of the innermost loops with such work the one with the most, and then the shortest.
 
     The shortest, because code that waits for a barrier stands behind the loop and branches back into its middle.
     """
-    busy = [loop for loop in program.loops if program.count(WGMMA, loop)]
+    busy = [loop for loop in program.loops if program.count(work, loop)]
     inside = [a for a in busy if not any(a.start <= b.start and b.stop <= a.stop and a != b for b in busy)]
     if not inside:
-        raise ValueError(f"none of {len(program.loops)} loops has a WGMMA, so there is no loop to judge")
-    return max(inside, key=lambda loop: (program.count(WGMMA, loop), -len(loop)))
+        what = "a WGMMA or HMMA" if work == PRODUCTS else " or ".join(work)
+        raise ValueError(f"none of {len(program.loops)} loops has {what}, so there is no loop to judge")
+    return max(inside, key=lambda loop: (program.count(work, loop), -len(loop)))
 
 
 @dataclass(frozen=True)

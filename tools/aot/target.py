@@ -1,4 +1,4 @@
-"""An H100 to compile for, described by a text: no GPU, driver or CUDA toolkit takes part, only wheels (extra `aot`)."""
+"""A GPU to compile for, described by a text: no GPU, driver or CUDA toolkit takes part, only wheels (extra `aot`)."""
 
 import os
 import re
@@ -15,7 +15,8 @@ from jax.experimental import topologies
 # Before anything asks for a device: the CUDA plugin would look for a driver, find none and report it.
 jax.config.update("jax_platforms", "cpu")
 
-DEVICE = Path(__file__).with_name("h100.txtpb")
+DEVICES = Path(__file__).parent
+"""Where the texts are."""
 
 
 def cuda_root(path: Path) -> Path:
@@ -41,20 +42,23 @@ def assembler() -> str:
 
 
 @cache
-def h100() -> jax.sharding.NamedSharding:
+def device(chip: str) -> jax.sharding.NamedSharding:
     """Everything on the one device of a compile-only topology."""
-    described = DEVICE.read_text("utf-8")
+    described = (DEVICES / f"{chip}.txtpb").read_text("utf-8")
     topology = topologies.get_topology_desc(platform="cuda", target_config=described, topology="1x1x1")
     return jax.sharding.NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), jax.sharding.PartitionSpec())
 
 
-def compile_for_h100(function: Callable[..., Any], *avals: Any, dump: Path) -> None:
-    """Compiles `function` of arguments like `avals`; its PTX, ptxas's log and SASS are all that `dump` then holds."""
+def compile_for(chip: str, function: Callable[..., Any], *avals: Any, dump: Path) -> None:
+    """Compiles `function` of arguments like `avals`; its PTX, ptxas's log and SASS are all that `dump` then holds. A
+    process compiles for one chip: Mosaic GPU keeps the first that it saw."""
     dump.mkdir(parents=True, exist_ok=True)
     for old in dump.iterdir():
         old.unlink()
     os.environ["MOSAIC_GPU_DUMP_TO"] = str(dump)  # read again at each compilation
-    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=h100()), avals)
-    jax.jit(function).lower(*placed).compile()
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device(chip)), avals)
+    (default,) = device(chip).device_set
+    with jax.default_device(default):  # Mosaic GPU asks it for its compute capability
+        jax.jit(function).lower(*placed).compile()
     for log in dump.glob("*.mlir-passes.log"):  # megabytes, of jax's own passes
         log.unlink()
