@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lowbit.nn import Codebook as Codebook
     from lowbit.nn import Rule as Rule
     from lowbit.nn import Scale as Scale
+    from lowbit.nn import allocate as allocate
     from lowbit.nn import at_width as at_width
     from lowbit.nn import calibrate as calibrate
     from lowbit.nn import compare as compare
@@ -47,7 +48,9 @@ if TYPE_CHECKING:
     from lowbit.quant_type import QuantType as QuantType
     from lowbit.quantizers import additive_codebooks as additive_codebooks
     from lowbit.quantizers import alternating as alternating
+    from lowbit.quantizers import gptq as gptq
     from lowbit.quantizers import greedy as greedy
+    from lowbit.quantizers import lnq as lnq
     from lowbit.quantizers import nested_kmeans as nested_kmeans
     from lowbit.quantizers import progressive as progressive
     from lowbit.quantizers import quantize_array as quantize_array
@@ -65,10 +68,10 @@ _HOME = {
     "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
     "autotune": "autotuning", "tuned": "autotuning",
     "CheckpointError": "io",
-    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "at_width": "nn", "calibrate": "nn", "compare": "nn",
-    "explain": "nn", "load": "nn", "prepare": "nn", "quantize": "nn", "report": "nn", "save": "nn",
-    "additive_codebooks": "quantizers", "alternating": "quantizers", "greedy": "quantizers",
-    "nested_kmeans": "quantizers", "progressive": "quantizers",
+    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "allocate": "nn", "at_width": "nn", "calibrate": "nn",
+    "compare": "nn", "explain": "nn", "load": "nn", "prepare": "nn", "quantize": "nn", "report": "nn", "save": "nn",
+    "additive_codebooks": "quantizers", "alternating": "quantizers", "gptq": "quantizers",
+    "greedy": "quantizers", "lnq": "quantizers", "nested_kmeans": "quantizers", "progressive": "quantizers",
     "quantize_array": "quantizers", "residual_kmeans": "quantizers", "round_to_nearest": "quantizers",
     "set_default_quantizer": "quantizers", "to_bcq": "quantizers",
 }  # fmt: skip

@@ -13,14 +13,14 @@ from flax import nnx
 
 from lowbit.nn.gradients import Means, differentiated
 from lowbit.nn.kernel import expect_module, joined
-from lowbit.nn.kinds import KINDS, NAMES, layers, refusal
+from lowbit.nn.kinds import KINDS, NAMES, layers, refusal, statistic_shape
 from lowbit.nn.linen import opened
-from lowbit.nn.probe import Probe, probes
+from lowbit.nn.probe import TAPPED, Probe, probes
 from lowbit.nn.rules import STATISTICS, Rules, Statistic, as_rules, assign, needed
 from lowbit.nn.running import Running
 
 DEFAULT = ("second_moment", "largest")
-OF_GRADIENTS = {"gradient_square", "output_gradient"}
+OF_GRADIENTS = {"gradient_square", *TAPPED}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class LayerStats:
         batch: GuidedQuant's weights (Kim et al., ICML 2025), averaged over rows.
       gram: float32 [k, k], the mean over rows of the products of each two inputs, x^T x: what an error costs that
         others can make up for. Its diagonal is the second moment.
+      guided_gram: float32 [c, k, k], the same for each of c equal chunks of consecutive outputs, a row counting as much
+        as the mean over the chunk of (1e3 dL/dy) squared: GuidedQuant's Hessians (Kim et al., ICML 2025).
 
     Of a stack of matrices each slice has its own, with its axes before k or n; k and n run as in the quantized layer.
     The experts of a mixture are measured together.
@@ -52,6 +54,7 @@ class LayerStats:
     gradient_square: np.ndarray[Any, np.dtype[np.float32]] | None = None
     output_gradient: jax.Array | None = None
     gram: jax.Array | None = None
+    guided_gram: jax.Array | None = None
 
 
 def calibrate(
@@ -62,6 +65,7 @@ def calibrate(
     statistics: Sequence[Statistic] | None = None,
     rules: Rules | None = None,
     loss: Callable[[Any, Any], jax.Array] | None = None,
+    chunks: int = 1,
     resume: str | PathLike[str] | None = None,
 ) -> dict[str, LayerStats]:
     """Run a model on sample data, once, and measure every layer that `lb.quantize` could quantize.
@@ -75,6 +79,7 @@ def calibrate(
       rules: instead of `statistics`, what `lb.quantize` will be given: each layer gets what its quantizer weighs errors
         by, and layers whose quantizer needs nothing get none.
       loss: instead of `call`, `loss(model, batch)`, a scalar; statistics of gradients need it.
+      chunks: of the outputs that `guided_gram` tells apart; they must divide those of every layer that has it.
       resume: a folder that holds everything measured so far after each batch. A run that was killed, started again with
         the same folder and the same batches, skips what it had counted and ends with the same bits. What `call` or
         `loss` computes cannot be told: after changing it, give another folder.
@@ -82,10 +87,10 @@ def calibrate(
     Returns the statistics by layer path, as in rules. Layers that never ran, and embeddings that are only looked up,
     have none: they are left out.
 
-    The device holds the model, what running one batch needs, [k] and [n] numbers a layer, for `gram` also [k, k], and
-    the gradient of *one* weight at a time: its square is sent to the host as soon as it is made. There all squares
-    together are as large as the model in float32: in memory without `resume`; with it in two files a layer, of which
-    one layer's is held.
+    The device holds the model, what running one batch needs, [k] and [n] numbers a layer, for `gram` also [k, k] and
+    for `guided_gram` [c, k, k], and the gradient of *one* weight at a time: its square is sent to the host as soon as
+    it is made. There all squares together are as large as the model in float32: in memory without `resume`; with it in
+    two files a layer, of which one layer's is held.
 
     Raises ValueError when there are no batches or no layers, for two layers of one name, for rules that need no
     statistics, for gradients without `loss`, and for a folder of another model, other statistics or other batches;
@@ -108,13 +113,11 @@ def calibrate(
         raise ValueError(f"{type(model).__name__} holds no {NAMES}: there is nothing to calibrate")
     wanted = _wanted(found, statistics, rules)
     gradients = {name for names in wanted.values() for name in names} & OF_GRADIENTS
-    if loss is not None and call is not None:
-        raise ValueError("both call= and loss= were given: leave out call, the loss runs the model")
-    if gradients and loss is None:
-        raise ValueError(f"{min(gradients)!r} is of gradients: give loss=, a function of (model, batch)")
-    probed = _probed(model, wanted)
+    _check_runs(gradients, call, loss)
+    _check_chunks(chunks, found, wanted)
+    probed = _probed(model, wanted, chunks)
     owners, watched = _owners(probed), probes(probed)
-    running = None if resume is None else Running(resume, model, wanted)
+    running = None if resume is None else Running(resume, model, wanted, chunks)
     shapes = {owner: watched[owner].weight.shape for path, owner in owners.items() if "gradient_square" in wanted[path]}
     means = Means(shapes, running.folder if running else None)
     run = loss or call or (lambda m, batch: m(batch))
@@ -157,7 +160,22 @@ def _wanted(
     return {path: names for path, names in needs.items() if names}
 
 
-def _probed(model: nnx.Module, wanted: Mapping[str, frozenset[str]]) -> nnx.Module:
+def _check_runs(gradients: set[str], call: Any, loss: Any) -> None:
+    if loss is not None and call is not None:
+        raise ValueError("both call= and loss= were given: leave out call, the loss runs the model")
+    if gradients and loss is None:
+        raise ValueError(f"{min(gradients)!r} is of gradients: give loss=, a function of (model, batch)")
+
+
+def _check_chunks(chunks: int, found: Mapping[str, Any], wanted: Mapping[str, frozenset[str]]) -> None:
+    if type(chunks) is not int or chunks < 1:
+        raise ValueError(f"chunks must be a positive int, parts of each layer's outputs, not {chunks!r}")
+    for path in (p for p, names in wanted.items() if "guided_gram" in names):
+        if (n := statistic_shape(found[path], "n")[-1]) % chunks:
+            raise ValueError(f"layer {path!r} has {n} outputs, which {chunks} chunks do not divide: give other chunks")
+
+
+def _probed(model: nnx.Module, wanted: Mapping[str, frozenset[str]], chunks: int = 1) -> nnx.Module:
     """A clone with a Probe in place of each wanted layer."""
     made: dict[int, Probe] = {}
 
@@ -165,7 +183,7 @@ def _probed(model: nnx.Module, wanted: Mapping[str, frozenset[str]]) -> nnx.Modu
         names = wanted.get(joined(path), frozenset())
         if type(node) not in KINDS or not names:
             return node
-        return made.setdefault(id(node), Probe(node, names))
+        return made.setdefault(id(node), Probe(node, names, chunks))
 
     return nnx.recursive_map(probe, nnx.clone(model))
 

@@ -16,7 +16,7 @@ from jax.experimental import io_callback
 from lowbit.io import CheckpointError
 from lowbit.io.atomic import replacing
 from lowbit.io.tensors import sha256
-from lowbit.nn.probe import probes
+from lowbit.nn.probe import TAPPED, Sinks, probes
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -101,36 +101,37 @@ class Means:
 
 
 def differentiated(loss: Callable[[Any, Any], jax.Array], means: Means) -> Callable[[Any, Any], None]:
-    """A step that runs `loss(model, batch)`, sends squared gradients to `means`, and moves `output_gradient`s.
+    """A step that runs `loss(model, batch)`, sends squared gradients to `means`, and moves what is `TAPPED`.
 
     Only sinks are differentiated, so no gradient outlives the step of the backward pass that makes it.
     """
 
     def step(model: nnx.Module, batch: Any) -> None:
         graph, state = nnx.split(model)
-        watched = {path: p for path, p in probes(model).items() if "output_gradient" in p.wanted}
+        watched = {path: p for path, p in probes(model).items() if not p.wanted.isdisjoint(TAPPED)}
         before = {path: p.rows.get_value() for path, p in watched.items()}
-        sinks = {path: p.sink.get_value() for path, p in watched.items()}
+        sinks = {path: p.sinks.get_value() for path, p in watched.items()}
 
-        def objective(outputs: dict[str, jax.Array], weights: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+        def objective(outputs: dict[str, Sinks], weights: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
             inner = nnx.merge(graph, state, copy=True)  # Variables of this trace, which may be set here
             found = probes(inner)
             dense = {path: found[path].weight.get_value() for path in weights}
-            for path, sink in outputs.items():
-                found[path].sink.set_value(sink)
+            for path, tapped in outputs.items():
+                found[path].sinks.set_value(tapped)
             for path, sink in weights.items():
                 found[path].weight.set_value(send_square(dense[path], sink, partial(means.add, path)))
             value = loss(inner, batch)
             if jnp.shape(value) != ():
                 raise ValueError(f"the loss has shape {jnp.shape(value)}: give one that is a scalar, such as a mean")
             for path in outputs:
-                found[path].sink.set_value(sinks[path])
+                found[path].sinks.set_value(sinks[path])
             return value, nnx.state(inner, nnx.Not(nnx.Param))
 
         of_weights = {path: jnp.zeros(()) for path in means.shapes}
-        (squares, _), changed = jax.grad(objective, argnums=(0, 1), has_aux=True)(sinks, of_weights)
+        (sums, _), changed = jax.grad(objective, argnums=(0, 1), has_aux=True)(sinks, of_weights)
         nnx.update(model, changed)
         for path, p in watched.items():
-            p.move(p.output_gradient, squares[path], p.rows.get_value() - before[path], before[path])
+            for name, total in sums[path].items():
+                p.move(getattr(p, name), total, p.rows.get_value() - before[path], before[path])
 
     return step

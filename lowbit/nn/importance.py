@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import mul
 from typing import Any
@@ -13,25 +13,29 @@ import jax.numpy as jnp
 from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.kinds import KINDS, statistic_shape, weight
 from lowbit.nn.probe import SIDE
-from lowbit.nn.rules import Rule, needed
+from lowbit.nn.rules import GRAMS, Rule, needed
 from lowbit.quantizers.checks import check_gram, check_importance
 
 
 def importance(stats: Mapping[str, LayerStats], path: str, rule: Rule, layer: Any) -> jax.Array | None:
     """How much each squared error in a layer's matrices counts, as `quantize_array` takes it.
 
-    If only the inputs matter [*stack, k], or [*stack, k, k] for `gram`, with 1 for the axes of a stack that shares its
-    rows, or else of the matrices' shape. None for a layer without statistics, and for a quantizer that needs none.
+    If only the inputs matter [*stack, k], [*stack, k, k] for `gram` and [*stack, c, k, k] for `guided_gram`, with 1 for
+    the axes of a stack that shares its rows, or else of the matrices' shape. None for a layer without statistics, and
+    for a quantizer that needs none.
     """
     names = needed(rule)
-    if path not in stats or not names:
-        return None
+    return weighed(stats, path, names, layer) if path in stats and names else None
+
+
+def weighed(stats: Mapping[str, LayerStats], path: str, names: Sequence[str], layer: Any) -> jax.Array:
+    """The product of these statistics of a layer, likewise."""
     kind = KINDS[type(layer)]
     view = kind.view(layer)
     values = {name: jnp.asarray(getattr(stats[path], name)) for name in names}
     if kind.shares:
         values = {name: _unshared(v, len(view.stack), name) for name, v in values.items()}
-    if all(SIDE.get(name) in ("k", "kk") for name in names):
+    if all(SIDE.get(name) in ("k", "kk", "ckk") for name in names):
         return reduce(mul, values.values())
     placed = [
         jnp.expand_dims(v, -1 - view.dims.index(SIDE[name])) if name in SIDE else view.matrices(v)
@@ -58,10 +62,11 @@ def check_measured(stats: Mapping[str, LayerStats], rules: Mapping[str, Rule], l
                     f"the quantizer of layer {path!r} weighs errors by {name!r}, which stats does not have: "
                     "lb.calibrate(..., rules=rules) measures what the rules need"
                 )
-            if value.shape != (statistic_shape(layers[path], SIDE[name]) if name in SIDE else shape):
+            chunks = value.shape[-3] if name == "guided_gram" and value.ndim > 2 else 1
+            if value.shape != (statistic_shape(layers[path], SIDE[name], chunks) if name in SIDE else shape):
                 raise ValueError(
                     f"stats has {name!r} of layer {path!r} with the shape {value.shape}, but the weight's is {shape}: "
                     "calibrate this model"
                 )
-            check = check_gram if name == "gram" else check_importance
+            check = check_gram if name in GRAMS else check_importance
             check(value, f"{name!r} of layer {path!r} in stats")

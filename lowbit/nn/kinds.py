@@ -97,12 +97,17 @@ def dense_matrices(layer: Any) -> Any:
     return KINDS[type(layer)].view(layer).matrices(jnp.asarray(weight(layer).get_value()))
 
 
-def statistic_shape(layer: Any, dims: str) -> tuple[int, ...]:
-    """[*stack, *dims], of a statistic of each input of a dense layer, "k", each two inputs, "kk", or output, "n"."""
+def statistic_shape(layer: Any, dims: str, chunks: int = 1) -> tuple[int, ...]:
+    """[*stack, *dims], of a statistic of each input of a dense layer, "k", each two inputs, "kk", output, "n", or each
+    of `chunks` parts of the outputs, "c"."""
     kind = KINDS[type(layer)]
     view = kind.view(layer)
     lead = view.lead(weight(layer).get_value())
-    return (*lead, *(() if kind.shares else view.sizes(view.stack)), *map(view.size, dims))
+    return (
+        *lead,
+        *(() if kind.shares else view.sizes(view.stack)),
+        *(chunks if d == "c" else view.size(d) for d in dims),
+    )
 
 
 def refusal(layer: Any) -> str | None:

@@ -14,31 +14,51 @@ from lowbit.nn.around import Around
 from lowbit.nn.kernel import joined
 from lowbit.nn.kinds import KINDS, statistic_shape, weight
 
-SIDE = {"second_moment": "k", "largest": "k", "gram": "kk", "output_gradient": "n"}
-"""The dims of a statistic: a number for each input, pair of inputs or output. The others have the weight's shape."""
+SIDE = {"second_moment": "k", "largest": "k", "gram": "kk", "output_gradient": "n", "guided_gram": "ckk"}
+"""The dims of a statistic: a number for each input, pair of inputs, output, or pair of inputs in each chunk of outputs.
+The others have the weight's shape."""
+TAPPED = ("output_gradient", "guided_gram")
+"""Sums over the rows of what depends on dL/dy."""
+Sinks = dict[str, jax.Array]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def tap(y: jax.Array, sink: jax.Array, rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """y itself. The gradient of `sink` [*stack, n] is dL/dy squared, summed over its rows [*stack, rows, n], in f32."""
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def tap(y: jax.Array, x: jax.Array, sinks: Sinks, rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """y itself, of the product of rows x [*stack, rows, k]. The gradients of `sinks`, by name, are the sums over rows,
+    in float32, that `LayerStats` has the means of; `rows` makes dy [*stack, rows, n]."""
     return y
 
 
-def _tap_bwd(rows: Callable[[jax.Array], jax.Array], _: None, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return dy, jnp.square(rows(dy).astype(jnp.float32)).sum(-2)
+def _tap_bwd(
+    rows: Callable[[jax.Array], jax.Array], saved: tuple[jax.Array, Sinks], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, Sinks]:
+    x, sinks = saved
+    each, out = rows(dy).astype(jnp.float32), {}
+    if "output_gradient" in sinks:
+        out["output_gradient"] = jnp.square(each).sum(-2)
+    if "guided_gram" in sinks:
+        chunks = sinks["guided_gram"].shape[-3]
+        costs = jnp.square(1e3 * each).reshape(*each.shape[:-1], chunks, -1).mean(-1)
+        weighed = x.mT[..., None, :, :] * costs.mT[..., None, :]
+        out["guided_gram"] = jnp.matmul(weighed, x[..., None, :, :], precision=jax.lax.Precision.HIGHEST)
+    return dy, jnp.zeros_like(x), out
 
 
-tap.defvjp(lambda y, sink, rows: (y, None), _tap_bwd)
+tap.defvjp(lambda y, x, sinks, rows: (y, (x, sinks)), _tap_bwd)
 
 
 class Seen(nnx.Variable[jax.Array]):
     """A running statistic of a probed layer."""
 
 
+class Sink(nnx.Variable[Any]):
+    """What `tap` is differentiated by: zeros, but where a step puts what it differentiates by."""
+
+
 class Probe(Around):
     """A layer that keeps count of what it is multiplied with."""
 
-    def __init__(self, layer: Any, wanted: frozenset[str]) -> None:
+    def __init__(self, layer: Any, wanted: frozenset[str], chunks: int) -> None:
         super().__init__(layer)
         self.kind = KINDS[type(layer)]
         self.wanted = wanted
@@ -47,9 +67,9 @@ class Probe(Around):
         self.stack = () if self.kind.shares else view.sizes(view.stack)
         self.rows = Seen(jnp.zeros(lead, jnp.float32))
         for name, dims in SIDE.items():
-            shape = statistic_shape(layer, dims) if name in wanted else (*lead, 0)
+            shape = statistic_shape(layer, dims, chunks) if name in wanted else (*lead, 0)
             setattr(self, name, Seen(jnp.zeros(shape, jnp.float32)))
-        self.sink = Seen(jnp.zeros_like(self.output_gradient.get_value()))
+        self.sinks = Sink({name: getattr(self, name).get_value() for name in TAPPED if name in wanted})
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         return self._run("__call__", *args, **kwargs)
@@ -74,9 +94,9 @@ class Probe(Around):
             products = jnp.matmul(rows.mT, rows, precision=jax.lax.Precision.HIGHEST)
             self.move(self.gram, products, count, self.rows.get_value())
         self.rows.set_value(self.rows.get_value() + count)
-        if "output_gradient" not in self.wanted:
+        if self.wanted.isdisjoint(TAPPED):
             return y
-        return tap(y, self.sink.get_value(), lambda dy: self._flat(self.kind.outputs(self.layer, dy)))
+        return tap(y, rows, self.sinks.get_value(), lambda dy: self._flat(self.kind.outputs(self.layer, dy)))
 
     def _flat(self, rows: jax.Array) -> jax.Array:
         """[*stack, ..., size] as [*stack, rows, size]."""

@@ -14,8 +14,10 @@ from lowbit.passes.in_int8 import Numerics, checked_numerics
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.quantizer import default_quantizer, takes_gram, weighs_by
 
-Statistic = Literal["second_moment", "largest", "gradient_square", "output_gradient", "gram"]
+Statistic = Literal["second_moment", "largest", "gradient_square", "output_gradient", "gram", "guided_gram"]
 STATISTICS: tuple[str, ...] = get_args(Statistic)
+GRAMS = ("gram", "guided_gram")
+"""Of each two inputs."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def needed(rule: Rule) -> tuple[str, ...]:
     for what is no statistic."""
     assert rule.format is not None
     quantizer = rule.quantizer or default_quantizer(rule.format)
-    names, known = weighs_by(quantizer), [name for name in STATISTICS if takes_gram(quantizer) or name != "gram"]
+    names, known = weighs_by(quantizer), [name for name in STATISTICS if (name in GRAMS) == takes_gram(quantizer)]
     if isinstance(names, str) or not set(names) <= set(known):
         raise ValueError(f"rule {rule.path!r}: weighs_by={names!r} must be a tuple of some of {', '.join(known)}")
     return names

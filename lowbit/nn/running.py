@@ -18,16 +18,19 @@ from lowbit.io.tensors import sha256, to_host
 from lowbit.nn.checkpoint import plain, restored, variables
 from lowbit.nn.gradients import Means
 from lowbit.nn.kernel import Code, Frozen, Stats
+from lowbit.nn.probe import Sink
 
 
 class Running:
     """One checked file in a folder, replaced after each batch: every Variable that may have changed, and the count."""
 
-    def __init__(self, folder: str | PathLike[str], model: nnx.Module, wanted: Mapping[str, frozenset[str]]) -> None:
+    def __init__(
+        self, folder: str | PathLike[str], model: nnx.Module, wanted: Mapping[str, frozenset[str]], chunks: int
+    ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = self.folder / "calibration.safetensors"
-        self.of = _identity(model, wanted)
+        self.of = _identity(model, wanted, chunks)
         self.counted, self.counted_batches = 0, ""
         self.batches = ""
 
@@ -69,11 +72,12 @@ SAME = "give the same batches again, in the same order, or another folder"
 
 def _changing(model: nnx.Module) -> Any:
     """The state that a run may change: statistics, counts of random keys, running means of normalizations."""
-    return nnx.state(model, nnx.Not(nnx.Any(nnx.Param, Code, Frozen, Stats)))
+    return nnx.state(model, nnx.Not(nnx.Any(nnx.Param, Code, Frozen, Stats, Sink)))
 
 
-def _identity(model: nnx.Module, wanted: Mapping[str, frozenset[str]]) -> str:
-    digest = hashlib.sha256(repr(sorted((path, *sorted(names)) for path, names in wanted.items())).encode())
+def _identity(model: nnx.Module, wanted: Mapping[str, frozenset[str]], chunks: int) -> str:
+    told = chunks, sorted((path, *sorted(names)) for path, names in wanted.items())
+    digest = hashlib.sha256(repr(told).encode())
     for name, variable in variables(nnx.state(model)).items():
         value = to_host(name, plain(name, variable.get_value()))
         digest.update(repr((name, value.dtype.name, value.shape, sha256(value))).encode())

@@ -5,8 +5,12 @@ from lowbit.quantizers.additive import additive_codebooks as additive_codebooks
 from lowbit.quantizers.checks import IneligibleError as IneligibleError
 from lowbit.quantizers.codebook import ResidualKMeans as ResidualKMeans
 from lowbit.quantizers.codebook import residual_kmeans as residual_kmeans
+from lowbit.quantizers.descent import Lnq as Lnq
+from lowbit.quantizers.descent import lnq as lnq
 from lowbit.quantizers.expansion import ProgressiveSolver as ProgressiveSolver
 from lowbit.quantizers.expansion import progressive as progressive
+from lowbit.quantizers.feedback import Gptq as Gptq
+from lowbit.quantizers.feedback import gptq as gptq
 from lowbit.quantizers.nested import NestedKMeans as NestedKMeans
 from lowbit.quantizers.nested import nested_kmeans as nested_kmeans
 from lowbit.quantizers.nested import refit_tables as refit_tables

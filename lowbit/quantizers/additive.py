@@ -82,6 +82,10 @@ class AdditiveCodebooks:
         """The stored arrays; `importance` [k, k] is the mean of the products of each two inputs, else identity."""
         expect_format(fmt, "codebook", self)
         gram = jnp.eye(w.shape[1]) if importance is None else importance
+        if gram.ndim > 2:
+            raise ValueError(
+                f"{self} finds codebooks for all outputs at once: its importance is one [k, k], not {gram.shape}"
+            )
         return stored(_solve(w.astype(jnp.float32), gram, fmt, self.beam, self.rounds), fmt)
 
 

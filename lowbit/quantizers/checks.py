@@ -33,19 +33,20 @@ def positive(importance: jax.Array, dims: tuple[str, str], shape: tuple[int, ...
 
 
 def damped(gram: jax.Array, dims: tuple[str, str], shape: tuple[int, ...], name: str) -> jax.Array:
-    """[*stack, k, k], with 1 for axes of the stack that share it. As in `positive`, no weight counts for nothing."""
+    """[*stack, k, k], or [*stack, c, k, k] of c chunks of the outputs, with 1 for axes of the stack that share it. As
+    in `positive`, no weight counts for nothing."""
     stack, k = shape[:-2], shape[dims.index("k") - 2]
-    own = (1,) * (len(stack) + 2 - gram.ndim) + gram.shape
-    fits = len(own) == len(stack) + 2 and all(size in (1, of) for size, of in zip(own, stack, strict=False))
+    own = gram.shape if gram.ndim > len(stack) + 2 else (1,) * (len(stack) + 2 - gram.ndim) + gram.shape
+    fits = len(own) <= len(stack) + 3 and all(size in (1, of) for size, of in zip(own, stack, strict=False))
     if not fits or own[-2:] != (k, k):
         raise ValueError(
             f"{name} has {k} inputs and the shape {shape}, but the importance has shape {gram.shape}: this quantizer "
-            f"takes the mean of the products of each two inputs, {[*stack, k, k]}"
+            f"takes the mean of the products of each two inputs, {[*stack, k, k]}, or that of each chunk of outputs"
         )
     check_gram(gram, f"the importance of {name}")
     moments = gram.reshape(own).diagonal(axis1=-2, axis2=-1)
     least = 1e-4 * moments.mean(axis=-1)[..., None, None] + jnp.finfo(jnp.float32).tiny
-    return gram.reshape(own) + least * jnp.eye(k).reshape((1,) * len(stack) + (k, k))
+    return gram.reshape(own) + least * jnp.eye(k).reshape((1,) * (len(own) - 2) + (k, k))
 
 
 def check_gram(gram: jax.Array, what: str) -> None:

@@ -18,9 +18,11 @@ import numpy as np
 from lowbit.array import QuantArray, expect_array
 from lowbit.formats.format import Format
 from lowbit.ir.dtypes import numpy_dtype, short
-from lowbit.quantizers.checks import check_range, check_weight, positive
+from lowbit.quantizers.checks import check_range, check_weight, damped, positive
+from lowbit.quantizers.chunks import by_chunk
 from lowbit.quantizers.kmeans import nested_kmeans_rows
 from lowbit.quantizers.quantizer import Fields, expect_format, set_default_quantizer
+from lowbit.quantizers.tables import best_table, codes_of, to_table_dtype
 
 
 @dataclass(frozen=True)
@@ -65,21 +67,24 @@ def nested_kmeans(weighs_by: tuple[str, ...] = ("second_moment",)) -> NestedKMea
 
 
 def refit_tables(
-    array: QuantArray, w: Any, importance: jax.Array | None = None, *, name: str = "the weight"
+    array: QuantArray, w: Any, importance: jax.Array | None = None, *, gram: Any = None, name: str = "the weight"
 ) -> QuantArray:
     """The same codes with the tables that are best for a weight: at every width, the mean of what each code stands for.
 
-    This minimizes sum_k f_k (w_k - table_b[code_k >> (hi - b)])^2 over each table_b. Use it for codes that were not
+    This minimizes sum_k f_k (w_k - table_b[code_k >> (hi - b)])^2 over each table_b, or with `gram` the error of the
+    layer's output. Use it for codes that were not
     made from w: after w was tuned, or by a method that chooses codes alone. It runs on the host, outside of `jax.jit`.
 
     Args:
       array: of the format `any_precision`; its own tables are kept where no weight has the code.
       w: the weight, of the array's shape and order of dims; a stack for a stack.
       importance: f, as `lb.quantize_array` takes it; None counts every weight alike.
+      gram: instead, the mean of the products of each two inputs [k, k], or for chunks of the outputs [c, k, k], before
+        them the axes of a stack or 1, as `lb.lnq` takes it.
       name: what errors call the weight.
 
     Raises TypeError for an array of another format or a weight that is not floating, ValueError for a weight of another
-    shape, NaN or inf, means that the tables' dtype cannot hold, and an importance that does not fit.
+    shape, NaN or inf, means that the tables' dtype cannot hold, an importance or a gram that does not fit, and both.
 
     >>> import jax.numpy as jnp, lowbit as lb
     >>> w = jnp.array([[4.0], [-4.0], [6.0], [-6.0]])
@@ -94,12 +99,35 @@ def refit_tables(
         raise ValueError(f"{name} has shape {w.shape}, but the array has {array.shape}: give the weight it stands for")
     check_weight(w, name)
     dims = (t.dims[0][0], t.dims[1][0])
+    if gram is not None:
+        if importance is not None:
+            raise ValueError(f"{name}: both importance and gram were given; the diagonal of gram is one: leave it out")
+        tables = _least_squares(array, w if dims[0] == "n" else w.mT, damped(jnp.asarray(gram), dims, w.shape, name))
+        return _refitted(array, tables, w, name)
     f = jnp.ones(w.shape[-2:][dims.index("k")]) if importance is None else positive(importance, dims, w.shape, name)
     rows = np.asarray(w if dims[0] == "n" else w.mT, np.float32)
     weights = np.broadcast_to(f if f.ndim == w.ndim else f[..., None, :], rows.shape)
-    made = QuantArray.of({**array.fields, **_means(array, rows, weights)}, t)
+    return _refitted(array, _means(array, rows, weights), w, name)
+
+
+def _refitted(array: QuantArray, tables: Fields, w: jax.Array, name: str) -> QuantArray:
+    made = QuantArray.of({**array.fields, **tables}, array.type)
     check_range(made, w, name)
     return made
+
+
+def _least_squares(array: QuantArray, rows: jax.Array, gram: jax.Array) -> Fields:
+    """The table of every width, for weights rows [*stack, n, k] and gram [*stack or 1, ..., k, k]."""
+    fmt, stack = array.type.format, rows.shape[:-2]
+    made: dict[str, list[jax.Array]] = {f"table{b}": [] for b in fmt.widths}
+    for at in np.ndindex(stack):
+        own = gram[tuple(i % size for i, size in zip(at, gram.shape, strict=False))]
+        codes = codes_of(array.fields["planes"][at], fmt["hi"], rows.shape[-1])
+        for b in fmt.widths:
+            before = array.fields[f"table{b}"][at].astype(jnp.float32)
+            table = by_chunk(best_table, own, rows[at].astype(jnp.float32), codes >> (fmt["hi"] - b), before)
+            made[f"table{b}"].append(to_table_dtype(table, fmt))
+    return {name: jnp.stack(tables).reshape(*stack, *tables[0].shape) for name, tables in made.items()}
 
 
 def _means(array: QuantArray, rows: np.ndarray, f: np.ndarray) -> Fields:

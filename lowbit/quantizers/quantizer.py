@@ -234,7 +234,7 @@ def weighs_by(quantizer: Quantizer) -> tuple[str, ...]:
     """The statistics of a layer, fields of `LayerStats`, whose product a quantizer weighs errors by; none if it takes
     no importance."""
     if takes_gram(quantizer):
-        return ("gram",)
+        return getattr(quantizer, "weighs_by", ("gram",))
     takes = getattr(quantizer, "takes_importance", False)
     return getattr(quantizer, "weighs_by", ("second_moment",)) if takes else ()
 

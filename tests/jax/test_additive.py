@@ -118,11 +118,11 @@ def test_what_is_no_mean_of_products(gram: jax.Array, message: str) -> None:
         lb.quantize_array(W, FMT, lb.additive_codebooks(), importance=gram)
 
 
-@pytest.mark.parametrize("shape", [(K,), (K, N), (2, K, K)])
+@pytest.mark.parametrize("shape", [(K,), (K, N), (2, 2, K, K)])
 def test_an_importance_of_another_shape(shape: tuple[int, ...]) -> None:
     message = (
         f"the weight has {K} inputs and the shape ({K}, {N}), but the importance has shape {shape}: this quantizer "
-        f"takes the mean of the products of each two inputs, [{K}, {K}]"
+        f"takes the mean of the products of each two inputs, [{K}, {K}], or that of each chunk of outputs"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         lb.quantize_array(W, FMT, lb.additive_codebooks(), importance=jnp.ones(shape))

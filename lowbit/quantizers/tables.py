@@ -1,0 +1,54 @@
+"""The best tables for codes that are held, and codes as `any_precision` stores them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lowbit.formats.format import Format
+from lowbit.ir.dtypes import numpy_dtype, short
+
+RIDGE = 1e-7
+"""Of the mean second moment: the change of a table costs so much. A code that no weight has keeps its entry."""
+_AT_ONCE = 1 << 24
+"""Entries of one-hot matrices that are held at a time."""
+
+
+@jax.jit
+def best_table(gram: jax.Array, w: jax.Array, codes: jax.Array, table: jax.Array) -> jax.Array:
+    """The tables [n, c] that make D H D^T least for rows w [n, k] with codes [n, k].
+
+    With P the one-hot matrix [k, c] of a row's codes and D the error with the table as it is, the change is
+    -(P^T H P + ridge)^-1 P^T H D.
+    """
+    (n, k), size = w.shape, table.shape[1]
+    error = jnp.take_along_axis(table, codes.astype(jnp.int32), 1) - w
+    product = jnp.matmul(error, gram, precision=lax.Precision.HIGHEST)
+    ridge = RIDGE * k * gram.diagonal().mean() * jnp.eye(size)
+
+    def change(row: tuple[jax.Array, ...]) -> jax.Array:
+        code, product = row
+        hot = jax.nn.one_hot(code, size, dtype=jnp.float32)
+        both = jnp.einsum("kc,kd->cd", hot, jnp.matmul(gram, hot, precision=lax.Precision.HIGHEST))
+        return jnp.linalg.solve(both + ridge, hot.T @ product)
+
+    return table - lax.map(change, (codes, product), batch_size=max(1, min(n, _AT_ONCE // (k * size))))
+
+
+def codes_of(planes: jax.Array, bits: int, k: int) -> jax.Array:
+    """Codes uint8 [n, k] from stored planes [bits, n, 1, j], the most significant first."""
+    each = jnp.unpackbits(planes[:, :, 0], axis=-1, count=k, bitorder="little")
+    return sum((each[p] << (bits - 1 - p) for p in range(bits)), jnp.zeros_like(each[0]))
+
+
+def planes_of(codes: jax.Array, bits: int) -> jax.Array:
+    """The inverse of `codes_of`."""
+    each = [(codes >> p) & jnp.uint8(1) for p in reversed(range(bits))]
+    return jnp.packbits(jnp.stack(each), axis=-1, bitorder="little")[:, :, None]
+
+
+def to_table_dtype(table: jax.Array, fmt: Format) -> jax.Array:
+    """As the format stores it; what overflows is inf, which is refused later."""
+    return table.astype(np.dtype(numpy_dtype(short(fmt["table_dtype"]))))

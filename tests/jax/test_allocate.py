@@ -1,0 +1,147 @@
+"""`lb.allocate`: an integer program over formats, and the estimates that it is fed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lowbit as lb
+from lowbit.nn.allocate import Allocation, Candidate, _solve
+from lowbit.nn.calibrate import LayerStats
+
+RNG = np.random.default_rng(0)
+FORMATS = (lb.bcq(1), lb.bcq(2), lb.bcq(3))
+
+
+def model() -> nnx.Module:
+    rngs = nnx.Rngs(0)
+    return nnx.Dict(a=nnx.Linear(32, 8, rngs=rngs), b=nnx.Linear(8, 16, rngs=rngs), table=nnx.Embed(8, 16, rngs=rngs))
+
+
+def stats(of: Any) -> dict[str, LayerStats]:
+    out = {}
+    for path, shape, k in (("a", (32, 8), 32), ("b", (8, 16), 8), ("table", (8, 16), 16)):
+        half = RNG.standard_normal((k, k))
+        square = RNG.uniform(0.1, 2.0, shape).astype(np.float32)
+        moment = jnp.asarray(RNG.uniform(0.1, 2.0, k), jnp.float32)
+        out[path] = LayerStats(moment, None, 9, gradient_square=square, gram=jnp.asarray(half @ half.T, jnp.float32))
+    return out
+
+
+MODEL, STATS = model(), stats(None)
+
+
+def dense(path: str) -> jax.Array:
+    layer = MODEL[path]
+    return (layer.embedding if path == "table" else layer.kernel).get_value()
+
+
+def error(path: str, fmt: lb.Format, **weighs: Any) -> np.ndarray:
+    dims = ("n", "k") if path == "table" else ("k", "n")
+    made = lb.dequantize(lb.quantize_array(dense(path), fmt, dims=dims, **weighs))
+    return np.asarray(made - dense(path), np.float64)
+
+
+@pytest.mark.parametrize("by", ["loss", "trace", "output"])
+def test_estimates(by: Any) -> None:
+    found = lb.allocate(MODEL, STATS, formats=FORMATS, bits=64, by=by)
+    assert [str(c.rule.format) for c in found.chosen] == ["bcq(bits=3)"] * 3
+    for c in found.chosen:
+        seen = STATS[c.layer]
+        d = error(c.layer, c.rule.format, importance=seen.second_moment)
+        f = np.asarray(seen.gradient_square, np.float64)
+        if by == "output":
+            rows, own = (a if c.layer == "table" else a.T for a in (d, np.asarray(dense(c.layer), np.float64)))
+            gram = np.asarray(seen.gram, np.float64)
+            expected = np.einsum("nk,kl,nl->", rows, gram, rows) / np.einsum("nk,kl,nl->", own, gram, own)
+        else:
+            expected = (f * d * d).sum() if by == "loss" else f.mean() * (d * d).sum()
+        np.testing.assert_allclose(c.harm, expected, rtol=1e-4)  # float32 sums of a few hundred squares
+
+
+def test_second_moments_stand_in_for_grams() -> None:
+    plain = {path: LayerStats(s.second_moment, None, 9) for path, s in STATS.items()}
+    whole = {path: LayerStats(s.second_moment, None, 9, gram=jnp.diag(s.second_moment)) for path, s in STATS.items()}
+    one, other = (lb.allocate(MODEL, s, formats=FORMATS, bits=9, by="output") for s in (plain, whole))
+    assert one.rules == other.rules
+    np.testing.assert_allclose(one.harm, other.harm, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_choice_is_the_best_of_all(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    every = tuple(
+        Candidate(str(layer), lb.Rule(str(layer), FORMATS[i]), 10, int(rng.integers(1, 50)), rng.uniform(1e-9, 1))
+        for layer in range(5) for i in range(3)
+    )  # fmt: skip
+    groups = [every[3 * i : 3 * i + 3] for i in range(5)]
+    sums = [(sum(c.bits for c in of), sum(c.harm for c in of)) for of in itertools.product(*groups)]
+    for budget in (min(b for b, _ in sums), 90, 130, 1000):
+        found = _solve(every, budget)
+        assert sum(c.bits for c in found.chosen) <= budget
+        assert found.harm == pytest.approx(min(h for b, h in sums if b <= budget))
+
+
+def test_budgets_are_kept_and_more_is_never_worse() -> None:
+    harms = []
+    for bits in (5.0, 5.5, 6.0, 7.0):
+        found = lb.allocate(MODEL, STATS, formats=FORMATS, bits=bits)
+        assert found.bits_per_weight <= bits
+        assert lb.allocate(MODEL, STATS, formats=FORMATS, bytes=int(bits * 512 / 8)).rules == found.rules
+        small = lb.quantize(MODEL, found.rules, stats=STATS)
+        assert found.bytes == sum(small[p].kernel.array.type.bits for p in ("a", "b")) // 8 + (
+            small["table"].embedding.array.type.bits // 8
+        )
+        harms.append(found.harm)
+    assert harms == sorted(harms, reverse=True) and harms[0] > harms[-1]
+    curve = found.curve(6)
+    assert [h for _, h in curve] == sorted((h for _, h in curve), reverse=True)
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    found = lb.allocate(MODEL, {"b": STATS["b"]}, formats=[(lb.bcq(2), lb.greedy()), lb.uniform(3)], bits=64)
+    found.save(tmp_path / "rules.json")
+    (rule,) = json.loads((tmp_path / "rules.json").read_text())["rules"]
+    assert (
+        rule["path"] == "b"
+        and lb.Format(rule["format"], tuple(sorted(rule["options"].items()))) == found.rules[0].format
+    )
+    assert str(found).splitlines()[-1].startswith("together: ")
+    found.plot(tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_a_format_that_a_layer_cannot_have_is_no_candidate() -> None:
+    large = nnx.Dict(a=nnx.Linear(8, 8, kernel_init=lambda *a: jnp.full((8, 8), 3.0), rngs=nnx.Rngs(0)))
+    seen = {"a": LayerStats(jnp.ones(8), None, 1, gradient_square=np.ones((8, 8), np.float32))}
+    found = lb.allocate(large, seen, formats=[lb.nested_fp(), lb.bcq(1)], bits=64)
+    assert [c.rule.format for c in found.candidates] == [lb.bcq(1)]
+    with pytest.raises(ValueError, match=r"layer 'a' fits none of nested_fp\(\): add a format"):
+        lb.allocate(large, seen, formats=[lb.nested_fp()], bits=64)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({}, "bits=None and bytes=None: give one budget"),
+    ({"bits": 3.0, "bytes": 9}, "bits=3.0 and bytes=9: give one budget"),
+    ({"bits": 3.0, "by": "luck"}, "by='luck' must be one of loss, trace, output"),
+    ({"bits": 1.0}, "the budget is 64 bytes, 1 bits per weight, and the smallest formats need 192 bytes, 3 bits"),
+])  # fmt: skip
+def test_what_is_refused(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lb.allocate(MODEL, STATS, formats=FORMATS, **options)
+
+
+def test_statistics_that_are_missing() -> None:
+    with pytest.raises(ValueError, match="by='loss' takes gradient_square, which stats does not have of layer 'a'"):
+        lb.allocate(MODEL, {"a": LayerStats(jnp.ones(32), None, 1)}, formats=FORMATS, bits=3)
+    with pytest.raises(ValueError, match="stats has no layer of this model"):
+        lb.allocate(MODEL, {}, formats=FORMATS, bits=3)
+    assert isinstance(lb.allocate(MODEL, {"a": STATS["a"]}, formats=FORMATS, bits=9), Allocation)

@@ -1,0 +1,257 @@
+"""GPTQ and LNQ: quantizers under the products of each two inputs, of all outputs or of chunks of them."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lowbit as lb
+from lowbit.array import QuantArray
+from lowbit.quantizers import refit_tables
+from lowbit.quantizers.descent import descend
+from lowbit.quantizers.tables import best_table, codes_of, planes_of
+from lowbit.testing.quantizing import check_quantizer
+from lowbit.testing.tolerance import gamma
+
+K, N = 70, 8
+RNG = np.random.default_rng(0)
+W = RNG.standard_normal((K, N)).astype(np.float32)
+X = RNG.standard_normal((300, K)) @ (np.eye(K) + 0.3 * RNG.standard_normal((K, K)))
+GRAM = jnp.asarray(X.T @ X / len(X), jnp.float32)
+OTHER = jnp.asarray(np.diag(RNG.uniform(0.1, 3, K)), jnp.float32)
+ALIKE = lb.any_precision(2, 2, table_dtype="float32")
+
+
+def error(q: lb.QuantArray, gram: Any = GRAM) -> float:
+    """tr(D H D^T), in float64."""
+    d = np.asarray(lb.dequantize(q), np.float64) - W
+    return float((d * (np.asarray(gram, np.float64) @ d)).sum())
+
+
+def objective(gram: Any, w: Any, codes: Any, table: Any) -> np.ndarray:
+    """The same of each row, of rows w [n, k]."""
+    d = np.take_along_axis(np.asarray(table, np.float64), np.asarray(codes, np.int64), 1) - np.asarray(w)
+    return np.einsum("nk,kl,nl->n", d, np.asarray(gram, np.float64), d)
+
+
+def rounded_up_to(gram: Any, errors: np.ndarray) -> np.ndarray:
+    """What float32 may make of an objective: it compares sums of K squares times K entries."""
+    return errors * (1 + gamma(3 * len(gram), "f32"))
+
+
+# ---------------------------------------------------------------- GPTQ
+
+
+def by_definition(w: np.ndarray, gram: np.ndarray, scale: np.ndarray, zero: np.ndarray, top: int, order: Any) -> Any:
+    """Codes of w [n, k], in float64, with the inverse of H updated after each input."""
+    w, left, out = w.astype(np.float64).copy(), list(order), np.zeros(w.shape, np.uint8)
+    inverse = np.linalg.inv(gram)
+    for i in order:
+        out[:, i] = np.clip(np.round(w[:, i] / scale[:, i]) + zero[:, i], 0, top)
+        off = (w[:, i] - scale[:, i] * (out[:, i] - zero[:, i])) / inverse[i, i]
+        w[:, left] -= off[:, None] * inverse[i, left]
+        inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+        left.remove(i)
+    return out
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_codes_are_those_of_the_definition(act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowbit.quantizers.feedback.BLOCK", 32)
+    q = lb.quantize_array(W, lb.uniform(3, group=20), lb.gptq(act_order), importance=GRAM)
+    gram = np.asarray(GRAM, np.float64)
+    moments = gram.diagonal() * (1 + 1e-4)
+    damped = gram + (1e-4 + 0.01) * gram.diagonal().mean() * np.eye(K)
+    order = np.argsort(-moments, kind="stable") if act_order else range(K)
+    scale, zero = (np.repeat(np.asarray(q.fields[f], np.float64), 20, 1)[:, :K] for f in ("scale", "zero"))
+    planes = np.unpackbits(np.asarray(q.fields["planes"]), axis=-1, bitorder="little")[..., :20]
+    codes = sum(planes[p].astype(int) << p for p in range(3)).reshape(N, -1)[:, :K]
+    np.testing.assert_array_equal(codes, by_definition(W.T, damped, scale, zero, 7, order))
+
+
+def test_without_correlations_it_is_rounding_to_nearest() -> None:
+    fmt = lb.uniform(4, group=16, scale_dtype="float32")
+    nearest = lb.quantize_array(W, fmt)
+    for q in (lb.quantize_array(W, fmt, lb.gptq()), lb.quantize_array(W, fmt, lb.gptq(), importance=OTHER)):
+        np.testing.assert_array_equal(lb.dequantize(q), lb.dequantize(nearest))
+
+
+def test_it_beats_rounding_to_nearest_and_the_largest_inputs_first_is_better() -> None:
+    fmt = lb.uniform(3, group=35)
+    nearest, plain, ordered = (
+        error(lb.quantize_array(W, fmt, q, importance=GRAM)) for q in (None, lb.gptq(act_order=False), lb.gptq())
+    )
+    assert ordered < plain < 0.6 * nearest
+
+
+# ---------------------------------------------------------------- LNQ
+
+
+def start(rows: int = N, bits: int = 2) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q = lb.quantize_array(W[:, :rows], lb.any_precision(bits, bits, table_dtype="float32"))
+    return jnp.asarray(W.T[:rows]), codes_of(q.fields["planes"], bits, K), q.fields[f"table{bits}"]
+
+
+def test_no_step_raises_the_objective() -> None:
+    w, codes, table = start()
+    before = objective(GRAM, w, codes, table)
+    first = before
+    for _ in range(4):
+        table = best_table(GRAM, w, codes, table)
+        fitted = objective(GRAM, w, codes, table)
+        assert (fitted <= rounded_up_to(GRAM, before)).all()
+        codes = descend(GRAM, w, codes, table)
+        before = objective(GRAM, w, codes, table)
+        assert (before <= rounded_up_to(GRAM, fitted)).all()
+    assert (before < 0.7 * first).all()
+
+
+def test_tables_are_those_of_least_squares_and_a_code_that_nobody_has_keeps_its_entry() -> None:
+    w, codes, table = start(rows=3)
+    codes = jnp.where(codes == 3, 2, codes)
+    found = np.asarray(best_table(GRAM, w, codes, table))
+    half = np.linalg.cholesky(np.asarray(GRAM, np.float64))
+    for row in range(3):
+        hot = np.eye(4)[np.asarray(codes[row])][:, :3]
+        best = np.linalg.lstsq(half.T @ hot, half.T @ W[:, row].astype(np.float64), rcond=None)[0]
+        condition = np.linalg.cond(hot.T @ np.asarray(GRAM) @ hot)
+        np.testing.assert_allclose(found[row, :3], best, rtol=condition * gamma(3 * K, "f32"))
+        assert found[row, 3] == table[row, 3]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_descent_ends_where_exhaustive_search_does(seed: int) -> None:
+    """Four inputs that depend on each other a little, four levels: every combination is tried."""
+    rng = np.random.default_rng(seed)
+    half = np.eye(4) + 0.15 * rng.standard_normal((4, 4))
+    gram, w = half @ half.T, rng.standard_normal((5, 4))
+    table = np.sort(rng.standard_normal((5, 4)))
+    every = np.array(list(itertools.product(range(4), repeat=4)))
+    costs = np.stack([objective(gram, np.repeat(w[r : r + 1], 256, 0), every, np.repeat(table[r : r + 1], 256, 0))
+                      for r in range(5)])  # fmt: skip
+    codes = jnp.asarray(np.abs(w[:, :, None] - table[:, None]).argmin(2), jnp.uint8)
+    for _ in range(4):
+        codes = descend(jnp.float32(gram), jnp.float32(w), codes, jnp.float32(table))
+    np.testing.assert_array_equal(codes, every[costs.argmin(1)])
+
+
+def test_after_descent_no_single_code_can_be_changed_for_the_better() -> None:
+    w, codes, table = start(rows=2)
+    for _ in range(30):
+        codes = descend(GRAM, w, codes, table)
+    least = objective(GRAM, w, codes, table)
+    for i, c in itertools.product(range(K), range(4)):
+        assert (least <= rounded_up_to(GRAM, objective(GRAM, w, codes.at[:, i].set(c), table))).all()
+
+
+def test_lnq_beats_kmeans_and_more_rounds_are_not_worse() -> None:
+    kmeans = error(lb.quantize_array(W, ALIKE, importance=GRAM.diagonal()))
+    errors = [error(lb.quantize_array(W, ALIKE, lb.lnq(rounds), importance=GRAM)) for rounds in range(4)]
+    assert (np.array(errors[1:]) <= rounded_up_to(GRAM, np.array(errors[:-1]))).all()
+    assert errors[2] < 0.7 * kmeans
+
+
+def test_tables_of_nested_codes_are_refitted_under_the_same_matrix() -> None:
+    nested = lb.quantize_array(W, lb.any_precision(1, 3, table_dtype="float32"), importance=GRAM.diagonal())
+    refitted = refit_tables(nested, W, gram=jnp.stack([GRAM, OTHER]))
+    for width in (1, 2, 3):
+        errors = []
+        for q in (nested, refitted):
+            d = np.asarray(lb.dequantize(QuantArray(q.fields, q.type.at(width))), np.float64) - W
+            both = np.stack([np.asarray(GRAM, np.float64) @ d, np.asarray(OTHER, np.float64) @ d])
+            errors.append((d * np.where(np.arange(N) < N // 2, both[0], both[1])).sum(0))
+        old, new = errors
+        assert (new <= rounded_up_to(GRAM, old)).all() and new.sum() < old.sum()
+    np.testing.assert_array_equal(refitted.fields["planes"], nested.fields["planes"])
+    with pytest.raises(ValueError, match="both importance and gram were given"):
+        refit_tables(nested, W, GRAM.diagonal(), gram=GRAM)
+
+
+def test_codes_of_planes_and_back() -> None:
+    q = lb.quantize_array(W, lb.any_precision(3, 3))
+    codes = codes_of(q.fields["planes"], 3, K)
+    assert codes.max() == 7
+    np.testing.assert_array_equal(planes_of(codes, 3), q.fields["planes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fmt", "bits", "quantizer"), [
+    (lb.uniform(3, group=16, scale_dtype="float16"), 3, lb.gptq()),
+    (lb.any_precision(3, 3), 3, lb.lnq()),
+], ids=str)  # fmt: skip
+def test_zero_constant_and_huge_weights(fmt: lb.Format, bits: int, quantizer: Any) -> None:
+    check_quantizer(fmt, 5, 70, quantizer)
+
+
+# ---------------------------------------------------------------- chunks of outputs
+
+
+@pytest.mark.parametrize(("fmt", "quantizer"), [(lb.uniform(3), lb.gptq()), (ALIKE, lb.lnq(1, 1))], ids=str)
+def test_each_chunk_is_quantized_for_its_own_errors(fmt: lb.Format, quantizer: Any) -> None:
+    both = lb.quantize_array(W, fmt, quantizer, importance=jnp.stack([GRAM, OTHER]))
+    halves = [lb.quantize_array(W[:, : N // 2], fmt, quantizer, importance=GRAM),
+              lb.quantize_array(W[:, N // 2 :], fmt, quantizer, importance=OTHER)]  # fmt: skip
+    np.testing.assert_array_equal(lb.dequantize(both), jnp.concatenate([lb.dequantize(h) for h in halves], 1))
+
+
+def test_guided_grams_weigh_rows_by_what_errors_of_a_chunk_cost() -> None:
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    batches = [jnp.asarray(RNG.standard_normal((5, 3)), jnp.float32) for _ in range(2)]
+
+    def loss(model: Any, x: jax.Array) -> jax.Array:
+        return jnp.square(model(x)).mean()
+
+    outer = nnx.Dict(layer=model)
+    found = lb.calibrate(
+        outer, batches, statistics=["guided_gram", "output_gradient"], loss=lambda m, x: loss(m.layer, x), chunks=2
+    )["layer"]
+    x = np.concatenate(batches).astype(np.float64)
+    dy = 2 * np.asarray(model(jnp.concatenate(batches)), np.float64) / 20
+    costs = np.square(1e3 * dy).reshape(10, 2, 2).mean(2)
+    expected = np.einsum("rc,rk,rl->ckl", costs, x, x) / 10
+    bound = gamma(60, "f32") * np.einsum("rc,rk,rl->ckl", costs, abs(x), abs(x)) / 10
+    assert (np.abs(np.asarray(found.guided_gram) - expected) <= bound).all()
+    np.testing.assert_allclose(found.output_gradient, np.square(dy).mean(0), rtol=gamma(60, "f32"))
+
+
+def test_rules_measure_what_the_quantizer_weighs_by() -> None:
+    model = nnx.Dict(a=nnx.Linear(6, 4, rngs=nnx.Rngs(0)), b=nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
+    rules = [lb.Rule("a", ALIKE, lb.lnq(1, 1, weighs_by=("guided_gram",))), lb.Rule("b", lb.uniform(3), lb.gptq())]
+    x = jnp.asarray(RNG.standard_normal((9, 6)), jnp.float32)
+    stats = lb.calibrate(model, [x], rules=rules, loss=lambda m, x: jnp.square(m.b(m.a(x))).sum(), chunks=4)
+    a, b = stats["a"].guided_gram, stats["b"].gram
+    assert a is not None and a.shape == (4, 6, 6) and b is not None and b.shape == (4, 4)
+    assert stats["a"].gram is None and stats["b"].guided_gram is None
+    small = lb.quantize(model, rules, stats=stats)
+    alone = lb.quantize_array(model.a.kernel.get_value(), ALIKE, rules[0].quantizer, importance=a)
+    np.testing.assert_array_equal(small.a.kernel.array.fields["planes"], alone.fields["planes"])
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (partial(lb.quantize_array, W, lb.bcq(2), lb.gptq()), "makes uniform, not bcq"),
+    (partial(lb.quantize_array, W, lb.any_precision(2, 3), lb.lnq()), "finds codes for one width, not for any_precis"),
+    (partial(lb.gptq, damping=0.0), "damping is a share of the mean second moment, above 0 and below 1, not 0.0"),
+    (partial(lb.lnq, cycles=0), "rounds must be an int, 1 or more, not 0"),
+    (partial(lb.quantize_array, W, ALIKE, lb.lnq(), importance=jnp.stack([GRAM] * 3)),
+     "has 3 chunks of outputs, and the weight 8 outputs: they must divide it"),
+    (partial(lb.quantize_array, W, lb.codebook(1, 4, vec=2), lb.additive_codebooks(),
+             importance=jnp.stack([GRAM] * 2)), r"finds codebooks for all outputs at once: .* not \(2, 70, 70\)"),
+    (partial(lb.calibrate, nnx.Dict(a=nnx.Linear(2, 3, rngs=nnx.Rngs(0))), [jnp.ones((1, 2))],
+             statistics=["guided_gram"], loss=lambda m, x: m.a(x).sum(), chunks=2),
+     "layer 'a' has 3 outputs, which 2 chunks do not divide"),
+    (partial(lb.calibrate, nnx.Dict(a=nnx.Linear(2, 3, rngs=nnx.Rngs(0))), [jnp.ones((1, 2))], chunks=0),
+     "chunks must be a positive int, parts of each layer's outputs, not 0"),
+])  # fmt: skip
+def test_what_cannot_be_done(call: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
