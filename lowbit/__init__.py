@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lowbit.formats import any_precision as any_precision
     from lowbit.formats import bcq as bcq
     from lowbit.formats import codebook as codebook
+    from lowbit.formats import k_quant as k_quant
     from lowbit.formats import nested_fp as nested_fp
     from lowbit.formats import register_format as register_format
     from lowbit.formats import uniform as uniform
@@ -64,7 +65,7 @@ __version__ = "0.1.0"
 _HOME = {
     "QuantArray": "array", "QuantType": "quant_type", "dequantize": "array",
     "Format": "formats", "any_bcq": "formats", "any_precision": "formats", "bcq": "formats", "codebook": "formats",
-    "nested_fp": "formats", "register_format": "formats", "uniform": "formats",
+    "k_quant": "formats", "nested_fp": "formats", "register_format": "formats", "uniform": "formats",
     "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
     "autotune": "autotuning", "tuned": "autotuning",
     "CheckpointError": "io",
