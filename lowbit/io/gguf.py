@@ -1,0 +1,271 @@
+"""GGUF, the files of llama.cpp: its tensors as arrays and quantized arrays, one at a time, and back.
+
+The `gguf` package reads and writes headers; what the blocks of a type hold is in `lowbit.io.gguf_blocks`. A file's
+tensors keep their names and their order of rows: llama.cpp permutes those of q and k for its rotary embedding when it
+converts a Llama, which is not undone here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lowbit.array import QuantArray, own
+from lowbit.io.atomic import replacing
+from lowbit.io.error import AGAIN, CheckpointError
+from lowbit.io.gguf_blocks import BLOCKS, Block
+from lowbit.io.tensors import Array, to_host
+from lowbit.quant_type import QuantType
+
+Path = str | os.PathLike[str]
+DENSE = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64",
+    "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
+}  # fmt: skip
+"""Numpy's name to ggml's."""
+METADATA = {
+    "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "float32": "FLOAT32", "bool": "BOOL",
+    "int8": "INT8", "int16": "INT16", "int32": "INT32", "int64": "INT64", "float64": "FLOAT64",
+}  # fmt: skip
+SCRATCH = 1 << 26
+"""Bytes that hold a bit each at a time, beside the fields themselves."""
+
+
+def tensors(path: Path) -> Iterator[tuple[str, QuantArray | Array]]:
+    """The tensors of a GGUF file, by name in its order, each made when it is asked for: the file is mapped.
+
+    Quantized ones, of the types Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q2_K to Q6_K, come as float32[k n] arrays that decode
+    to what ggml decodes, with axes before those two as a stack: `uniform(bits, group=32, scale_dtype="float16")` for
+    Q4_0, Q5_0 and Q8_0, and `k_quant` for the others. Dense ones come as numpy arrays, views of the file, in the order
+    [outputs, inputs] of torch, which is that of numpy here: GGUF itself lists dims from the last.
+
+    Raises CheckpointError for a file that is damaged, for a type that no format holds, naming the tensor, and for
+    scales that are NaN or inf; ImportError without the `gguf` package.
+
+    >>> import os, tempfile
+    >>> import jax.numpy as jnp, lowbit as lb
+    >>> from lowbit.io import gguf
+    >>> w = lb.quantize_array(jnp.ones((256, 8)), lb.k_quant(4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "w.gguf")
+    ...     gguf.write({"blk.0.ffn_up.weight": w}, path, {"general.architecture": "llama"})
+    ...     print([(name, str(array.type)) for name, array in gguf.tensors(path)])
+    [('blk.0.ffn_up.weight', 'f32[k=256 n=8] as k_quant(bits=4)')]
+    """
+    for tensor in _reader(path).tensors:
+        yield tensor.name, _value(tensor, f"{path}: tensor {tensor.name!r}")
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """What a GGUF file says beside its tensors, by key: strings, numpy scalars of the types that are stored, and lists
+    of strings or arrays of numbers. `write` takes it back. Raises as `tensors` does."""
+    fields = _reader(path).fields.values()
+    return {f.name: _said(f) for f in fields if not f.name.startswith("GGUF.")}
+
+
+def write(entries: Mapping[str, Any], path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write arrays and quantized arrays to a GGUF file, each made when its turn comes; the file appears whole or not.
+
+    A quantized array is stored as it is, without rounding: one of `uniform(4, group=32, scale_dtype="float16")` as
+    Q4_0, of 5 or 8 bits as Q5_0 or Q8_0, where every zero point is half the range; of `k_quant(4)` as Q4_K, and so on
+    for the formats that `tensors` gives. Dense arrays are stored as they are, so give them as [outputs, inputs].
+
+    Args:
+      entries: by ggml's names, such as "blk.0.attn_q.weight".
+      path: the file; its folder must exist.
+      metadata: by key, with "general.architecture": strings, bools, numpy scalars, ints (stored as uint32, the type of
+        llama.cpp's sizes), floats (as float32), and lists or arrays of one of them.
+
+    Raises ValueError for a quantized array that GGUF cannot hold exactly, with the reason, and for metadata without an
+    architecture; TypeError for what is no array and metadata of no type; ImportError without the `gguf` package.
+    """
+    gguf = _package()
+    if "general.architecture" not in metadata:
+        raise ValueError('a GGUF file names its model: give metadata={"general.architecture": "llama", ...}')
+    types = {name: _type(name, value) for name, value in entries.items()}  # all are known before the first is made
+    with replacing(path) as file:
+        writer = gguf.GGUFWriter(None, str(metadata["general.architecture"]))
+        for key, value in {"general.quantization_version": gguf.GGML_QUANT_VERSION, **metadata}.items():
+            if key != "general.architecture":
+                _say(writer, key, value)
+        for name, kind in types.items():
+            shape = _bytes_shape(entries[name], kind)
+            writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), gguf.GGMLQuantizationType[kind])
+        writer.fout, writer.state = (
+            [file],
+            gguf.gguf_writer.WriterState.EMPTY,
+        )  # ours, which appears whole or not at all
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, kind in types.items():
+            writer.write_tensor_data(_bytes(name, entries[name], kind))
+
+
+def _package() -> Any:
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as err:
+        raise ImportError("GGUF files need the gguf package: pip install 'lowbit[gguf]'") from err
+
+
+def _reader(path: Path) -> Any:
+    """The package's reader, the header read and the rest mapped."""
+    gguf = _package()
+    try:
+        reader = gguf.GGUFReader(path)
+    except OSError:
+        raise
+    except Exception as err:  # whatever the parser makes of arbitrary bytes
+        raise CheckpointError(f"{path} is no whole GGUF file ({type(err).__name__}: {err}): {AGAIN}") from err
+    if reader.byte_order != "I":
+        raise CheckpointError(f"{path} has bytes in the other order than this machine: convert it on one that has them")
+    return reader
+
+
+# ---------------------------------------------------------------- from blocks
+
+
+def _value(tensor: Any, where: str) -> QuantArray | Array:
+    kind, data = tensor.tensor_type.name, np.asarray(tensor.data)
+    if kind in DENSE.values():
+        return data.view(ml_dtypes.bfloat16) if kind == "BF16" else data
+    if kind not in BLOCKS:
+        known = ", ".join([*DENSE.values(), *BLOCKS])
+        raise CheckpointError(
+            f"{where} is {kind}; of GGUF's types lowbit has {known}: quantize the model to one of them"
+        )
+    if data.ndim < 2:
+        raise CheckpointError(
+            f"{where} is {kind} and has {data.ndim} dim: what is quantized is a matrix or a stack of them"
+        )
+    block, (n, width), stack = BLOCKS[kind], data.shape[-2:], data.shape[:-2]
+    slices = [_unpacked(block, data[at]) for at in np.ndindex(stack)]
+    fields = {f: np.stack([one[f] for one in slices]).reshape(*stack, *a.shape) for f, a in slices[0].items()}
+    for name in block.halves:
+        if bad := int((~np.isfinite(fields[name])).sum()):
+            raise CheckpointError(f"{where} has {bad} NaN or inf among the {fields[name].size} of {name!r}: {AGAIN}")
+    dims = (("k", width // block.size * block.weights), ("n", n))
+    return QuantArray.of(fields, QuantType(dims, "f32", block.format))
+
+
+def _unpacked(block: Block, rows: Array) -> dict[str, Array]:
+    parts = [block.unpack(rows[some]) for some in _some_rows(*rows.shape)]
+    return {name: np.concatenate([p[name] for p in parts], _axis(name)) for name in parts[0]}
+
+
+def _packed(block: Block, fields: Mapping[str, Array], width: int) -> Array:
+    some_rows = _some_rows(len(fields["scale"]), width)
+    return np.concatenate(
+        [
+            block.pack({name: a[(slice(None),) * _axis(name) + (some,)] for name, a in fields.items()})
+            for some in some_rows
+        ]
+    )
+
+
+def _axis(field: str) -> int:
+    """Of a field, that counts rows."""
+    return 1 if field == "planes" else 0
+
+
+def _some_rows(n: int, width: int) -> Iterator[slice]:
+    at_once = max(1, SCRATCH // (8 * width))
+    return (slice(at, at + at_once) for at in range(0, n, at_once))
+
+
+# ---------------------------------------------------------------- to blocks
+
+
+def _type(name: str, value: Any) -> str:
+    """ggml's type of an entry. Raises for what it cannot hold exactly."""
+    if not isinstance(value, QuantArray):
+        array = to_host(name, value)
+        if array.dtype.name not in DENSE or not 1 <= array.ndim <= 4:
+            given = f"{array.dtype}{list(array.shape)}"
+            raise TypeError(f"{name!r} is {given}; GGUF holds 1 to 4 dims of {', '.join(DENSE)}: cast or reshape it")
+        return DENSE[array.dtype.name]
+    of, sizes = value.type, dict(value.type.dims)
+    if of.splits or of.adapter is not None:
+        raise ValueError(f"{name!r} is {of.encoding} and has parts of its own that train: fold or merge them first")
+    kind = next((kind for kind, block in BLOCKS.items() if block.format == of.format), None)
+    if kind is None:
+        known = ", ".join(f"{block.format} ({kind})" for kind, block in BLOCKS.items())
+        raise ValueError(f"{name!r} is {of.format}, for which GGUF has no type: quantize it to one of {known}")
+    block = BLOCKS[kind]
+    if sizes["k"] % block.weights:
+        raise ValueError(
+            f"{name!r} has {sizes['k']} inputs, and {kind} has blocks of {block.weights}: quantize it to a format with "
+            "groups that divide them, or leave it dense"
+        )
+    if block.zero is not None and bool((zero := np.asarray(value.fields["zero"]) != block.zero).any()):
+        raise ValueError(
+            f"{name!r} has {int(zero.sum())} of {zero.size} zero points that are not {block.zero}, and {kind} has that "
+            f"one for all: quantize it to {BLOCKS['Q4_1'].format} (Q4_1) or {BLOCKS['Q4_K'].format} (Q4_K)"
+        )
+    return kind
+
+
+def _bytes_shape(value: Any, kind: str) -> tuple[int, ...]:
+    """Of an entry as bytes."""
+    if not isinstance(value, QuantArray):
+        return (*value.shape[:-1], value.shape[-1] * value.dtype.itemsize)
+    block, sizes = BLOCKS[kind], dict(value.type.dims)
+    return (*value.stack, sizes["n"], sizes["k"] // block.weights * block.size)
+
+
+def _bytes(name: str, value: Any, kind: str) -> Array:
+    if not isinstance(value, QuantArray):
+        return to_host(name, value).reshape(-1).view(np.uint8)
+    fields = {field: np.asarray(a) for field, a in own(value).fields.items()}
+    *stack, _, width = _bytes_shape(value, kind)
+    return np.concatenate(
+        [_packed(BLOCKS[kind], {field: a[at] for field, a in fields.items()}, width) for at in np.ndindex(*stack)]
+    )
+
+
+# ---------------------------------------------------------------- metadata
+
+
+def _said(field: Any) -> Any:
+    kinds = [kind.name for kind in field.types]
+    numpys = {kind: name for name, kind in METADATA.items()}
+    if kinds[0] != "ARRAY":
+        return field.contents() if kinds[0] == "STRING" else np.dtype(numpys[kinds[0]]).type(field.contents())
+    numbers = len(kinds) > 1 and kinds[-1] in numpys
+    return np.array(field.contents(), numpys[kinds[-1]]) if numbers else field.contents() or []
+
+
+def _say(writer: Any, key: str, value: Any) -> None:
+    if key == "general.alignment":
+        writer.data_alignment = int(value)
+    several = isinstance(value, list | np.ndarray)
+    if several and not len(value):
+        return  # which the package does not write either
+    kinds = {_kind(key, each) for each in value} if several else {_kind(key, value)}
+    if len(kinds) > 1:
+        raise TypeError(f"metadata {key!r} is a list of {' and '.join(sorted(kinds))}: give one type")
+    kind = getattr(_package().GGUFValueType, kinds.pop())
+    plain = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    writer.add_key_value(key, plain, _package().GGUFValueType.ARRAY if several else kind, kind if several else None)
+
+
+def _kind(key: str, value: Any) -> str:
+    match value:
+        case np.generic() if value.dtype.name in METADATA:
+            return METADATA[value.dtype.name]
+        case str():
+            return "STRING"
+        case bool():
+            return "BOOL"
+        case int() if 0 <= value < 1 << 32:
+            return "UINT32"
+        case float():
+            return "FLOAT32"
+    raise TypeError(f"metadata {key!r} is {value!r}: give strings, numpy scalars, bools, ints below 2**32 or floats")
