@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from lowbit.formats import uniform as uniform
     from lowbit.grouped import grouped_matmul as grouped_matmul
     from lowbit.io import CheckpointError as CheckpointError
+    from lowbit.io import convert as convert
+    from lowbit.io import export_checkpoint as export_checkpoint
+    from lowbit.io import read_checkpoint as read_checkpoint
     from lowbit.nn import Code as Code
     from lowbit.nn import Codebook as Codebook
     from lowbit.nn import Rule as Rule
@@ -70,7 +73,7 @@ _HOME = {
     "uniform": "formats",
     "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
     "autotune": "autotuning", "tuned": "autotuning",
-    "CheckpointError": "io",
+    "CheckpointError": "io", "convert": "io", "export_checkpoint": "io", "read_checkpoint": "io",
     "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "allocate": "nn", "at_width": "nn", "calibrate": "nn",
     "compare": "nn", "explain": "nn", "load": "nn", "prepare": "nn", "quantize": "nn", "report": "nn", "save": "nn",
     "additive_codebooks": "quantizers", "alternating": "quantizers", "gptq": "quantizers",

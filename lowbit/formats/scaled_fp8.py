@@ -13,7 +13,7 @@ def scaled_fp8(n: int, k: int, rows: int | None = 1, group: int | None = None, s
     """Floats of 8 bits, e4m3, and a scale for each block of `rows` outputs and `group` inputs.
 
     `scaled_fp8()` has a scale a row, `scaled_fp8(rows=None)` one for the whole weight, and `scaled_fp8(128, 128)` one
-    for each block of 128 x 128. Products multiply activations as they are; see `nested_fp` for ones that round them too.
+    for each block of 128 x 128. Products multiply activations as they are; those of `nested_fp` round them too.
 
     Stored: `code` u8 [n, k], the bits of the floats, never 0x7F or 0xFF, their NaNs; `scale` [ceil(n / rows),
     ceil(k / group)], without the dims that have one block. 8 bits a weight and the scales.
