@@ -58,8 +58,10 @@ def tensors(path: Path) -> Iterator[tuple[str, QuantArray | Array]]:
     ...     print([(name, str(array.type)) for name, array in gguf.tensors(path)])
     [('blk.0.ffn_up.weight', 'f32[k=256 n=8] as k_quant(bits=4)')]
     """
-    for tensor in _reader(path).tensors:
-        yield tensor.name, _value(tensor, f"{path}: tensor {tensor.name!r}")
+    found = _reader(path).tensors
+    for tensor in found:
+        _check(tensor, f"{path}: tensor {tensor.name!r}")
+    return ((tensor.name, _value(tensor, f"{path}: tensor {tensor.name!r}")) for tensor in found)
 
 
 def metadata(path: Path) -> dict[str, Any]:
@@ -132,19 +134,19 @@ def _reader(path: Path) -> Any:
 # ---------------------------------------------------------------- from blocks
 
 
+def _check(tensor: Any, where: str) -> None:
+    kind, dims = tensor.tensor_type.name, tensor.data.ndim
+    if kind not in (*DENSE.values(), *BLOCKS):
+        known = ", ".join([*DENSE.values(), *BLOCKS])
+        raise CheckpointError(f"{where} is {kind}, and lowbit reads {known}: quantize the model to one of these")
+    if kind in BLOCKS and dims < 2:
+        raise CheckpointError(f"{where} is {kind} of {dims} dim; what is quantized is a matrix or a stack: {AGAIN}")
+
+
 def _value(tensor: Any, where: str) -> QuantArray | Array:
     kind, data = tensor.tensor_type.name, np.asarray(tensor.data)
-    if kind in DENSE.values():
-        return data.view(ml_dtypes.bfloat16) if kind == "BF16" else data
     if kind not in BLOCKS:
-        known = ", ".join([*DENSE.values(), *BLOCKS])
-        raise CheckpointError(
-            f"{where} is {kind}; of GGUF's types lowbit has {known}: quantize the model to one of them"
-        )
-    if data.ndim < 2:
-        raise CheckpointError(
-            f"{where} is {kind} and has {data.ndim} dim: what is quantized is a matrix or a stack of them"
-        )
+        return data.view(ml_dtypes.bfloat16) if kind == "BF16" else data
     block, (n, width), stack = BLOCKS[kind], data.shape[-2:], data.shape[:-2]
     slices = [_unpacked(block, data[at]) for at in np.ndindex(stack)]
     fields = {f: np.stack([one[f] for one in slices]).reshape(*stack, *a.shape) for f, a in slices[0].items()}
