@@ -21,6 +21,7 @@ from lowbit.io.atomic import replacing
 from lowbit.io.error import AGAIN, CheckpointError
 from lowbit.io.gguf_blocks import BLOCKS, Block
 from lowbit.io.tensors import Array, to_host
+from lowbit.ir.dtypes import numpy_dtype
 from lowbit.quant_type import QuantType
 
 Path = str | os.PathLike[str]
@@ -33,8 +34,8 @@ METADATA = {
     "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "float32": "FLOAT32", "bool": "BOOL",
     "int8": "INT8", "int16": "INT16", "int32": "INT32", "int64": "INT64", "float64": "FLOAT64",
 }  # fmt: skip
-SCRATCH = 1 << 26
-"""Bytes that hold a bit each at a time, beside the fields themselves."""
+SCRATCH = 1 << 19
+"""Bytes of blocks that are taken apart at a time: what bounds the memory beside the fields."""
 
 
 def tensors(path: Path) -> Iterator[tuple[str, QuantArray | Array]]:
@@ -147,38 +148,33 @@ def _value(tensor: Any, where: str) -> QuantArray | Array:
     kind, data = tensor.tensor_type.name, np.asarray(tensor.data)
     if kind not in BLOCKS:
         return data.view(ml_dtypes.bfloat16) if kind == "BF16" else data
-    block, (n, width), stack = BLOCKS[kind], data.shape[-2:], data.shape[:-2]
-    slices = [_unpacked(block, data[at]) for at in np.ndindex(stack)]
-    fields = {f: np.stack([one[f] for one in slices]).reshape(*stack, *a.shape) for f, a in slices[0].items()}
+    block, (*stack, n, width) = BLOCKS[kind], data.shape
+    of = QuantType((("k", width // block.size * block.weights), ("n", n)), "f32", block.format)
+    fields = {f: np.empty((*stack, *p.dims.values()), numpy_dtype(p.dtype)) for f, p in of.fields.items()}
+    for at in np.ndindex(*stack):
+        for some in _some_rows(n, width):
+            for name, part in block.unpack(data[at][some]).items():
+                fields[name][at][_rows(name, some)] = part
     for name in block.halves:
         if bad := int((~np.isfinite(fields[name])).sum()):
             raise CheckpointError(f"{where} has {bad} NaN or inf among the {fields[name].size} of {name!r}: {AGAIN}")
-    dims = (("k", width // block.size * block.weights), ("n", n))
-    return QuantArray.of(fields, QuantType(dims, "f32", block.format))
-
-
-def _unpacked(block: Block, rows: Array) -> dict[str, Array]:
-    parts = [block.unpack(rows[some]) for some in _some_rows(*rows.shape)]
-    return {name: np.concatenate([p[name] for p in parts], _axis(name)) for name in parts[0]}
+    return QuantArray.of(fields, of)
 
 
 def _packed(block: Block, fields: Mapping[str, Array], width: int) -> Array:
-    some_rows = _some_rows(len(fields["scale"]), width)
-    return np.concatenate(
-        [
-            block.pack({name: a[(slice(None),) * _axis(name) + (some,)] for name, a in fields.items()})
-            for some in some_rows
-        ]
-    )
+    out = np.empty((len(fields["scale"]), width), np.uint8)
+    for some in _some_rows(*out.shape):
+        out[some] = block.pack({name: a[_rows(name, some)] for name, a in fields.items()})
+    return out
 
 
-def _axis(field: str) -> int:
-    """Of a field, that counts rows."""
-    return 1 if field == "planes" else 0
+def _rows(field: str, some: slice) -> tuple[slice, ...]:
+    """An index of some rows of a field."""
+    return (slice(None), some) if field == "planes" else (some,)
 
 
 def _some_rows(n: int, width: int) -> Iterator[slice]:
-    at_once = max(1, SCRATCH // (8 * width))
+    at_once = max(1, SCRATCH // width)
     return (slice(at, at + at_once) for at in range(0, n, at_once))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -54,18 +55,18 @@ class Block:
 
     def unpack(self, rows: Array) -> dict[str, Array]:
         """The fields of rows u8 [n, bytes], as the format stores them."""
-        n, group = len(rows), self.format["group"]
-        blocks = rows.reshape(n, -1, self.size)
-        bits = np.unpackbits(blocks, axis=-1, bitorder="little")
-        codes = np.packbits(bits[..., self.planes], axis=-1, bitorder="little")
-        by_group = codes.reshape(n, -1, len(self.planes), self.weights // group, group // 8)
-        fields: dict[str, Array] = {
-            "planes": by_group.transpose(2, 0, 1, 3, 4).reshape(len(self.planes), n, -1, group // 8)
-        }
+        n, blocks = len(rows), rows.reshape(-1, self.size)
+        every = np.concatenate([blocks, _turned(np.take(blocks, self._windows, axis=1))], axis=1)
+        shape = n, -1, len(self.planes), self.weights // self._group, self._group // 8
+        codes = np.take(every, self._sources, axis=1).reshape(shape).transpose(2, 0, 1, 3, 4)
+        fields = {"planes": codes.reshape(len(self.planes), n, -1, self._group // 8)}
         for name, at in self.integers.items():
-            fields[name] = np.packbits(bits[..., at], axis=2, bitorder="little").reshape(n, -1)
+            low, high = _span(at)
+            bits = np.unpackbits(blocks[:, low:high], axis=1, bitorder="little")
+            each = np.packbits(np.take(bits, at - 8 * low, axis=1), axis=1, bitorder="little")
+            fields[name] = each.reshape(n, -1)
         for name, byte in self.halves.items():
-            half = np.ascontiguousarray(blocks[..., byte : byte + 2]).view("<f2")[..., 0]
+            half = np.ascontiguousarray(blocks[:, byte : byte + 2]).view("<f2").reshape(n, -1)
             fields[name] = -half if name == self.negated else half
         if self.zero is not None:
             fields["zero"] = np.full(fields["scale"].shape, self.zero, np.uint8)
@@ -75,19 +76,44 @@ class Block:
         """The inverse: rows u8 [n, bytes]. The zero point is that of the block, and is not looked at."""
         fields = self._signs({**fields, "planes": fields["planes"].copy()})
         n, count = fields["scale"].shape
-        group = self.format["group"]
-        bits = np.zeros((n, count, 8 * self.size), np.uint8)
-        by_block = fields["planes"].reshape(len(self.planes), n, count, self.weights // group, group // 8)
-        codes = by_block.transpose(1, 2, 0, 3, 4).reshape(n, count, len(self.planes), -1)
-        bits[..., self.planes] = np.unpackbits(codes, axis=-1, bitorder="little")
+        shape = len(self.planes), n, count, self.weights // self._group, self._group // 8
+        codes = fields["planes"].reshape(shape).transpose(1, 2, 0, 3, 4).reshape(n * count, -1)
+        every = np.zeros((n * count, self.size + self._windows.size), np.uint8)
+        every[:, self._sources.ravel()] = codes
+        blocks = every[:, : self.size].copy()
+        blocks[:, self._windows.ravel()] |= _turned(every[:, self.size :].reshape(n * count, -1, 8))
         for name, at in self.integers.items():
-            each = fields[name].reshape(n, count, 1, -1)
-            bits[..., at] = np.unpackbits(each, axis=2, count=len(at), bitorder="little")
-        blocks = np.packbits(bits, axis=-1, bitorder="little")
+            low, high = _span(at)
+            bits = np.zeros((n * count, 8 * (high - low)), np.uint8)
+            each = fields[name].reshape(n * count, 1, -1)
+            bits[:, at - 8 * low] = np.unpackbits(each, axis=1, count=len(at), bitorder="little")
+            blocks[:, low:high] |= np.packbits(bits, axis=1, bitorder="little")
         for name, byte in self.halves.items():
             half = -fields[name] if name == self.negated else fields[name]
-            blocks[..., byte : byte + 2] = np.ascontiguousarray(half, "<f2")[..., None].view(np.uint8)
+            blocks[:, byte : byte + 2] = np.ascontiguousarray(half, "<f2").reshape(-1, 1).view(np.uint8)
         return blocks.reshape(n, -1)
+
+    @property
+    def _group(self) -> int:
+        return int(self.format["group"])
+
+    @cached_property
+    def _windows(self) -> Positions:
+        """[windows, 8]: runs of 8 bytes that hold one bit of 8 weights each, so that they are to be turned."""
+        first, step = self._eights
+        return np.unique(first[step == 8] // 8)[:, None] + np.arange(8)
+
+    @cached_property
+    def _sources(self) -> Positions:
+        """Where each byte of planes is: among the bytes of a block, which the turned windows follow."""
+        first, step = self._eights
+        turned = self.size + 8 * np.searchsorted(self._windows[:, 0], first // 8) + first % 8
+        return np.where(step == 8, turned, first // 8)
+
+    @property
+    def _eights(self) -> tuple[Positions, Positions]:
+        """[bits, weights / 8]: the first position of 8 weights, and how far apart they are: 8 or, within a byte, 1."""
+        return self.planes[:, ::8], self.planes[:, 1::8] - self.planes[:, ::8]
 
     def _signs(self, fields: dict[str, Array]) -> dict[str, Array]:
         """Signed bytes, which count from -128, as codes, which count from 0; and back."""
@@ -96,6 +122,20 @@ class Block:
         elif self.signed is not None:
             fields[self.signed] = fields[self.signed] ^ 0x80
         return fields
+
+
+def _turned(windows: Array) -> Array:
+    """Bytes [m, windows * 8] of which bit i of byte j is bit j of byte i of [m, windows, 8]."""
+    x = np.ascontiguousarray(windows).view("<u8")[..., 0]
+    for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
+        swapped = (x ^ x >> np.uint64(shift)) & np.uint64(mask)
+        x = x ^ swapped ^ swapped << np.uint64(shift)
+    return x.view(np.uint8).reshape(len(windows), -1)
+
+
+def _span(at: Positions) -> tuple[int, int]:
+    """The bytes that bits lie in."""
+    return int(at.min()) // 8, int(at.max()) // 8 + 1
 
 
 def _run(first: Array, count: int) -> Positions:
