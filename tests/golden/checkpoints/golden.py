@@ -1,8 +1,8 @@
 """What the generators of golden checkpoints share: random codes and scales, and the two files of a checkpoint.
 
-A golden is a folder: config.json and model.safetensors as the project writes them, and expected.safetensors, which holds
-of each layer, as LAYER/codes and so on, the codes [n, k], zero points [n, g], scales [n, g] and group of each input that
-went in, and the weight [n, k] that the project's own code makes of what it packed.
+A golden is a folder: config.json and model.safetensors as the project writes them, and expected.safetensors, which
+holds of each layer, as LAYER/codes and so on, the codes [n, k], zero points [n, g], scales [n, g] and group of each
+input that went in, and the weight [n, k] that the project's own code makes of what it packed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import numpy as np
 HERE = Path(__file__).parent
 
 
-def save(name: str, options: dict[str, Any], tensors: dict[str, Any], expected: dict[str, dict[str, Any]], tool: str) -> None:
+def save(
+    name: str, options: dict[str, Any], tensors: dict[str, Any], expected: dict[str, dict[str, Any]], tool: str
+) -> None:
     """Write a golden. `tool` says which versions made it."""
     from safetensors.torch import save_file
 
@@ -27,7 +29,7 @@ def save(name: str, options: dict[str, Any], tensors: dict[str, Any], expected: 
     (folder / "config.json").write_text(json.dumps({"quantization_config": options}, indent=2) + "\n")
     for file, arrays in (("model", tensors), ("expected", expected)):
         packed = {key: array.contiguous() for key, array in arrays.items()}
-        save_file(packed, path := folder / f"{file}.safetensors", {"format": "pt", "made_by": tool})
+        save_file(packed, path := folder / f"{file}.safetensors", {"made_by": tool})
         path.chmod(0o644)
 
 

@@ -1,9 +1,9 @@
 """Makes the golden checkpoints of compressed-tensors with the library itself.
 
-    pip install torch==2.13.0 safetensors compressed-tensors==0.20.0
-    python tests/golden/checkpoints/make_compressed_tensors.py
-    pip install compressed-tensors==0.13.0     which is one of the last that have groups in another order
-    python tests/golden/checkpoints/make_compressed_tensors.py ordered
+pip install torch==2.13.0 safetensors compressed-tensors==0.20.0
+python tests/golden/checkpoints/make_compressed_tensors.py
+pip install compressed-tensors==0.13.0     which is one of the last that have groups in another order
+python tests/golden/checkpoints/make_compressed_tensors.py ordered
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def made_by() -> str:
     return f"compressed-tensors {compressed_tensors.__version__}, torch {torch.__version__}"
 
 
-def options(schemes: Schemes, form: str, ignore: list[str], activations: dict[str, Any] | None = None) -> dict[str, Any]:
+def options(
+    schemes: Schemes, form: str, ignore: list[str], activations: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """`quantization_config` as the library writes it."""
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -113,7 +115,10 @@ def in_floats() -> None:
     kinds = {
         UP: ({**common, "strategy": "channel"}, torch.linspace(0.004, 0.02, N).bfloat16()[:, None]),
         DOWN: ({**common, "strategy": "tensor"}, torch.tensor([0.0101])),
-        ATTENTION: ({**common, "strategy": "block", "block_structure": [24, 48]}, torch.tensor([[0.01, 0.02], [0.03, 0.04]])),
+        ATTENTION: (
+            {**common, "strategy": "block", "block_structure": [24, 48]},
+            torch.tensor([[0.01, 0.02], [0.03, 0.04]]),
+        ),
     }
     schemes: Schemes = {f"group_{i}": ([name], weights) for i, (name, (weights, _)) in enumerate(kinds.items())}
     layers = {name: floats(i, weights, scale) for i, (name, (weights, scale)) in enumerate(kinds.items())}

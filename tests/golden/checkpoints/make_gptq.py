@@ -63,9 +63,10 @@ def first(linear: Any, name: str, bits: int, group: int, order: bool, symmetric:
     layer = linear(bits, group, K, N, True, weight_dtype=torch.float16)
     layer.pack(given, drawn["scale"].float(), drawn["zero"].float(), drawn["g_idx"])
     layer.scales, layer.bias = layer.scales.half(), layer.bias.half()
-    weight = (layer(torch.eye(K, dtype=torch.float16)) - bias).T  # of one product with one: exact
     keys = ("qweight", "qzeros", "scales", "g_idx", "bias")
     tensors = {f"{LAYER}.{key}": getattr(layer, key) for key in keys}
+    layer.bias = None
+    weight = layer(torch.eye(K, dtype=torch.float16)).T  # sums of one weight and zeros: exact
     tensors["model.norm.weight"] = torch.ones(K).half()
     options = {"bits": bits, "group_size": group, "desc_act": order, "sym": symmetric, "quant_method": "gptq"}
     save(f"gptq/{name}", options, tensors, {LAYER: {**drawn, "weight": weight}}, tool)
