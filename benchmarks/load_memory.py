@@ -3,8 +3,8 @@
     python benchmarks/load_memory.py [--size BYTES] [--json out.json]
 
 A checkpoint of random codes is made in a temporary folder, in each layout, and converted in a process of its own. What
-is measured there is *anonymous* memory: RssAnon in /proc, sampled every millisecond, less what it was before. The kernel
-cannot take that back. Pages of mapped files, which it can, count in VmHWM, shown beside it.
+is measured there is *anonymous* memory: RssAnon in /proc, sampled every millisecond, less what it was before. That is
+what the kernel cannot take back. Pages of mapped files, which it can, count in VmHWM, shown beside it.
 
 Asserted: at most one layer, as it is stored and as its dense float16 weight, and the layer that is written.
 """

@@ -30,6 +30,8 @@ def scaled_fp8(n: int, k: int, rows: int | None = 1, group: int | None = None, s
     >>> lb.dequantize(w)[:, 0].tolist()
     [1.0, -0.3125, 7.0]
     """
+    if rows is not None and (type(rows) is not int or rows < 1):
+        raise ValueError(f"rows must be a positive int, or None for all outputs, not {rows!r}")
     each = group_size(n, rows)
     blocks = {"n" if each == 1 else "a": groups(n, rows), "g": groups(k, group)}
     scale: Expr = param("scale", scale_type(scale_dtype), None, **{d: size for d, size in blocks.items() if size > 1})

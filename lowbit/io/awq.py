@@ -24,7 +24,8 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 def read(tensors: Tensors, options: Options, where: str) -> QuantArray:
     """The weight of a layer. Raises CheckpointError for tensors or options that do not fit."""
     bits = choice(where, options, "bits", (4,))
-    choice(where, {**options, "version": str(options.get("version", "gemm")).lower()}, "version", ("gemm",))
+    version = options.get("version", options.get("checkpoint_format", "gemm"))
+    choice(where, {"version": str(version).lower()}, "version", ("gemm",))
     choice(where, options, "zero_point", (True,), True)
     k, columns = matrix(where, "qweight", tensors["qweight"], "int32")
     n, group = columns * len(ORDER), group_option(where, options, k)

@@ -32,8 +32,8 @@ def export_checkpoint(
 ) -> None:
     """Write a checkpoint of compressed-tensors: model.safetensors, and config.json that says how it is quantized.
 
-    What has a counterpart there: `uniform` and `act_order` of 4 and 8 bits (pack-quantized; symmetric where every zero
-    point is half of the range), and `scaled_fp8` (float-quantized). `lb.read_checkpoint` gives the same arrays back.
+    What has a counterpart there: `uniform` of 4 and 8 bits (pack-quantized; symmetric where every zero point is half of
+    the range), and `scaled_fp8` (float-quantized). `lb.read_checkpoint` gives the same arrays back.
 
     Args:
       entries: weights by the names that they are to have, as `lb.read_checkpoint` and `lb.load` give them: a QuantArray
@@ -100,15 +100,19 @@ def _counterpart(name: str, w: QuantArray) -> tuple[Scheme, Parts]:
         raise ValueError(f"{what}: it has an adapter, parts that train or products in int8; fold or drop them first")
     if fmt.name == "scaled_fp8":
         return _float(w)
-    if fmt.name not in ("uniform", "act_order"):
+    if fmt.name == "act_order":
+        raise ValueError(f"{what}: version 0.20 has no groups of inputs in another order; quantize with lb.uniform")
+    if fmt.name != "uniform":
         raise ValueError(
             f"{what}: it has no such format; quantize the weight as lb.uniform(4) or (8), or lb.scaled_fp8()"
         )
     if fmt["bits"] not in (4, 8):
         raise ValueError(f"{what}: integers have 4 or 8 bits there; quantize the weight with that many")
+    if (k := dict(t.dims)["k"]) % (group := group_size(k, fmt["group"])):
+        raise ValueError(f"{what}: groups of {group} do not divide its {k} inputs; quantize it with a group that does")
     if int(np.asarray(w.fields["zero"]).max()) >= 1 << fmt["bits"]:
         raise ValueError(f"{what}: a zero point is no code of {fmt['bits']} bits; quantize the weight again")
-    return _integers(what, w)
+    return _integers(w)
 
 
 def _weights(bits: int, kind: str, strategy: str, **more: Any) -> Scheme:
@@ -121,21 +125,16 @@ def _strategy(k: int, group: int) -> Scheme:
     return {"strategy": "channel"} if group == k else {"strategy": "group", "group_size": group}
 
 
-def _integers(what: str, w: QuantArray) -> tuple[Scheme, Parts]:
+def _integers(w: QuantArray) -> tuple[Scheme, Parts]:
     sizes, fmt, fields = dict(w.type.dims), w.type.format, w.fields
     n, k, bits = sizes["n"], sizes["k"], fmt["bits"]
     group = group_size(k, fmt["group"])
-    zero, place = np.asarray(fields["zero"]), fields.get("place")
-    if place is not None and not np.array_equal(np.sort(place), np.arange(k)):
-        raise ValueError(f"{what}: 'place' is no order of its {k} inputs; repair it")
-
-    def codes() -> Array:
-        stored = from_planes(fields["planes"], k, group)
-        return pack(stored if place is None else stored[:, np.asarray(place)], bits)
-
-    scale = np.asarray(fields["scale"])
+    scale, zero = np.asarray(fields["scale"]), np.asarray(fields["zero"])
     parts: Parts = {
-        "weight_packed": ((np.dtype(np.int32), (n, words(k, bits))), codes),
+        "weight_packed": (
+            (np.dtype(np.int32), (n, words(k, bits))),
+            lambda: pack(from_planes(fields["planes"], k, group), bits),
+        ),
         "weight_scale": ((scale.dtype, scale.shape), lambda: scale),
         "weight_shape": ((np.dtype(np.int64), (2,)), lambda: np.array([n, k], np.int64)),
     }
@@ -144,9 +143,6 @@ def _integers(what: str, w: QuantArray) -> tuple[Scheme, Parts]:
         weights["symmetric"] = False
         spec = (np.dtype(np.int32), (words(n, bits), zero.shape[1]))
         parts["weight_zero_point"] = spec, lambda: np.ascontiguousarray(pack(zero.T, bits).T)
-    if place is not None:
-        weights["actorder"] = "group"
-        parts["weight_g_idx"] = (np.dtype(np.int32), (k,)), lambda: np.asarray(place, np.int32) // np.int32(group)
     return {"format": "pack-quantized", "weights": weights}, parts
 
 

@@ -87,7 +87,7 @@ def affine_array(
     if place is not None:
         order = np.empty(k, np.int64)
         order[place] = np.arange(k)
-        codes = codes[:, order]
+        codes = np.take(codes, order, axis=1)
     make = uniform if place is None else act_order
     fmt = make(bits, group=group if group < k else None, scale_dtype=scale.dtype.name)
     fields = {"planes": to_planes(codes, bits, group), "scale": np.ascontiguousarray(scale), "zero": zero}
@@ -127,7 +127,13 @@ def to_planes(codes: Array, bits: int, group: int) -> Array:
     if count * size > k:
         codes = np.pad(codes, ((0, 0), (0, count * size - k)))
     grouped = codes.reshape(n, count, size)
-    return np.stack([np.packbits(grouped >> p & 1, axis=-1, bitorder="little") for p in range(bits)])
+    planes = np.empty((bits, n, count, -(-size // 8)), np.uint8)
+    plane = np.empty_like(grouped)  # a byte a weight: the most that is made at a time
+    for p in range(bits):
+        np.right_shift(grouped, p, out=plane)
+        plane &= 1
+        planes[p] = np.packbits(plane, axis=-1, bitorder="little")
+    return planes
 
 
 def from_planes(planes: Array | jax.Array, k: int, group: int) -> Array:
