@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lowbit.io import CheckpointError as CheckpointError
     from lowbit.io import convert as convert
     from lowbit.io import export_checkpoint as export_checkpoint
+    from lowbit.io import export_gguf as export_gguf
     from lowbit.io import read_checkpoint as read_checkpoint
     from lowbit.nn import Code as Code
     from lowbit.nn import Codebook as Codebook
@@ -74,7 +75,8 @@ _HOME = {
     "scaled_fp8": "formats", "uniform": "formats",
     "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
     "autotune": "autotuning", "tuned": "autotuning",
-    "CheckpointError": "io", "convert": "io", "export_checkpoint": "io", "read_checkpoint": "io",
+    "CheckpointError": "io", "convert": "io", "export_checkpoint": "io", "export_gguf": "io",
+    "read_checkpoint": "io",
     "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "allocate": "nn", "at_width": "nn", "calibrate": "nn",
     "compare": "nn", "explain": "nn", "load": "nn", "prepare": "nn", "quantize": "nn", "report": "nn", "save": "nn",
     "additive_codebooks": "quantizers", "alternating": "quantizers", "gptq": "quantizers",

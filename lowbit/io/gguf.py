@@ -51,12 +51,11 @@ def tensors(path: Path) -> Iterator[tuple[str, QuantArray | Array]]:
 
     >>> import os, tempfile
     >>> import jax.numpy as jnp, lowbit as lb
-    >>> from lowbit.io import gguf
     >>> w = lb.quantize_array(jnp.ones((256, 8)), lb.k_quant(4))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = os.path.join(folder, "w.gguf")
-    ...     gguf.write({"blk.0.ffn_up.weight": w}, path, {"general.architecture": "llama"})
-    ...     print([(name, str(array.type)) for name, array in gguf.tensors(path)])
+    ...     lb.export_gguf({"blk.0.ffn_up.weight": w}, path, {"general.architecture": "llama"})
+    ...     print([(name, str(array.type)) for name, array in lb.read_checkpoint(path)])
     [('blk.0.ffn_up.weight', 'f32[k=256 n=8] as k_quant(bits=4)')]
     """
     found = _reader(path).tensors
@@ -65,14 +64,14 @@ def tensors(path: Path) -> Iterator[tuple[str, QuantArray | Array]]:
     return ((tensor.name, _value(tensor, f"{path}: tensor {tensor.name!r}")) for tensor in found)
 
 
-def metadata(path: Path) -> dict[str, Any]:
+def gguf_metadata(path: Path) -> dict[str, Any]:
     """What a GGUF file says beside its tensors, by key: strings, numpy scalars of the types that are stored, and lists
-    of strings or arrays of numbers. `write` takes it back. Raises as `tensors` does."""
+    of strings or arrays of numbers. `export_gguf` takes it back. Raises as `tensors` does."""
     fields = _reader(path).fields.values()
     return {f.name: _said(f) for f in fields if not f.name.startswith("GGUF.")}
 
 
-def write(entries: Mapping[str, Any], path: Path, metadata: Mapping[str, Any]) -> None:
+def export_gguf(entries: Mapping[str, Any], path: Path, metadata: Mapping[str, Any]) -> None:
     """Write arrays and quantized arrays to a GGUF file, each made when its turn comes; the file appears whole or not.
 
     A quantized array is stored as it is, without rounding: one of `uniform(4, group=32, scale_dtype="float16")` as

@@ -59,12 +59,12 @@ class Block:
         every = np.concatenate([blocks, _turned(np.take(blocks, self._windows, axis=1))], axis=1)
         shape = n, -1, len(self.planes), self.weights // self._group, self._group // 8
         codes = np.take(every, self._sources, axis=1).reshape(shape).transpose(2, 0, 1, 3, 4)
-        fields = {"planes": codes.reshape(len(self.planes), n, -1, self._group // 8)}
+        fields: dict[str, Array] = {"planes": codes.reshape(len(self.planes), n, -1, self._group // 8)}
         for name, at in self.integers.items():
             low, high = _span(at)
             bits = np.unpackbits(blocks[:, low:high], axis=1, bitorder="little")
-            each = np.packbits(np.take(bits, at - 8 * low, axis=1), axis=1, bitorder="little")
-            fields[name] = each.reshape(n, -1)
+            integers = np.packbits(np.take(bits, at - 8 * low, axis=1), axis=1, bitorder="little")
+            fields[name] = integers.reshape(n, -1)
         for name, byte in self.halves.items():
             half = np.ascontiguousarray(blocks[:, byte : byte + 2]).view("<f2").reshape(n, -1)
             fields[name] = -half if name == self.negated else half

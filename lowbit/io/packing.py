@@ -32,8 +32,7 @@ def unpack(packed: Array, bits: int, count: int) -> Array:
     packed = np.ascontiguousarray(packed).view(np.uint32)
     *rows, width = packed.shape
     blocks = -(-count // WORD)
-    padded = np.zeros((*rows, blocks * bits), np.uint32)
-    padded[..., :width] = packed
+    padded = np.pad(packed, [(0, 0)] * len(rows) + [(0, blocks * bits - width)]) if width < blocks * bits else packed
     by_block = padded.reshape(*rows, blocks, bits)
     codes = np.empty((*rows, blocks, WORD), np.uint8)
     for i, (at, shift, over) in enumerate(_places(bits)):

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import lowbit as lb
-from lowbit.io import gguf
+from lowbit.io import gguf, gguf_metadata
 from lowbit.io.error import CheckpointError
 from lowbit.io.gguf_blocks import BLOCKS
 from lowbit.testing import random_array
@@ -39,7 +39,7 @@ def equal(a: lb.QuantArray, b: lb.QuantArray) -> bool:
 
 def written(tmp_path: Path, entries: dict[str, Any], metadata: dict[str, Any] = NAMED) -> Path:
     path = tmp_path / "w.gguf"
-    gguf.write(entries, path, metadata)
+    lb.export_gguf(entries, path, metadata)
     return path
 
 
@@ -96,20 +96,20 @@ def test_dense_tensors_and_metadata(golden: dict[str, Any]) -> None:
     assert list(golden) == [f"blk.0.{kind}.weight" for kind in BLOCKS] + ["blk.0.attn_norm.weight", "output.weight"]
     assert np.array_equal(golden["blk.0.attn_norm.weight"], np.arange(8, dtype=np.float32))
     assert golden["output.weight"].dtype == np.float16 and golden["output.weight"].shape == (2, 4)
-    said = gguf.metadata(GOLDEN / "model.gguf")
+    said = gguf_metadata(GOLDEN / "model.gguf")
     assert said["general.architecture"] == "llama" and said["tokenizer.ggml.tokens"] == ["<unk>", "é"]
     assert said["llama.block_count"] == 1 and said["llama.block_count"].dtype == np.uint32
     assert said["tokenizer.ggml.token_type"].dtype == np.int32 and said["tokenizer.ggml.add_bos_token"] is np.True_
 
 
 def test_a_file_is_written_as_ggml_had_it(golden: dict[str, Any], tmp_path: Path) -> None:
-    said = gguf.metadata(GOLDEN / "model.gguf")
+    said = gguf_metadata(GOLDEN / "model.gguf")
     again = written(tmp_path, golden, said)
     a, b = package.GGUFReader(GOLDEN / "model.gguf"), package.GGUFReader(again)
     for x, y in zip(a.tensors, b.tensors, strict=True):
         assert (x.name, x.tensor_type, list(x.shape)) == (y.name, y.tensor_type, list(y.shape))
         assert np.array_equal(x.data, y.data)
-    back = gguf.metadata(again)
+    back = gguf_metadata(again)
     assert back.pop("general.quantization_version") == 2
     assert list(back) == list(said)
     for key, value in said.items():
@@ -173,7 +173,7 @@ def test_metadata_of_every_type(tmp_path: Path) -> None:
         **{f"a.{d}": np.dtype(d).type(3) for d in ("int8", "uint8", "int16", "uint16", "int64", "uint64", "float64")},
     }
     path = written(tmp_path, {"w": np.ones(3, np.float32), "v": np.ones(3, np.float32)}, given)
-    back = gguf.metadata(path)
+    back = gguf_metadata(path)
     assert all(t.data_offset % 64 == 0 for t in package.GGUFReader(path).tensors)
     assert back["a.size"].dtype == np.uint32 and back["a.rate"].dtype == np.float32
     assert "a.nothing" not in back  # GGUF has no empty lists
@@ -192,7 +192,7 @@ def test_a_gguf_file_is_converted(tmp_path: Path, golden: dict[str, Any]) -> Non
 
 def refused(entries: dict[str, Any], path: Path, message: str, error: type[Exception] = ValueError) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}"):
-        gguf.write(entries, path / "w.gguf", NAMED)
+        lb.export_gguf(entries, path / "w.gguf", NAMED)
     assert not list(path.iterdir())
 
 
@@ -226,14 +226,14 @@ def test_what_gguf_cannot_hold(tmp_path: Path) -> None:
 def test_metadata_that_is_refused(tmp_path: Path) -> None:
     w = {"w": np.ones(2, np.float32)}
     with pytest.raises(ValueError, match=r"^a GGUF file names its model: give metadata=\{\"general.architecture\""):
-        gguf.write(w, tmp_path / "w.gguf", {})
+        lb.export_gguf(w, tmp_path / "w.gguf", {})
     for value, message in [
         (-1, "metadata 'a' is -1: give strings, numpy scalars, bools, ints below 2**32 or floats"),
         (None, "metadata 'a' is None: give strings"),
         ([1, "b"], "metadata 'a' is a list of STRING and UINT32: give one type"),
     ]:
         with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
-            gguf.write(w, tmp_path / "w.gguf", {**NAMED, "a": value})
+            lb.export_gguf(w, tmp_path / "w.gguf", {**NAMED, "a": value})
     assert not list(tmp_path.iterdir())
 
 
