@@ -22,9 +22,9 @@ Named = tuple[str, QuantArray | Array]
 LAYOUTS: Mapping[str, tuple[Layout, ...]] = {
     "gptq": (gptq.LAYOUT,),
     "awq": (awq.LAYOUT,),
+    "compressed-tensors": compressed_tensors.LAYOUTS,
     "aqlm": (aqlm.LAYOUT,),
     "anyprec": (any_precision_llm.LAYOUT,),
-    "compressed-tensors": compressed_tensors.LAYOUTS,
 }
 """By what config.json calls them: `quantization_config.quant_method`, or a key of its own."""
 
