@@ -1,39 +1,29 @@
 """GGUF, the files of llama.cpp: its tensors as arrays and quantized arrays, one at a time, and back.
 
-The `gguf` package reads and writes headers; what the blocks of a type hold is in `lowbit.io.gguf_blocks`. A file's
-tensors keep their names and their order of rows: llama.cpp permutes those of q and k for its rotary embedding when it
-converts a Llama, which is not undone here.
+Headers are read by `lowbit.io.gguf_header` and written by the `gguf` package; what the blocks of a type hold is in
+`lowbit.io.gguf_blocks`. A file's tensors keep their names and their order of rows: llama.cpp permutes those of q and k
+for its rotary embedding when it converts a Llama, which is not undone here.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from lowbit.array import QuantArray, own
 from lowbit.io.atomic import replacing
 from lowbit.io.error import AGAIN, CheckpointError
 from lowbit.io.gguf_blocks import BLOCKS, Block
+from lowbit.io.gguf_header import DENSE, VALUES, File, Path, Tensor
 from lowbit.io.tensors import Array, to_host
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.quant_type import QuantType
 
-Path = str | os.PathLike[str]
-DENSE = {
-    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64",
-    "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
-}  # fmt: skip
-"""Numpy's name to ggml's."""
-METADATA = {
-    "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "float32": "FLOAT32", "bool": "BOOL",
-    "int8": "INT8", "int16": "INT16", "int32": "INT32", "int64": "INT64", "float64": "FLOAT64",
-}  # fmt: skip
+DENSE_TYPES = {dtype.name: kind for kind, dtype in DENSE.items()}
 SCRATCH = 1 << 19
 """Bytes of blocks that are taken apart at a time: what bounds the memory beside the fields."""
 
@@ -47,7 +37,7 @@ def tensors(path: Path) -> Iterator[tuple[str, QuantArray | Array]]:
     [outputs, inputs] of torch, which is that of numpy here: GGUF itself lists dims from the last.
 
     Raises CheckpointError for a file that is damaged, for a type that no format holds, naming the tensor, and for
-    scales that are NaN or inf; ImportError without the `gguf` package.
+    scales that are NaN or inf; OSError when it cannot be opened.
 
     >>> import os, tempfile
     >>> import jax.numpy as jnp, lowbit as lb
@@ -58,17 +48,20 @@ def tensors(path: Path) -> Iterator[tuple[str, QuantArray | Array]]:
     ...     print([(name, str(array.type)) for name, array in lb.read_checkpoint(path)])
     [('blk.0.ffn_up.weight', 'f32[k=256 n=8] as k_quant(bits=4)')]
     """
-    found = _reader(path).tensors
-    for tensor in found:
-        _check(tensor, f"{path}: tensor {tensor.name!r}")
-    return ((tensor.name, _value(tensor, f"{path}: tensor {tensor.name!r}")) for tensor in found)
+    return _values(path, File(path))
+
+
+def _values(path: Path, file: File) -> Iterator[tuple[str, QuantArray | Array]]:
+    for tensor in file.tensors:
+        data = file.array(tensor)
+        yield tensor.name, _quantized(tensor, data, path) if tensor.kind in BLOCKS else data
+        file.forget()
 
 
 def gguf_metadata(path: Path) -> dict[str, Any]:
     """What a GGUF file says beside its tensors, by key: strings, numpy scalars of the types that are stored, and lists
     of strings or arrays of numbers. `export_gguf` takes it back. Raises as `tensors` does."""
-    fields = _reader(path).fields.values()
-    return {f.name: _said(f) for f in fields if not f.name.startswith("GGUF.")}
+    return dict(File(path).metadata)
 
 
 def export_gguf(entries: Mapping[str, Any], path: Path, metadata: Mapping[str, Any]) -> None:
@@ -114,40 +107,14 @@ def _package() -> Any:
     try:
         return importlib.import_module("gguf")
     except ImportError as err:
-        raise ImportError("GGUF files need the gguf package: pip install 'lowbit[gguf]'") from err
-
-
-def _reader(path: Path) -> Any:
-    """The package's reader, the header read and the rest mapped."""
-    gguf = _package()
-    try:
-        reader = gguf.GGUFReader(path)
-    except OSError:
-        raise
-    except Exception as err:  # whatever the parser makes of arbitrary bytes
-        raise CheckpointError(f"{path} is no whole GGUF file ({type(err).__name__}: {err}): {AGAIN}") from err
-    if reader.byte_order != "I":
-        raise CheckpointError(f"{path} has bytes in the other order than this machine: convert it on one that has them")
-    return reader
+        raise ImportError("writing GGUF needs the gguf package: pip install 'lowbit[gguf]'") from err
 
 
 # ---------------------------------------------------------------- from blocks
 
 
-def _check(tensor: Any, where: str) -> None:
-    kind, dims = tensor.tensor_type.name, tensor.data.ndim
-    if kind not in (*DENSE.values(), *BLOCKS):
-        known = ", ".join([*DENSE.values(), *BLOCKS])
-        raise CheckpointError(f"{where} is {kind}, and lowbit reads {known}: quantize the model to one of these")
-    if kind in BLOCKS and dims < 2:
-        raise CheckpointError(f"{where} is {kind} of {dims} dim; what is quantized is a matrix or a stack: {AGAIN}")
-
-
-def _value(tensor: Any, where: str) -> QuantArray | Array:
-    kind, data = tensor.tensor_type.name, np.asarray(tensor.data)
-    if kind not in BLOCKS:
-        return data.view(ml_dtypes.bfloat16) if kind == "BF16" else data
-    block, (*stack, n, width) = BLOCKS[kind], data.shape
+def _quantized(tensor: Tensor, data: Array, path: Path) -> QuantArray:
+    block, (*stack, n, width) = BLOCKS[tensor.kind], data.shape
     of = QuantType((("k", width // block.size * block.weights), ("n", n)), "f32", block.format)
     fields = {f: np.empty((*stack, *p.dims.values()), numpy_dtype(p.dtype)) for f, p in of.fields.items()}
     for at in np.ndindex(*stack):
@@ -156,6 +123,7 @@ def _value(tensor: Any, where: str) -> QuantArray | Array:
                 fields[name][at][_rows(name, some)] = part
     for name in block.halves:
         if bad := int((~np.isfinite(fields[name])).sum()):
+            where = f"{path}: tensor {tensor.name!r}"
             raise CheckpointError(f"{where} has {bad} NaN or inf among the {fields[name].size} of {name!r}: {AGAIN}")
     return QuantArray.of(fields, of)
 
@@ -184,10 +152,12 @@ def _type(name: str, value: Any) -> str:
     """ggml's type of an entry. Raises for what it cannot hold exactly."""
     if not isinstance(value, QuantArray):
         array = to_host(name, value)
-        if array.dtype.name not in DENSE or not 1 <= array.ndim <= 4:
+        if array.dtype.name not in DENSE_TYPES or not 1 <= array.ndim <= 4:
             given = f"{array.dtype}{list(array.shape)}"
-            raise TypeError(f"{name!r} is {given}; GGUF holds 1 to 4 dims of {', '.join(DENSE)}: cast or reshape it")
-        return DENSE[array.dtype.name]
+            raise TypeError(
+                f"{name!r} is {given}; GGUF holds 1 to 4 dims of {', '.join(DENSE_TYPES)}: cast or reshape it"
+            )
+        return DENSE_TYPES[array.dtype.name]
     of, sizes = value.type, dict(value.type.dims)
     if of.splits or of.adapter is not None:
         raise ValueError(f"{name!r} is {of.encoding} and has parts of its own that train: fold or merge them first")
@@ -230,15 +200,6 @@ def _bytes(name: str, value: Any, kind: str) -> Array:
 # ---------------------------------------------------------------- metadata
 
 
-def _said(field: Any) -> Any:
-    kinds = [kind.name for kind in field.types]
-    numpys = {kind: name for name, kind in METADATA.items()}
-    if kinds[0] != "ARRAY":
-        return field.contents() if kinds[0] == "STRING" else np.dtype(numpys[kinds[0]]).type(field.contents())
-    numbers = len(kinds) > 1 and kinds[-1] in numpys
-    return np.array(field.contents(), numpys[kinds[-1]]) if numbers else field.contents() or []
-
-
 def _say(writer: Any, key: str, value: Any) -> None:
     if key == "general.alignment":
         writer.data_alignment = int(value)
@@ -255,8 +216,8 @@ def _say(writer: Any, key: str, value: Any) -> None:
 
 def _kind(key: str, value: Any) -> str:
     match value:
-        case np.generic() if value.dtype.name in METADATA:
-            return METADATA[value.dtype.name]
+        case np.generic() if value.dtype.name.upper() in VALUES:
+            return str(value.dtype.name.upper())
         case str():
             return "STRING"
         case bool():

@@ -1,6 +1,7 @@
 """GGUF files against ggml's own quantizers and decoders: a golden file, the `gguf` package, and what is refused."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import lowbit as lb
 from lowbit.io import gguf, gguf_metadata
 from lowbit.io.error import CheckpointError
 from lowbit.io.gguf_blocks import BLOCKS
+from lowbit.io.gguf_header import ARRAY, STRING, TYPES, VALUES
 from lowbit.testing import random_array
 
 package = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'lowbit[gguf]'")
@@ -251,23 +253,57 @@ def test_types_that_no_format_has(tmp_path: Path) -> None:
         lb.read_checkpoint(tmp_path / "w.gguf")
 
 
-def test_files_that_are_damaged(tmp_path: Path) -> None:
-    data = (GOLDEN / "model.gguf").read_bytes()
+DATA = (GOLDEN / "model.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty: get the file again"),
+        (b"no", "is no whole GGUF file (it ends within its header): get the file again"),
+        (b"GGML" + DATA[4:], "is no whole GGUF file (it begins with b'GGML'): get the file again"),
+        (DATA[:4] + b"\x01" + DATA[5:], "is no whole GGUF file (its version is 1, and 2 and 3 are read; "),
+        (DATA[:100], "is no whole GGUF file (it ends within its header)"),
+        (DATA[:8] + b"\xff" * 8 + DATA[16:], "is no whole GGUF file ("),
+        (DATA[:32] + b"\xff" + DATA[33:], "is no whole GGUF file ('utf-8' codec can't decode byte 0xff in position 0"),
+        (
+            DATA.replace(b"\x09\x00\x00\x00\x08", b"\x09\x00\x00\x00\x63"),
+            "is no whole GGUF file (it has a value of type 99)",
+        ),
+        (
+            DATA.replace(b"Q4_1.weight", b"Q4_0.weight"),
+            "is no whole GGUF file (two of its tensors or keys have one name)",
+        ),
+        (DATA[:-20], "is truncated: it has 7788 bytes, and tensor 'output.weight' ends after 7792: get the file again"),
+    ],
+)
+def test_files_that_are_damaged(data: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "w.gguf"
-    for wrong in (b"", b"no", b"GGML" + data[4:], data[:40], data[:-20], data[:4] + b"\xff" * 8 + data[12:]):
-        path.write_bytes(wrong)
-        with pytest.raises(
-            CheckpointError, match=f"^{re.escape(str(path))} is no whole GGUF file .*: get the file again"
-        ):
-            gguf.tensors(path)
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(f'{path} {message}')}"):
+        lb.read_checkpoint(path)
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        gguf.tensors(tmp_path / "none.gguf")
-    reader = package.GGUFReader(GOLDEN / "model.gguf")
-    begin = reader.tensors[0].data_offset
-    path.write_bytes(data[:begin] + b"\x00\x7c" + data[begin + 2 :])  # its first scale is inf
+        lb.read_checkpoint(tmp_path / "none.gguf")
+
+
+def test_scales_that_are_inf(tmp_path: Path) -> None:
+    begin, path = package.GGUFReader(GOLDEN / "model.gguf").tensors[0].data_offset, tmp_path / "w.gguf"
+    path.write_bytes(DATA[:begin] + b"\x00\x7c" + DATA[begin + 2 :])
     message = f"{path}: tensor 'blk.0.Q4_0.weight' has 1 NaN or inf among the 32 of 'scale': get the file again"
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}"):
         next(gguf.tensors(path))
+
+
+def test_types_have_the_numbers_of_ggml() -> None:
+    theirs = {kind.value: kind.name for kind in package.GGMLQuantizationType}
+    for number, name in enumerate(TYPES):
+        assert theirs.get(number, name) == name
+    kinds = {kind.value: kind.name for kind in package.GGUFValueType}
+    assert [kinds[i] for i, name in enumerate(VALUES) if name] == [name for name in VALUES if name]
+    assert (kinds[STRING], kinds[ARRAY]) == ("STRING", "ARRAY")
 
 
 def test_a_quantized_vector(tmp_path: Path) -> None:
@@ -277,14 +313,17 @@ def test_a_quantized_vector(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match=r"tensor 'w' is Q4_0 of 1 dim; what is quantized is a matrix or a stack"):
+    with pytest.raises(
+        CheckpointError, match=r"tensor 'w' is Q4_0\[32\]: what is quantized has rows of whole blocks of"
+    ):
         gguf.tensors(tmp_path / "w.gguf")
 
 
-def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(ImportError, match=r"^GGUF files need the gguf package: pip install 'lowbit\[gguf\]'$"):
-        gguf.tensors(GOLDEN / "model.gguf")
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: dict[str, Any]) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert len(list(lb.read_checkpoint(GOLDEN / "model.gguf"))) == len(golden)  # it is not needed to read
+    with pytest.raises(ImportError, match=r"^writing GGUF needs the gguf package: pip install 'lowbit\[gguf\]'$"):
+        lb.export_gguf({}, tmp_path / "w.gguf", NAMED)
 
 
 def test_files_of_the_other_byte_order(tmp_path: Path) -> None:
@@ -294,5 +333,5 @@ def test_files_of_the_other_byte_order(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match=r"w.gguf has bytes in the other order than this machine"):
+    with pytest.raises(CheckpointError, match=r"its version is 50331648, and .*; 50331648 is the other order of bytes"):
         gguf.tensors(tmp_path / "w.gguf")
