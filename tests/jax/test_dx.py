@@ -178,6 +178,7 @@ def _forget() -> None:
     planning.planned.cache_clear()
     backward.planned_dx.cache_clear()
     backward.planned_dw.cache_clear()
+    backward.planned_db.cache_clear()
 
 
 def test_on_a_hopper_gpu_the_cheapest_way_runs(hopper: SimpleNamespace) -> None:
