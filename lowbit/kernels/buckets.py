@@ -19,7 +19,7 @@ comparing two codes at a time, the latter from shared memory as two halves. For 
 16 vectors, which are 32 instructions for a weight in vectors of 4, and 32 for one in two vectors of 8. `make aot`
 counts 10 and 14 here. It would have 1,024 WGMMAs of 8 columns for a tile and a table of vectors of 4, 4,096 clocks at
 the peak of the tensor cores, which so few columns do not reach, and two halves keep 16 bits of an entry. Here it is two
-additions to shared memory for a weight and table, of which 32 lanes with random codes take PASSES: 3,600 clocks.
+additions to shared memory for a weight and table, of which 32 lanes with random codes take PASSES: 3,580 clocks.
 Additions of 64 bits, which would be one, are loops that try again.
 """
 

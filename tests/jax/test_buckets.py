@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -185,6 +186,7 @@ def test_a_program_for_cuda_holds_the_kernel() -> None:
     assert KERNEL not in for_cuda(book, W)
     assert KERNEL not in for_cuda(book, THERE, X.astype("float32"))
     assert KERNEL not in str(jax.jit(book).lower(THERE).as_text())
+    assert KERNEL in for_cuda(jax.vmap(book), jax.tree.map(lambda a: jnp.stack([a, a]), THERE))
 
 
 def test_on_a_cpu_gradients_are_those_of_the_plain_array() -> None:
@@ -232,3 +234,22 @@ def test_a_layer_trains_its_scales_and_tables_by_two_kernels() -> None:
     scale = for_cuda(lambda *args: jax.grad(loss)(*args)["scale"], fields, words, x)
     assert (both.count(KERNEL), scale.count(KERNEL)) == (2, 1)
     assert "stablehlo.while" not in both
+
+
+def test_the_page_says_what_the_table_counts() -> None:
+    """What runs once a tile is counted with 8 iterations, and with 64; and the cost model takes it so, about."""
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text("utf-8")
+    rows = [[cell.strip(" `%") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    counted = {row[0]: float(row[4]) for row in rows if "_db_" in row[0]}
+    formats = {"codebook_m1v4": lb.codebook(1, 8, vec=4), "codebook_m2v8": lb.codebook(2, 8, vec=8)}
+    said = {row[0]: row for row in rows if row[0] in formats and len(row) == 7}
+    assert said.keys() == formats.keys() and len(counted) == 2 * len(said)
+    for name, (_, sums, instructions, clocks, added, *products) in said.items():
+        few, many = (counted[f"{name}_db_bf16_m{m}"] for m in (512, 4096))
+        once = few - 8 * (many - few) / 56
+        assert float(instructions) == pytest.approx(once, abs=0.06)  # of one decimal
+        assert float(clocks.replace(",", "")) == pytest.approx(once * ROWS * STAGE / 128, abs=6 + 0.01 * 128)
+        buckets = Buckets(kernel_layout(QuantType((("k", 512), ("n", 128)), "f32", formats[name])).program("bf16"))
+        assert buckets.issued == pytest.approx(once, rel=0.05)
+        assert float(added.replace(",", "")) == pytest.approx(buckets.loaded * ROWS * STAGE / 32, abs=6)
+        assert (sums, *products) == (f"{buckets.words:,}", "4,096", "32,768")
