@@ -50,8 +50,8 @@ def check_table_gradients(got: Mapping[str, Any], x: Any, dy: Any, w: QuantArray
     """`got` are the oracle's cotangents of tables that all rows share, of w in the kernels' layout.
 
     A sum has a rounding for each of `products` in an entry of dy^T x (as many as rows, if None), for each tile, and
-    three for a tile's way back to float32: its error is at most that many times the sum of |s| |dy| |x|. An entry that
-    is added is off by at most 2^-(2 L + 1) of the largest of its tile, or of what is taken for it.
+    three to become integers and float32 again: its error is at most that many times the sum of |s| |dy| |x|. Each entry
+    that is added is also off by at most 2^-(2 L + 1) of the largest of its tile, or of what is taken for it.
     """
     of, before = kernel_layout(w.type), own(w).fields
     buckets = Buckets(of.program(short(x.dtype), readings(w.type).index(w.type.decode)))

@@ -8,19 +8,20 @@ its look-up, a bucket sum (`lowbit.passes.bucket`). With G = dy^T x, the gradien
 The lanes that have a tile of G add it to sums in shared memory, whichever comes first. Floats would come out otherwise
 each time, integers do not. With p the power of two not above the largest |s G| of the tile, or LEAST,
 
-  s G = p 2^(1 - L) (high + 2^-(L + 1) low + less than 2^-(L + 2)),
+  s G = p 2^(1 - L) (high + 2^-(L + 1) low),
 
 integers that are each the nearest one. Neither is above 2^L, and L is so large that 32 bits hold the sum of all vectors
-of a tile. So an entry is off by at most 2^-(2 L + 1) p: 2^-37 of the largest for vectors of 4. The sums of a tile go
-back to float32, and tiles are added in order. If an entry of a tile is not finite, none of its sums is.
+of a tile. So an entry is off by at most 2^-(2 L + 1) p, 2^-37 of the largest for vectors of 4, beside one rounding of
+its own to float32. The sums of a tile go back to float32, and tiles are added in order. If an entry of a tile is not
+finite, none of its sums is.
 
 The other way is a product with ones where codes agree, [c, (n j)] times [(n j), e]: the former made in registers by
-comparing two codes at a time, the latter from shared memory as two halves. For 256 entries a lane compares 16 times for
-16 vectors, which are 32 instructions for a weight in vectors of 4, and 32 for one in two vectors of 8. `make aot`
+comparing two codes at a time, the latter from shared memory as two bfloat16. For 256 entries a lane compares 16 times
+for 16 vectors, which are 32 instructions for a weight in vectors of 4, and 32 for one in two vectors of 8. `make aot`
 counts 10 and 14 here. It would have 1,024 WGMMAs of 8 columns for a tile and a table of vectors of 4, 4,096 clocks at
-the peak of the tensor cores, which so few columns do not reach, and two halves keep 16 bits of an entry. Here it is two
-additions to shared memory for a weight and table, of which 32 lanes with random codes take PASSES: 3,580 clocks.
-Additions of 64 bits, which would be one, are loops that try again.
+the peak of the tensor cores, which so few columns do not reach, and keep 16 bits of an entry. Here it is two additions
+to shared memory for a weight and table, of which 32 lanes with random codes take PASSES: 3,580 clocks. Additions of 64
+bits, which would be one, are loops that try again.
 """
 
 from __future__ import annotations
