@@ -20,15 +20,20 @@ if TYPE_CHECKING:
     from lowbit.autotuning import autotune as autotune
     from lowbit.autotuning import tuned as tuned
     from lowbit.formats import Format as Format
+    from lowbit.formats import act_order as act_order
     from lowbit.formats import any_bcq as any_bcq
     from lowbit.formats import any_precision as any_precision
     from lowbit.formats import bcq as bcq
     from lowbit.formats import codebook as codebook
     from lowbit.formats import nested_fp as nested_fp
     from lowbit.formats import register_format as register_format
+    from lowbit.formats import scaled_fp8 as scaled_fp8
     from lowbit.formats import uniform as uniform
     from lowbit.grouped import grouped_matmul as grouped_matmul
     from lowbit.io import CheckpointError as CheckpointError
+    from lowbit.io import convert as convert
+    from lowbit.io import export_checkpoint as export_checkpoint
+    from lowbit.io import read_checkpoint as read_checkpoint
     from lowbit.nn import Code as Code
     from lowbit.nn import Codebook as Codebook
     from lowbit.nn import Rule as Rule
@@ -63,11 +68,12 @@ __version__ = "0.1.0"
 
 _HOME = {
     "QuantArray": "array", "QuantType": "quant_type", "dequantize": "array",
-    "Format": "formats", "any_bcq": "formats", "any_precision": "formats", "bcq": "formats", "codebook": "formats",
-    "nested_fp": "formats", "register_format": "formats", "uniform": "formats",
+    "Format": "formats", "act_order": "formats", "any_bcq": "formats", "any_precision": "formats", "bcq": "formats",
+    "codebook": "formats", "nested_fp": "formats", "register_format": "formats", "scaled_fp8": "formats",
+    "uniform": "formats",
     "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
     "autotune": "autotuning", "tuned": "autotuning",
-    "CheckpointError": "io",
+    "CheckpointError": "io", "convert": "io", "export_checkpoint": "io", "read_checkpoint": "io",
     "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "allocate": "nn", "at_width": "nn", "calibrate": "nn",
     "compare": "nn", "explain": "nn", "load": "nn", "prepare": "nn", "quantize": "nn", "report": "nn", "save": "nn",
     "additive_codebooks": "quantizers", "alternating": "quantizers", "gptq": "quantizers",

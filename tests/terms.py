@@ -389,6 +389,28 @@ def _matmul(s: Source) -> Expr:
     return y if s.below(4) else reshaped(y, s)
 
 
+def ordered(*, wide: bool = False) -> st.SearchStrategy[Expr]:
+    """Products with a weight whose inputs are stored in another order, and what their gradients are made of."""
+    return st.binary(min_size=40, max_size=40).map(lambda data: _ordered(Source(data, wide)))
+
+
+def _ordered(s: Source) -> Expr:
+    w = Merge(s.pick((_planes, _affine, _codebook, _row_table, _joined))(s, "n"), ("g", "j", "v"), "place")
+    size = w.dims["place"]
+    order = leaf("u8", (), (0, s.below(size)), k=5)
+    looked_up, m = Gather(w, order, "place"), s.pick(("m", "g", "j", "p", "c"))
+    x, dy = leaf("f32", (), **{m: 2}, k=5), leaf("f32", (), **{m: 2}, n=3)
+    by_inputs = (x, leaf("f16", (), k=5)) if s.below(2) else (x,)
+    pulled = contract((*by_inputs, dy), (m,) if s.below(4) else ())
+    return s.pick(
+        (
+            contract((*by_inputs, looked_up), ("k",)),
+            contract((dy, looked_up), ("n",)),
+            Bucket(pulled, order, s.pick(("place", "n_1", "q")), size, frozenset("k")),
+        )
+    )
+
+
 def _cut(s: Source, w: Expr, dim: str) -> Expr:
     return w if s.below(2) else Slice(w, dim, 0, max(1, w.dims[dim] - 1 - s.below(3)))
 

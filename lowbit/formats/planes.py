@@ -67,11 +67,11 @@ def plane_bits(bits: int, n: int, k: int, group: int | None, stored: int | None 
     return Unpack(slice_(planes, "p", 0, bits), 1, "v", 8)
 
 
-def ungroup(e: Expr, k: int, group: int | None) -> Expr:
+def ungroup(e: Expr, k: int, group: int | None, into: str = "k") -> Expr:
     """Dims g j v of a term become k: padding is cut off within each group, then after the last group."""
     size = group_size(k, group)
     within = slice_(merge(e, "j", "v", into="t"), "t", 0, size)
-    return slice_(merge(within, "g", "t", into="k"), "k", 0, k)
+    return slice_(merge(within, "g", "t", into=into), into, 0, k)
 
 
 def pack_planes(bits: jax.Array) -> jax.Array:

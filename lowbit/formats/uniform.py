@@ -27,8 +27,13 @@ def uniform(n: int, k: int, bits: int, group: int | None = None, scale_dtype: st
     >>> lb.uniform(4, group=128)["bits"]
     4
     """
+    return affine(n, k, bits, group, scale_dtype)
+
+
+def affine(n: int, k: int, bits: int, group: int | None, scale_dtype: str, into: str = "k") -> Expr:
+    """The weights [n, into] that codes, scales and zero points stand for."""
     check_bits(bits)
     g = groups(k, group)
     code = contract((plane_bits(bits, n, k, group), const([1 << p for p in range(bits)], "i32", "p")), ("p",))
     zero = cast(param("zero", "u8", n=n, g=g), "i32")
-    return ungroup(param("scale", scale_type(scale_dtype), n=n, g=g) * (code - zero), k, group)
+    return ungroup(param("scale", scale_type(scale_dtype), n=n, g=g) * (code - zero), k, group, into)

@@ -11,9 +11,9 @@ import numpy as np
 from safetensors import safe_open
 
 from lowbit.io.error import AGAIN, CheckpointError
-from lowbit.io.tensors import DTYPES, NATIVE, Array
+from lowbit.io.tensors import DTYPES, FOREIGN, NATIVE, Array
 
-DTYPE_OF = {short: DTYPES[name] for name, short in NATIVE.items()}
+DTYPE_OF = {short: DTYPES[name] for name, short in (NATIVE | FOREIGN).items()}
 
 
 class Mapped:
@@ -36,17 +36,23 @@ class Mapped:
             except Exception as err:  # whatever the parser makes of arbitrary bytes
                 raise CheckpointError(f"{path} {_ailment(file)} ({err})") from err
             # A private mapping: whoever writes to an array gets a page of his own, and the file stays as it is.
-            self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._bytes = memoryview(self._map)
         self._start = 8 + int.from_bytes(self._bytes[:8], "little")
         self._described: dict[str, Any] = json.loads(bytes(self._bytes[8 : self._start]))
 
     def array(self, name: str) -> Array:
-        """A view of a tensor. Raises ValueError for a dtype that is none of NATIVE's."""
+        """A view of a tensor. Raises ValueError for a dtype that is none of NATIVE's or FOREIGN's."""
         spec = self._described[name]
         if spec["dtype"] not in DTYPE_OF:
             raise ValueError(f"its dtype is {spec['dtype']}")
         begin, end = (self._start + at for at in spec["data_offsets"])
         return np.ndarray(spec["shape"], DTYPE_OF[spec["dtype"]], self._bytes[begin:end])
+
+    def forget(self) -> None:
+        """Gives back the memory of pages that were read; they are read again when used. What was written to is lost."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _ailment(file: BinaryIO) -> str:

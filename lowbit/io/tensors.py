@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ NATIVE = {
     "float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16",
 }  # fmt: skip
 """Numpy's name to that of safetensors."""
+FOREIGN = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+"""The same, for dtypes that other projects' files hold and ours store as bytes."""
 RAW = (
     "int2", "int4", "uint2", "uint4", "float4_e2m1fn", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz",
     "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "complex64", "complex128",
@@ -79,10 +82,11 @@ def decode(stored: Array, dtype: str, shape: Sequence[int]) -> Array:
 
 def sha256(array: Array) -> str:
     """The checksum of an array's bytes, in C order."""
-    return hashlib.sha256(_bytes(array)).hexdigest()
+    return hashlib.sha256(as_bytes(array)).hexdigest()
 
 
-def _bytes(array: Array) -> memoryview:
+def as_bytes(array: Array) -> memoryview:
+    """An array's bytes, in C order."""
     return array.reshape(-1).view(np.uint8).data
 
 
@@ -92,16 +96,34 @@ def safetensors_bytes(tensors: Mapping[str, Array], metadata: Mapping[str, str])
     Equal tensors and metadata give equal bytes. The library's own `save_file` (0.8) is not used: it writes metadata in
     random order, and a temporary file of its own, which only its owner may read.
     """
+    head, places = arranged({name: (a.dtype, a.shape) for name, a in tensors.items()}, metadata)
+    yield head
+    for name in places:
+        yield as_bytes(tensors[name])
+
+
+Spec = tuple[np.dtype[Any], tuple[int, ...]]
+"""Dtype and shape of a tensor that is yet to be made."""
+
+
+def arranged(tensors: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a safetensors file, and where each tensor follows in the whole, in the order of the file."""
+
+    def size(name: str) -> int:
+        dtype, shape = tensors[name]
+        return prod(shape) * dtype.itemsize
+
     # Whole lines first, then the widest: all are aligned, and the large ones can be used where they are mapped.
-    order = sorted(tensors, key=lambda name: (tensors[name].nbytes % LINE != 0, -tensors[name].itemsize, name))
+    order = sorted(tensors, key=lambda name: (size(name) % LINE != 0, -tensors[name][0].itemsize, name))
     described: dict[str, Any] = {"__metadata__": dict(metadata)}
+    starts: dict[str, int] = {}
     end = 0
     for name in order:
-        array, start = tensors[name], end
-        end += array.nbytes
-        described[name] = {"dtype": NATIVE[array.dtype.name], "shape": array.shape, "data_offsets": [start, end]}
+        (dtype, shape), starts[name] = tensors[name], end
+        end += size(name)
+        short = (NATIVE | FOREIGN)[dtype.name]
+        described[name] = {"dtype": short, "shape": shape, "data_offsets": [starts[name], end]}
     packed = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     packed += b" " * (-(8 + len(packed)) % LINE)
-    yield len(packed).to_bytes(8, "little") + packed
-    for name in order:
-        yield _bytes(tensors[name])
+    head = len(packed).to_bytes(8, "little") + packed
+    return head, {name: len(head) + start for name, start in starts.items()}

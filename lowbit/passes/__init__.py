@@ -1,11 +1,14 @@
 """The algebra: passes from terms to equal terms (numpy only), and the lowerings (`lower_*`, which import jax)."""
 
 from lowbit.passes.bucket import bucket as bucket
+from lowbit.passes.bucket import bucket_shared as bucket_shared
 from lowbit.passes.choose import Form as Form
 from lowbit.passes.choose import Machine as Machine
 from lowbit.passes.choose import choose as choose
 from lowbit.passes.choose import forms as forms
+from lowbit.passes.commute_bucket import commute_bucket as commute_bucket
 from lowbit.passes.commute_gather import commute_gather as commute_gather
+from lowbit.passes.commute_gather import commute_gather_shared as commute_gather_shared
 from lowbit.passes.distribute import distribute as distribute
 from lowbit.passes.distribute import distribute_stored as distribute_stored
 from lowbit.passes.flatten import flatten as flatten

@@ -13,12 +13,22 @@ from lowbit.ir.walk import rename
 
 
 def bucket(e: Expr) -> Expr | None:
+    """For any index."""
+    return _first(e, everywhere=True)
+
+
+def bucket_shared(e: Expr) -> Expr | None:
+    """For an index that is summed over whole, so that all results share it: it moves to the activations."""
+    return _first(e, everywhere=False)
+
+
+def _first(e: Expr, everywhere: bool) -> Expr | None:
     if not isinstance(e, Contract) or e.ring != "real":
         return None
     for at, g in enumerate(e.factors):
         if isinstance(g, Gather):
             summed = e.over & (g.index.dims.keys() - g.table.dims.keys())
-            if summed:
+            if summed and (everywhere or summed == g.index.dims.keys()):
                 try:
                     return _bucket(e, at, g, summed)
                 except DimError:  # the bucket sums outgrow the accumulator

@@ -13,12 +13,23 @@ from lowbit.ir.walk import rename
 
 
 def commute_gather(e: Expr) -> Expr | None:
+    """For any index."""
+    return _first(e, everywhere=True)
+
+
+def commute_gather_shared(e: Expr) -> Expr | None:
+    """For an index that meets no other factor: it picks among the results, of which there are no more than before."""
+    return _first(e, everywhere=False)
+
+
+def _first(e: Expr, everywhere: bool) -> Expr | None:
     if not isinstance(e, Contract) or e.ring != "real":
         return None
     for at, g in enumerate(e.factors):  # by position: interned factors may repeat (x * x)
         if isinstance(g, Gather):
             inner = e.over & (g.table.dims.keys() - g.index.dims.keys())
-            if inner:
+            rest = (f for i, f in enumerate(e.factors) if i != at)
+            if inner and (everywhere or not any(g.index.dims.keys() & f.dims.keys() for f in rest)):
                 return _commute(e, at, g, inner)
     return None
 

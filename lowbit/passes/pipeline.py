@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from lowbit.ir.expr import Expr
 from lowbit.ir.text import text
 from lowbit.ir.walk import Rule, rewrite
-from lowbit.passes.bucket import bucket
-from lowbit.passes.commute_gather import commute_gather
+from lowbit.passes.bucket import bucket, bucket_shared
+from lowbit.passes.commute_bucket import commute_bucket
+from lowbit.passes.commute_gather import commute_gather, commute_gather_shared
 from lowbit.passes.distribute import distribute, distribute_stored
 from lowbit.passes.flatten import flatten
 from lowbit.passes.fold import fold
@@ -22,7 +23,7 @@ from lowbit.passes.tabulate import tabulate
 
 @dataclass(frozen=True)
 class Pass:
-    """One or two identities applied wherever they match, until none does.
+    """A few identities applied wherever they match, until none does.
 
     Attributes:
       defining: where it changes nothing, its pipeline does not either: the form would be another one, badly named.
@@ -47,6 +48,7 @@ JOIN = Pass("join_planes", (join_planes,))
 DIGITS = Pass("split_index", (split_index,), defining=True)
 DISTRIBUTE = Pass("distribute", (distribute,))
 APART = Pass("distribute_stored", (distribute_stored,))
+SHARED = Pass("shared_index", (bucket_shared, commute_gather_shared, commute_bucket))
 COMMUTE = Pass("commute_gather", (commute_gather,))
 BUCKET = Pass("bucket", (bucket,))
 FOLD = Pass("fold", (fold,))
@@ -55,17 +57,17 @@ Pipeline = tuple[Pass, ...]
 
 PIPELINES: Mapping[str, Pipeline] = {
     "decode": (),
-    "apart": (APART,),
-    "table": (APART, HOIST, TABULATE, DISTRIBUTE, COMMUTE, FOLD),
-    "planes": (APART, HOIST, DISTRIBUTE, FLATTEN, TABULATE, COMMUTE, FOLD),
-    "join": (APART, HOIST, JOIN, DISTRIBUTE, COMMUTE, FOLD),
-    "select": (APART, HOIST, DIGITS),
-    "bucket": (APART, HOIST, JOIN, DISTRIBUTE, FOLD, BUCKET),
+    "apart": (APART, SHARED),
+    "table": (APART, SHARED, HOIST, TABULATE, DISTRIBUTE, COMMUTE, FOLD),
+    "planes": (APART, SHARED, HOIST, DISTRIBUTE, FLATTEN, TABULATE, COMMUTE, FOLD),
+    "join": (APART, SHARED, HOIST, JOIN, DISTRIBUTE, COMMUTE, FOLD),
+    "select": (APART, SHARED, HOIST, DIGITS),
+    "bucket": (APART, SHARED, HOIST, JOIN, DISTRIBUTE, FOLD, BUCKET),
 }
 """The forms that `choose` compares: decode first; multiply by each part of a weight that is a sum, such as a low-rank
-adapter; look partial sums up; the same with zero points and place values as terms and factors of their own; make one
-index of the planes, for weights or partial sums; select by each plane, where they are an index already; or add up the
-activations that share an index."""
+adapter, and with the activations in an order that the weight is stored in; look partial sums up; the same with zero
+points and place values as terms and factors of their own; make one index of the planes, for weights or partial sums;
+select by each plane, where they are an index already; or add up the activations that share an index."""
 
 
 def run(e: Expr, pipeline: Pipeline, dump: Callable[[str], None] | None = None) -> Expr:

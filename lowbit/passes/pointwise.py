@@ -189,6 +189,8 @@ class _Reader:
             case Gather(table, index, dim):
                 if isinstance(table, Param) and not _is_of_rows(table, dim, here):
                     return 1, self._lookup(table, index, dim, here)
+                if isinstance(index, Param) and all(here[d].shape[0] == 1 for d in index.dims):
+                    raise UnsuitableError(f"its inputs are stored in an order of their own, {index.name!r}")
                 sign, code = self.at(index, here)
                 if not isinstance(code, Number):
                     raise UnsuitableError("an index is made of parameters, not of code bits")

@@ -24,3 +24,4 @@ from lowbit.quantizers.quantizer import quantize_array as quantize_array
 from lowbit.quantizers.quantizer import round_to_nearest as round_to_nearest
 from lowbit.quantizers.quantizer import set_default_quantizer as set_default_quantizer
 from lowbit.quantizers.quantizer import to_bcq as to_bcq
+from lowbit.quantizers.scaled_fp8 import RoundToE4m3 as RoundToE4m3
