@@ -7,4 +7,4 @@ back to what those of the dense model return.
 from lowbit.tune.alpha import AlphaTuning as AlphaTuning
 from lowbit.tune.alpha import alpha_tuning as alpha_tuning
 from lowbit.tune.alpha import fold as fold
-from lowbit.tune.reconstruct import reconstruct as reconstruct
+from lowbit.tune.reconstruction import reconstruct as reconstruct

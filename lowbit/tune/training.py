@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from math import isfinite
 from typing import Any
 
@@ -39,8 +39,14 @@ class Training:
             raise ValueError(f"quantized_inputs is a share, from 0 to 1, not {self.quantized_inputs!r}")
 
     def optimizer(self, batches: int) -> optax.GradientTransformation:
-        """For so many batches to train on. One for all blocks: what is compiled depends on it."""
-        return optax.adam(optax.cosine_decay_schedule(self.rate, self.epochs * batches))
+        """For so many batches to train on."""
+        return _adam(self.rate, self.epochs * batches)
+
+
+@lru_cache(maxsize=16)
+def _adam(rate: float, steps: int) -> optax.GradientTransformation:
+    """One object for all blocks, and all runs alike: what is compiled depends on it."""
+    return optax.adam(optax.cosine_decay_schedule(rate, steps))
 
 
 @dataclass(frozen=True)
