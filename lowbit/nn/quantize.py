@@ -13,7 +13,7 @@ from absl import logging
 from flax import nnx
 
 from lowbit.nn.calibrate import LayerStats
-from lowbit.nn.importance import check_measured, importance
+from lowbit.nn.importance import all_zero, check_measured, importance
 from lowbit.nn.kernel import Kernel, error_stats, expect_module, joined
 from lowbit.nn.kinds import KINDS, NAMES, QUANTIZED, dense_matrices, layers, refusal, weight
 from lowbit.nn.linen import Linen, opened
@@ -51,8 +51,8 @@ def quantize(
       stats: what `lb.calibrate` measured. Binary-coding solvers then weigh the error of each input by its second
         moment, which is the expected error of the layer's output, or by what else they were told to (`lb.alternating`);
         `lb.additive_codebooks` takes `gram`, and round to nearest has no use for any. A logged warning names layers of
-        which it has nothing: they are not weighed. Layers that share one quantized weight are weighed by the statistics
-        of the first.
+        which it has nothing, or zeros: they are not weighed. Layers that share one quantized weight are weighed by the
+        statistics of the first.
       donate: free each dense weight of `model` as soon as it is quantized. The old model is unusable afterwards. A
         weight that a part left dense uses too is kept.
       progress: show a progress bar; by default when standard error is a terminal.
@@ -131,6 +131,8 @@ def _check(
     check_measured(stats, chosen, found)
     if unmeasured := [path for path, rule in chosen.items() if stats and path not in stats and needed(rule)]:
         logging.warning("lowbit: stats has nothing of %s: all their errors weigh the same", ", ".join(unmeasured))
+    if zeros := all_zero(stats, chosen):
+        logging.warning("lowbit: what stats has of %s is zero: all their errors weigh the same", ", ".join(zeros))
 
 
 def others(model: nnx.Module) -> dict[str, nnx.Module]:

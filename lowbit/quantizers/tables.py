@@ -21,7 +21,7 @@ def best_table(gram: jax.Array, w: jax.Array, codes: jax.Array, table: jax.Array
     """The tables [n, c] that make D H D^T least for rows w [n, k] with codes [n, k].
 
     With P the one-hot matrix [k, c] of a row's codes and D the error with the table as it is, the change is
-    -(P^T H P + ridge)^-1 P^T H D.
+    -(P^T H P + ridge)^-1 P^T H D. A row for which rounding makes this no better keeps its table.
     """
     (n, k), size = w.shape, table.shape[1]
     error = jnp.take_along_axis(table, codes.astype(jnp.int32), 1) - w
@@ -32,7 +32,9 @@ def best_table(gram: jax.Array, w: jax.Array, codes: jax.Array, table: jax.Array
         code, product = row
         hot = jax.nn.one_hot(code, size, dtype=jnp.float32)
         both = jnp.einsum("kc,kd->cd", hot, jnp.matmul(gram, hot, precision=lax.Precision.HIGHEST))
-        return jnp.linalg.solve(both + ridge, hot.T @ product)
+        slope = hot.T @ product
+        off = jnp.linalg.solve(both + ridge, slope)
+        return jnp.where(off @ both @ off < 2 * off @ slope, off, 0.0)  # what D H D^T changes by
 
     return table - lax.map(change, (codes, product), batch_size=max(1, min(n, _AT_ONCE // (k * size))))
 
