@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,9 @@ import pytest
 from flax import nnx
 
 import lowbit as lb
+from examples.tinylm import corpus, weights
+from examples.tinylm.batches import Windows
+from examples.tinylm.evaluate import bits_per_byte
 from lowbit.tune import reconstruction
 from lowbit.tune.blocks import Cut, Inputs, Stream
 from lowbit.tune.training import _mixed, _step
@@ -105,6 +109,14 @@ def test_what_trains_is_rounded_as_it_is_stored_before_it_is_measured() -> None:
     names = ("linear/kernel/codebooks", "linear/kernel/scale", "linear/bias", "norm/scale")
     assert changed == {f"layers/0/{name}" for name in names}
     assert error(tuned.layers[0], tuned, 0) < 0.9 * error(small.layers[0], small, 0)
+
+
+def test_a_change_that_is_rounded_off_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    small = lb.quantize(DENSE, fast({"layers/0/**": lb.bcq(2, scale_dtype="float16"), "**": None}))
+    with caplog.at_level(logging.INFO, logger="absl"):
+        assert_same(arrays(run(small, blocks="layers/0", rate=1e-7, patience=2)), arrays(small))
+    ((before, after, steps),) = re.findall(r"'layers/0': mean squared error (\S+) -> (\S+) in (\d+) steps", caplog.text)
+    assert before == after and steps == "6"  # two epochs of three batches
 
 
 def test_each_width_has_scales_tuned_for_it() -> None:
@@ -317,3 +329,20 @@ def test_models_that_do_not_go_together() -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(order)}both models must run alike for all batches$"):
         run(SMALL, dense=Backwards())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fmt", "quantizer"), [
+    (lb.bcq(2, group=128), lb.greedy()), (lb.codebook(1, 8, vec=4, group=128), lb.residual_kmeans(3))
+], ids=str)  # fmt: skip
+def test_the_shipped_model_predicts_better(fmt: lb.Format, quantizer: Any) -> None:
+    """Of what quantization costs in bits a byte, two epochs of eight batches give back a fifth and more."""
+    model = weights.load()
+    text = b"".join([*corpus.train_code().values()][:40])
+    windows = Windows(np.frombuffer(text, np.uint8), 128, 0)
+    batches = [jnp.asarray(windows.batch(i, 8).astype(np.int32)) for i in range(9)]
+    small = lb.quantize(model, [lb.Rule("**", fmt, quantizer)])
+    tuned = lb.tune.reconstruct(small, model, batches, "layers/*", epochs=2, rate=1e-3)
+    held = corpus.match_listed("code").text[: 1 << 13]
+    dense, before, after = (bits_per_byte(m, held) for m in (model, small, tuned))
+    assert after - dense < 0.8 * (before - dense)
