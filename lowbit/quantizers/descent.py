@@ -20,7 +20,7 @@ from lowbit.quantizers.chunks import by_chunk, in_chunks
 from lowbit.quantizers.groups import check_rounds
 from lowbit.quantizers.nested import NestedKMeans
 from lowbit.quantizers.quantizer import Fields, expect_format
-from lowbit.quantizers.tables import best_table, codes_of, planes_of
+from lowbit.quantizers.tables import best_table, better, codes_of, planes_of
 
 BLOCK = 128
 """Inputs whose H D is kept up to date while they change."""
@@ -87,31 +87,14 @@ def _solve(
 ) -> tuple[jax.Array, jax.Array]:
     """Codes [n, k] and tables [n, c], as stored, from those to start with. No row is worse than at the start."""
     gram = gram / gram.diagonal().mean()
-    first = codes, table
-    table = best_table(gram, w, codes, table.astype(jnp.float32))
 
-    def turn(_: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        codes, table, least = state
+    def turn(_: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        codes, table = state
         found = lax.fori_loop(0, cycles, lambda _, c: descend(gram, w, c, table), codes)
-        fitted = best_table(gram, w, found, table)
-        after = objective(gram, w, found, fitted)
-        better = after < least
-        return (
-            jnp.where(better[:, None], found, codes),
-            jnp.where(better[:, None], fitted, table),
-            jnp.minimum(after, least),
-        )
+        return better(gram, w, state, (found, best_table(gram, w, found, table)))
 
-    codes, table, _ = lax.fori_loop(0, rounds, turn, (codes, table, objective(gram, w, codes, table)))
-    made = codes, table.astype(first[1].dtype)
-    before, after = (objective(gram, w, c, t.astype(jnp.float32)) for c, t in (first, made))
-    return tuple(jnp.where((after < before)[:, None], new, old) for new, old in zip(made, first, strict=True))  # type: ignore[return-value]
-
-
-def objective(gram: jax.Array, w: jax.Array, codes: jax.Array, table: jax.Array) -> jax.Array:
-    """D H D^T of each row [n]."""
-    error = jnp.take_along_axis(table, codes.astype(jnp.int32), 1) - w
-    return (error * _times(error, gram)).sum(1)
+    fitted = best_table(gram, w, codes, table.astype(jnp.float32))
+    return better(gram, w, (codes, table), lax.fori_loop(0, rounds, turn, (codes, fitted)))
 
 
 @jax.jit

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-
-from lowbit.formats.format import Format
-from lowbit.ir.dtypes import numpy_dtype, short
 
 RIDGE = 1e-7
 """Of the mean second moment: the change of a table costs so much. A code that no weight has keeps its entry."""
@@ -39,6 +35,22 @@ def best_table(gram: jax.Array, w: jax.Array, codes: jax.Array, table: jax.Array
     return table - lax.map(change, (codes, product), batch_size=max(1, min(n, _AT_ONCE // (k * size))))
 
 
+def objective(gram: jax.Array, w: jax.Array, codes: jax.Array, table: jax.Array) -> jax.Array:
+    """D H D^T of each row [n]."""
+    error = jnp.take_along_axis(table.astype(jnp.float32), codes.astype(jnp.int32), 1) - w
+    return (error * jnp.matmul(error, gram, precision=lax.Precision.HIGHEST)).sum(1)
+
+
+@jax.jit
+def better(
+    gram: jax.Array, w: jax.Array, old: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The new codes and tables, these rounded as the old ones are stored, of rows that are better so; others stay."""
+    made = new[0], new[1].astype(old[1].dtype)
+    won = (objective(gram, w, *made) < objective(gram, w, *old))[:, None]
+    return jnp.where(won, made[0], old[0]), jnp.where(won, made[1], old[1])
+
+
 def codes_of(planes: jax.Array, bits: int, k: int) -> jax.Array:
     """Codes uint8 [n, k] from stored planes [bits, n, 1, j], the most significant first."""
     each = jnp.unpackbits(planes[:, :, 0], axis=-1, count=k, bitorder="little")
@@ -49,8 +61,3 @@ def planes_of(codes: jax.Array, bits: int) -> jax.Array:
     """The inverse of `codes_of`."""
     each = [(codes >> p) & jnp.uint8(1) for p in reversed(range(bits))]
     return jnp.packbits(jnp.stack(each), axis=-1, bitorder="little")[:, :, None]
-
-
-def to_table_dtype(table: jax.Array, fmt: Format) -> jax.Array:
-    """As the format stores it; what overflows is inf, which is refused later."""
-    return table.astype(np.dtype(numpy_dtype(short(fmt["table_dtype"]))))

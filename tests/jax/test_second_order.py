@@ -171,6 +171,9 @@ def test_what_rounding_makes_worse_is_not_taken() -> None:
         q = lb.quantize_array(w, fmt, quantizer, dims=("n", "k"), importance=importance)
         errors.append(objective(GRAM, w, same, lb.dequantize(q)))
     assert (errors[1] <= rounded_up_to(GRAM, errors[0])).all() and (errors[1] < errors[0]).any()
+    start = lb.quantize_array(w, fmt, dims=("n", "k"))
+    before, after = (objective(GRAM, w, same, lb.dequantize(q)) for q in (start, refit_tables(start, w, gram=GRAM)))
+    assert (after <= rounded_up_to(GRAM, before)).all() and (after < before).any()
 
 
 @pytest.mark.parametrize("value", [np.nan, -1.0])
@@ -202,6 +205,11 @@ def test_tables_of_nested_codes_are_refitted_under_the_same_matrix() -> None:
         old, new = errors
         assert (new <= rounded_up_to(GRAM, old)).all() and new.sum() < old.sum()
     np.testing.assert_array_equal(refitted.fields["planes"], nested.fields["planes"])
+    narrow = lb.quantize_array(W, lb.any_precision(1, 1))
+    with pytest.raises(
+        ValueError, match=r"^the weight: 'table1' overflows float16; use table_dtype='float32' or 'bfloat"
+    ):
+        refit_tables(narrow, 1e6 * W, gram=GRAM)
     with pytest.raises(ValueError, match="both importance and gram were given"):
         refit_tables(nested, W, GRAM.diagonal(), gram=GRAM)
 
