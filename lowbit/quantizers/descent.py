@@ -71,7 +71,7 @@ def lnq(rounds: int = 2, cycles: int = 4, weighs_by: tuple[str, ...] = ("gram",)
     [c, k, k]; without it the error is that of the weight.
 
     >>> import jax, lowbit as lb
-    >>> x = jax.random.normal(jax.random.key(0), (256, 1)) + 0.1 * jax.random.normal(jax.random.key(1), (256, 32))
+    >>> x = jax.random.normal(jax.random.key(0), (256, 8)) @ jax.random.normal(jax.random.key(1), (8, 32))
     >>> w, fmt = jax.random.normal(jax.random.key(2), (32, 64)), lb.any_precision(2, 2)
     >>> plain = lb.quantize_array(w, fmt)
     >>> for_these = lb.quantize_array(w, fmt, lb.lnq(), importance=x.T @ x / 256)
