@@ -89,7 +89,7 @@ class Cut:
 
         self.graph, self.state = nnx.split(nnx.recursive_map(stage, nnx.clone(model)))
         self.surveys: dict[Any, Survey] = {}
-        self.before = jax.jit(lambda path, *given: self._inputs(*given)[path], static_argnums=0)
+        self.before = jax.jit(self._inputs, static_argnums=0)
 
     def survey(self, batch: Any) -> Survey:
         """How batches like this one run. Raises ValueError for blocks that do not run once and by themselves."""
@@ -106,8 +106,7 @@ class Cut:
             if missed := self.blocks.keys() - found.keys():
                 raise ValueError(f"block {min(missed)!r} does not run: leave it out of blocks=, or give another call=")
             returned = {path: found[path] for path in order}
-            self.surveys[shapes] = Survey(returned, {})
-            self.surveys[shapes].needs.update(self._needs(batch, returned))
+            self.surveys[shapes] = Survey(returned, self._needs(batch, returned))
         return self.surveys[shapes]
 
     def inputs(self, path: str, batch: Any, outputs: Mapping[str, Any]) -> Inputs:
@@ -116,12 +115,11 @@ class Cut:
         made: Inputs = self.before(path, self.state, batch, {p: outputs[p] for p in needs})
         return made
 
-    def _inputs(self, state: Any, batch: Any, outputs: Mapping[str, Any]) -> dict[str, Inputs]:
-        """What every block is called with, those that are not given returning zeros."""
+    def _inputs(self, path: str, state: Any, batch: Any, outputs: Mapping[str, Any]) -> Inputs:
         abstract = self.surveys[_shapes(batch)].returned
-        rest = {path: a for path, a in abstract.items() if path not in outputs}
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), rest)
-        return self._run(state, batch, {**zeros, **outputs})[0]
+        unused = {path: a for path, a in abstract.items() if path not in outputs}
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), unused)
+        return self._run(state, batch, {**zeros, **outputs})[0][path]
 
     def _run(self, state: Any, batch: Any, given: Mapping[str, Any] | None) -> tuple[dict[str, Inputs], dict[str, Any]]:
         """Inputs and outputs of all blocks, the latter those given or else those computed."""
@@ -148,7 +146,8 @@ class Cut:
         return self.returned[path]
 
     def _needs(self, batch: Any, returned: dict[str, Any]) -> dict[str, frozenset[str]]:
-        made, called = jax.make_jaxpr(self._inputs, return_shape=True)(self.state, batch, returned)
+        given = self.state, batch, returned
+        made, called = jax.make_jaxpr(lambda *given: self._run(*given)[0], return_shape=True)(*given)
         at = len(jax.tree.leaves((self.state, batch)))
         owner: dict[Any, str] = {}
         for path in sorted(returned):  # as the leaves of a dict are

@@ -57,7 +57,7 @@ def reconstruct(
 
     Args:
       model: quantized by `lb.quantize`; left as it is.
-      dense: the model that it was made from, with blocks at the same paths.
+      dense: the model that it was made from, with blocks at the same paths. Both without dropout, by `model.eval()`.
       batches: what `call` takes, pytrees of arrays. They are gone through once, and held.
       blocks: patterns over the paths of modules, as in rules: "layers/*". Each block must run once for a batch, outside
         of transformations such as nnx.scan, and return arrays; it may be called with anything.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,12 @@ class Net(nnx.Module):
 
 BATCHES = [{"x": inputs(ROWS, WIDTH, seed=i), "mask": inputs(ROWS, WIDTH, seed=9 + i) > -1} for i in range(4)]
 DENSE = Net()
-SMALL = lb.quantize(DENSE, fast({"layers/**": lb.bcq(2), "first": None}))
 run = partial(lb.tune.reconstruct, dense=DENSE, batches=BATCHES, blocks="layers/*", epochs=4, rate=3e-2)
+
+
+@cache
+def small() -> Net:
+    return lb.quantize(DENSE, fast({"layers/**": lb.bcq(2), "first": None}))
 
 
 def called(model: Net, batch: dict[str, jax.Array], until: int) -> tuple[Any, ...]:
@@ -80,13 +85,13 @@ def error(block: Any, model: Net, i: int) -> float:
 
 
 def test_each_block_is_better_with_the_inputs_that_tuned_blocks_give_it() -> None:
-    before = arrays(SMALL), arrays(DENSE)
+    before = arrays(small()), arrays(DENSE)
     compiled = _step._cache_size()
-    tuned = run(SMALL)
+    tuned = run(small())
     assert _step._cache_size() == compiled + 1  # blocks alike share it
     for i in range(3):
-        assert error(tuned.layers[i], tuned, i) < 0.98 * error(SMALL.layers[i], tuned, i)
-    assert_same(arrays(SMALL), before[0])
+        assert error(tuned.layers[i], tuned, i) < 0.98 * error(small().layers[i], tuned, i)
+    assert_same(arrays(small()), before[0])
     assert_same(arrays(DENSE), before[1])
     after = arrays(tuned)
     changed = {name for name in after if after[name].tobytes() != before[0][name].tobytes()}
@@ -94,39 +99,39 @@ def test_each_block_is_better_with_the_inputs_that_tuned_blocks_give_it() -> Non
 
 
 def test_the_best_is_kept_even_if_it_is_the_start() -> None:
-    assert_same(arrays(run(SMALL, rate=1e9, epochs=2)), arrays(SMALL))
+    assert_same(arrays(run(small(), rate=1e9, epochs=2)), arrays(small()))
 
 
 def test_what_trains_is_rounded_as_it_is_stored_before_it_is_measured() -> None:
     """Codebooks and scales in 16 bits, as AQLM has them, and norms too: the error kept is that of the result."""
     fmt = lb.codebook(1, 4, vec=2, scale_dtype="float16")
-    small = lb.quantize(DENSE, [lb.Rule("layers/0/**", fmt, lb.residual_kmeans(1)), lb.Rule("**", None)])
-    tuned = run(small, blocks="layers/0", wrt=nnx.Param, rate=1e-2)
+    coarse = lb.quantize(DENSE, [lb.Rule("layers/0/**", fmt, lb.residual_kmeans(1)), lb.Rule("**", None)])
+    tuned = run(coarse, blocks="layers/0", wrt=nnx.Param, rate=1e-2)
     kernel = tuned.layers[0].linear.kernel
-    assert kernel.type == small.layers[0].linear.kernel.type and kernel.codebooks.dtype == np.float16
-    after, before = arrays(tuned), arrays(small)
+    assert kernel.type == coarse.layers[0].linear.kernel.type and kernel.codebooks.dtype == np.float16
+    after, before = arrays(tuned), arrays(coarse)
     changed = {name for name in after if after[name].tobytes() != before[name].tobytes()}
     names = ("linear/kernel/codebooks", "linear/kernel/scale", "linear/bias", "norm/scale")
     assert changed == {f"layers/0/{name}" for name in names}
-    assert error(tuned.layers[0], tuned, 0) < 0.9 * error(small.layers[0], small, 0)
+    assert error(tuned.layers[0], tuned, 0) < 0.9 * error(coarse.layers[0], coarse, 0)
 
 
 def test_a_change_that_is_rounded_off_is_none(caplog: pytest.LogCaptureFixture) -> None:
-    small = lb.quantize(DENSE, fast({"layers/0/**": lb.bcq(2, scale_dtype="float16"), "**": None}))
+    coarse = lb.quantize(DENSE, fast({"layers/0/**": lb.bcq(2, scale_dtype="float16"), "**": None}))
     with caplog.at_level(logging.INFO, logger="absl"):
-        assert_same(arrays(run(small, blocks="layers/0", rate=1e-7, patience=2)), arrays(small))
+        assert_same(arrays(run(coarse, blocks="layers/0", rate=1e-7, patience=2)), arrays(coarse))
     ((before, after, steps),) = re.findall(r"'layers/0': mean squared error (\S+) -> (\S+) in (\d+) steps", caplog.text)
     assert before == after and steps == "6"  # two epochs of three batches
 
 
 def test_each_width_has_scales_tuned_for_it() -> None:
-    small = lb.quantize(DENSE, {"layers/**": lb.any_bcq(1, 2, scale_dtype="bfloat16"), "first": None})
-    tuned = small
+    coarse = lb.quantize(DENSE, {"layers/**": lb.any_bcq(1, 2, scale_dtype="bfloat16"), "first": None})
+    tuned = coarse
     for width in (1, 2):
         tuned = run(lb.at_width(tuned, width), blocks="layers/0")
-        fields = [m.layers[0].linear.kernel.array.fields for m in (small, tuned)]
+        fields = [m.layers[0].linear.kernel.array.fields for m in (coarse, tuned)]
         assert [bool((fields[0][f"alpha{b}"] != fields[1][f"alpha{b}"]).any()) for b in (1, 2)] == [True, width == 2]
-        before, after = (error(lb.at_width(m, width).layers[0], small, 0) for m in (small, tuned))
+        before, after = (error(lb.at_width(m, width).layers[0], coarse, 0) for m in (coarse, tuned))
         assert after < before
 
 
@@ -141,7 +146,7 @@ def test_weights_that_kernels_read_come_back_in_their_own_layout() -> None:
 
 def test_inputs_without_any_signal_change_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     nothing = jax.tree.map(jnp.zeros_like, BATCHES)
-    assert_same(arrays(run(SMALL, batches=nothing, epochs=1, progress=True)), arrays(SMALL))
+    assert_same(arrays(run(small(), batches=nothing, epochs=1, progress=True)), arrays(small()))
     assert "reconstructing" in capsys.readouterr().err
 
 
@@ -181,10 +186,10 @@ def test_a_share_of_the_inputs_is_of_quantized_blocks() -> None:
     assert set(np.unique(floats)) == {1, 2} and (integers == 1).all()
     # Five standard deviations of a share of so many draws.
     assert abs(float((floats == 1).mean()) - 0.25) < 5 * (0.25 * 0.75 / 10_000) ** 0.5
-    mixed, plain = run(SMALL, quantized_inputs=0.5), run(SMALL)
+    mixed, plain = run(small(), quantized_inputs=0.5), run(small())
     assert (mixed.layers[0].linear.kernel.alpha[...] == plain.layers[0].linear.kernel.alpha[...]).all()  # one input
     assert (mixed.layers[1].linear.kernel.alpha[...] != plain.layers[1].linear.kernel.alpha[...]).any()
-    assert error(mixed.layers[1], mixed, 1) < error(SMALL.layers[1], mixed, 1)
+    assert error(mixed.layers[1], mixed, 1) < error(small().layers[1], mixed, 1)
 
 
 # ---------------------------------------------------------------- going on after a kill
@@ -195,7 +200,8 @@ class KilledError(Exception):
 
 
 def test_a_run_that_was_killed_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    want, solve, solved = arrays(run(SMALL)), reconstruction.tuned, list[str]()
+    solved: list[str]
+    want, solve, solved = arrays(run(small())), reconstruction.tuned, []
 
     def noted(block: Any, path: str, *rest: Any) -> Any:
         if len(solved) == 2:
@@ -205,17 +211,17 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bits(tmp_path: Path, monkey
 
     monkeypatch.setattr(reconstruction, "tuned", noted)
     with pytest.raises(KilledError):
-        run(SMALL, resume=tmp_path)
+        run(small(), resume=tmp_path)
     assert solved == ["layers/0", "layers/1"]
     solved.clear()
-    assert_same(arrays(run(SMALL, resume=tmp_path)), want)
+    assert_same(arrays(run(small(), resume=tmp_path)), want)
     assert solved == ["layers/2"]
-    assert_same(arrays(run(SMALL, resume=tmp_path)), want)
+    assert_same(arrays(run(small(), resume=tmp_path)), want)
     assert solved == ["layers/2"]
     for changes in ({"rate": 1e-2}, {"batches": BATCHES[1:]}, {"dense": Net(seed=1)}, {"wrt": nnx.Param}):
         solved[:] = ["", ""]
         with pytest.raises(KilledError):  # as soon as it solves something
-            run(SMALL, resume=tmp_path, **changes)
+            run(small(), resume=tmp_path, **changes)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -255,13 +261,13 @@ class Counter(nnx.Module):
 
 
 def sharing() -> Net:
-    model = nnx.clone(SMALL)
+    model = nnx.clone(small())
     model.layers[1].norm = model.layers[0].norm
     return model
 
 
 def broken(value: float) -> Net:
-    model = nnx.clone(SMALL)
+    model = nnx.clone(small())
     model.layers[0].linear.kernel.alpha[...] = model.layers[0].linear.kernel.alpha[...] * value
     return model
 
@@ -271,36 +277,36 @@ def of(kind: type[Net]) -> dict[str, Any]:
     return {"model": lb.quantize(dense, fast({"layers/**": lb.bcq(2), "first": None})), "dense": dense}
 
 
-REFUSALS: list[tuple[dict[str, Any], str]] = [
-    ({"blocks": "blocks/*"}, "rule 'blocks/*' matches none of the 14 modules of the model, such as "),
-    ({"blocks": []}, "no blocks were named: give patterns over the paths of modules, such as 'layers/*'"),
-    ({"blocks": ["layers/0", "layers/*/norm"]}, "block 'layers/0/norm' lies within block 'layers/0': name one of them"),
-    ({"model": sharing()}, "'layers/0/norm' of block 'layers/0' is 'layers/1/norm' too, outside of the block: "),
-    (of(Twice) | {"blocks": "layers/0"}, "block 'layers/0' runs twice for a batch: it has no one input and output"),
-    (of(Jitted) | {"blocks": "layers/0"}, "block 'layers/0' runs within a transformation, such as nnx.scan or jax.jit"),
-    (of(Some), "block 'layers/0' does not run: leave it out of blocks=, or give another call="),
-    ({"dense": Net(2)}, "blocks='layers/*' are ['layers/0', 'layers/1', 'layers/2'], but in the dense model ["),
-    ({"dense": Counts(), "model": Counts(), "blocks": "counter"}, "block 'counter' returns no floats: there is "),
-    ({"model": DENSE}, "no block of 'layers/*' has anything of (<class 'lowbit.nn.kernel.Scale'>, "),
-    ({"wrt": lb.Code}, "wrt=<class 'lowbit.nn.kernel.Code'> selects uint8: only floats can be trained"),
-    ({"batches": BATCHES[:1]}, "1 batches were given, and 1 are held out: give more, to train on"),
-    ({"batches": [{"x": b["x"] * jnp.nan, "mask": b["mask"]} for b in BATCHES]},
+REFUSALS: list[tuple[Callable[[], dict[str, Any]], str]] = [
+    (lambda: {"blocks": "blocks/*"}, "rule 'blocks/*' matches none of the 14 modules of the model, such as "),
+    (lambda: {"blocks": []}, "no blocks were named: give patterns over the paths of modules, such as 'layers/*'"),
+    (lambda: {"blocks": ["layers/0", "layers/*/norm"]}, "block 'layers/0/norm' lies within block 'layers/0': "),
+    (lambda: {"model": sharing()}, "'layers/0/norm' of block 'layers/0' is 'layers/1/norm' too, outside of "),
+    (lambda: of(Twice) | {"blocks": "layers/0"}, "block 'layers/0' runs twice for a batch: it has no one "),
+    (lambda: of(Jitted) | {"blocks": "layers/0"}, "block 'layers/0' runs within a transformation, such as nnx.scan "),
+    (lambda: of(Some), "block 'layers/0' does not run: leave it out of blocks=, or give another call="),
+    (lambda: {"dense": Net(2)}, "blocks='layers/*' are ['layers/0', 'layers/1', 'layers/2'], but in the dense model ["),
+    (lambda: {"dense": Counts(), "model": Counts(), "blocks": "counter"}, "block 'counter' returns no floats: "),
+    (lambda: {"model": DENSE}, "no block of 'layers/*' has anything of (<class 'lowbit.nn.kernel.Scale'>, "),
+    (lambda: {"wrt": lb.Code}, "wrt=<class 'lowbit.nn.kernel.Code'> selects uint8: only floats can be trained"),
+    (lambda: {"batches": BATCHES[:1]}, "1 batches were given, and 1 are held out: give more, to train on"),
+    (lambda: {"batches": [{"x": b["x"] * jnp.nan, "mask": b["mask"]} for b in BATCHES]},
      "block 'layers/0' of the dense model returns 512 NaN or inf for batch 0: give batches for "),
-    ({"model": broken(np.nan)}, "block 'layers/0' returns NaN or inf: repair the quantized model, or give "),
-    ({"model": lb.at_width(lb.quantize(DENSE, lb.any_bcq(1, 2)), jnp.int32(2))},
+    (lambda: {"model": broken(np.nan)}, "block 'layers/0' returns NaN or inf: repair the quantized model, or give "),
+    (lambda: {"model": lb.at_width(lb.quantize(DENSE, lb.any_bcq(1, 2)), jnp.int32(2))},
      "layer 'first' is read at a width that may change: choose the one to tune, lb.at_width(model, 3)"),
-    ({"model": nnx.eval_shape(lambda: nnx.clone(SMALL))}, "cannot reconstruct an abstract model, as "),
-    ({"dense": 3}, "cannot reconstruct from a int: give an nnx.Module"),
-    ({"epochs": 0}, "epochs must be an int, 1 or more, not 0"),
-    ({"rate": 0}, "rate must be above 0, not 0"),
-    ({"quantized_inputs": 1.5}, "quantized_inputs is a share, from 0 to 1, not 1.5"),
+    (lambda: {"model": nnx.eval_shape(lambda: nnx.clone(small()))}, "cannot reconstruct an abstract model, as "),
+    (lambda: {"dense": 3}, "cannot reconstruct from a int: give an nnx.Module"),
+    (lambda: {"epochs": 0}, "epochs must be an int, 1 or more, not 0"),
+    (lambda: {"rate": 0}, "rate must be above 0, not 0"),
+    (lambda: {"quantized_inputs": 1.5}, "quantized_inputs is a share, from 0 to 1, not 1.5"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSALS, ids=[message[:40] for _, message in REFUSALS])
-def test_what_cannot_be_done(options: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_done(options: Callable[[], dict[str, Any]], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
-        run(**{"model": SMALL, **options})
+        run(**{"model": small(), **options()})
 
 
 class Other(Net):
@@ -319,7 +325,7 @@ class Backwards(Net):
 def test_models_that_do_not_go_together() -> None:
     call = "block 'layers/0' is called with other arguments in the dense model: quantized_inputs=1.0 mixes none"
     with pytest.raises(ValueError, match=f"^{re.escape(call)}$"):
-        run(SMALL, dense=Other(), blocks="layers/0", quantized_inputs=0.5)
+        run(small(), dense=Other(), blocks="layers/0", quantized_inputs=0.5)
     wide, narrow = (nnx.Sequential(nnx.Linear(WIDTH, n, rngs=nnx.Rngs(0))) for n in (8, 4))
     shapes = r"block 'layers/0' returns \[\(64, 8\)\], but in the dense model \[\(64, 4\)\]: give the model that "
     with pytest.raises(ValueError, match=f"^{shapes}"):
@@ -328,7 +334,7 @@ def test_models_that_do_not_go_together() -> None:
         "blocks run in the order ['layers/0', 'layers/1', 'layers/2'], and also ['layers/2', 'layers/1', 'layers/0']: "
     )
     with pytest.raises(ValueError, match=f"^{re.escape(order)}both models must run alike for all batches$"):
-        run(SMALL, dense=Backwards())
+        run(small(), dense=Backwards())
 
 
 @pytest.mark.slow
@@ -341,8 +347,8 @@ def test_the_shipped_model_predicts_better(fmt: lb.Format, quantizer: Any) -> No
     text = b"".join([*corpus.train_code().values()][:40])
     windows = Windows(np.frombuffer(text, np.uint8), 128, 0)
     batches = [jnp.asarray(windows.batch(i, 8).astype(np.int32)) for i in range(9)]
-    small = lb.quantize(model, [lb.Rule("**", fmt, quantizer)])
-    tuned = lb.tune.reconstruct(small, model, batches, "layers/*", epochs=2, rate=1e-3)
+    coarse = lb.quantize(model, [lb.Rule("**", fmt, quantizer)])
+    tuned = lb.tune.reconstruct(coarse, model, batches, "layers/*", epochs=2, rate=1e-3)
     held = corpus.match_listed("code").text[: 1 << 13]
-    dense, before, after = (bits_per_byte(m, held) for m in (model, small, tuned))
+    dense, before, after = (bits_per_byte(m, held) for m in (model, coarse, tuned))
     assert after - dense < 0.8 * (before - dense)
