@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.kinds import KINDS, statistic_shape, weight
@@ -49,6 +50,15 @@ def _unshared(value: jax.Array, stack: int, name: str) -> jax.Array:
     """With 1 for each axis of the stack, before those of the statistic."""
     own = len(SIDE.get(name, ""))
     return jnp.expand_dims(value, tuple(range(-own - stack, -own))) if own else value
+
+
+def all_zero(stats: Mapping[str, LayerStats], rules: Mapping[str, Rule]) -> list[str]:
+    """The layers that were measured, but of which all numbers that a rule needs are zero; traced ones are not seen."""
+
+    def is_zero(value: Any) -> bool:
+        return not isinstance(value, jax.core.Tracer) and not np.asarray(value).any()
+
+    return [p for p, rule in rules.items() if p in stats and any(is_zero(getattr(stats[p], n)) for n in needed(rule))]
 
 
 def check_measured(stats: Mapping[str, LayerStats], rules: Mapping[str, Rule], layers: Mapping[str, Any]) -> None:

@@ -1,11 +1,11 @@
-"""The finished layers of a long `lb.quantize`, kept in a folder: a run that was killed goes on where it was."""
+"""What a long run has finished, kept in a folder: one that was killed goes on where it was."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -24,14 +24,14 @@ from lowbit.quantizers.quantizer import default_quantizer
 
 
 class Finished:
-    """A folder with one checked file a layer, named by a digest of all that determines the layer's arrays.
+    """A folder with one checked file a layer or block, named by a digest of all that determines its arrays.
 
-    That is its path, the bits of its matrices and importance, the format with its options and version, the quantizer,
-    the versions of lowbit and jax, and the platform. So whatever has changed is solved again, and runs with other
-    weights or rules may share the folder. Nothing in it is ever removed; delete it when the quantized model is saved.
+    Of a layer that is its path, the bits of its matrices and importance, the format with its options and version, the
+    quantizer, the versions of lowbit and jax, and the platform. So whatever has changed is solved again, and runs with
+    other weights or rules may share the folder. Nothing in it is ever removed; delete it when the model is saved.
     """
 
-    def __init__(self, folder: str | PathLike[str], rules: Iterable[Rule]) -> None:
+    def __init__(self, folder: str | PathLike[str], rules: Iterable[Rule] = ()) -> None:
         """Raises TypeError for a quantizer without an identity, OSError when the folder cannot be made."""
         for rule in rules:  # all before any layer is solved for minutes
             _identity(rule)
@@ -47,10 +47,7 @@ class Finished:
         importance: jax.Array | None,
         solve: Callable[[], Kernel],
     ) -> Kernel:
-        """The stored kernel of a layer, or the one that `solve` makes of its [*stack, k, n], which is then stored.
-
-        A file that is damaged, or not the one its name says, is named in a logged warning and made again.
-        """
+        """The stored kernel of a layer, or the one that `solve` makes of its [*stack, k, n], which is then stored."""
         assert rule.format is not None
         w = to_host(path, matrices)
         key = {
@@ -60,25 +57,38 @@ class Finished:
             "weight": sha256(w),
             "importance": None if importance is None else sha256(to_host(path, importance)),
             "quantizer": _identity(rule),
-            "made with": [import_module("lowbit").__version__, jax.__version__, jax.default_backend()],
         }
-        packed = json.dumps(key, sort_keys=True)
+
+        def made() -> dict[str, Any]:
+            kernel = solve()
+            return {"kernel": kernel.array, "stats": kernel.stats.get_value()}
+
+        entries = self.entries(f"layer {path!r}", key, made)
+        return Kernel(entries["kernel"], entries["stats"])
+
+    def entries(self, what: str, key: Mapping[str, Any], made: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is stored under a key, or else what `made` gives, which is then stored.
+
+        A file that is damaged, or not the one its name says, is named in a logged warning and made again.
+        """
+        made_with = [import_module("lowbit").__version__, jax.__version__, jax.default_backend()]
+        packed = json.dumps({**key, "made with": made_with}, sort_keys=True)
         file = self.folder / f"{hashlib.sha256(packed.encode()).hexdigest()[:32]}.safetensors"
         if file.exists():
             try:
                 return _stored(file, packed)
             except CheckpointError as err:
-                logging.warning("lowbit: layer %r is solved again: %s", path, err)
-        kernel = solve()
-        write(file, {"kernel": kernel.array, "stats": kernel.stats.get_value()}, metadata={"key": packed})
-        return kernel
+                logging.warning("lowbit: %s is solved again: %s", what, err)
+        entries = made()
+        write(file, entries, metadata={"key": packed})
+        return entries
 
 
-def _stored(file: Path, packed: str) -> Kernel:
+def _stored(file: Path, packed: str) -> dict[str, Any]:
     if read_header(file)["metadata"].get("key") != packed:
         raise CheckpointError(f"{file} holds another layer than its name says")
     entries: dict[str, Any] = read(file)
-    return Kernel(entries["kernel"], entries["stats"])
+    return entries
 
 
 def _identity(rule: Rule) -> str:
