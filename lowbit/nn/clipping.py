@@ -6,6 +6,7 @@ dense again: round to nearest spends its levels on the smaller range, and so doe
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -111,6 +112,7 @@ def nearest(values: jax.Array, fmt: Format) -> jax.Array:
     return stored * (codes - zero)
 
 
+@partial(jax.jit, static_argnums=1)
 def rounded(rows: jax.Array, fmt: Format) -> jax.Array:
     """The same of rows [r, k]."""
     return ungrouped(nearest(grouped(rows, fmt), fmt), rows.shape[1])

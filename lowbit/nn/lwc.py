@@ -53,7 +53,7 @@ class _Static:
         block = nnx.merge(self.graph, state, copy=True)
         found = layers(block)
         for path, fmt in self.formats:
-            _clip(found[path], fmt, logits[path])
+            set_rows(found[path], _clipped(rows_of(found[path]), fmt, logits[path]))
             set_rows(found[path], rounded(rows_of(found[path]), fmt))
         return self.call(block, arrays)
 
@@ -138,18 +138,18 @@ def lwc(
             found = solve() if folder is None else folder.entries(block, {"of": of}, solve)
             for part, path in inner.items():
                 layer, fmt = targets[path]
-                _clip(layer, fmt, (found[f"b/{part}"], found[f"g/{part}"]))
+                set_rows(layer, _clipped(rows_of(layer), fmt, (found[f"b/{part}"], found[f"g/{part}"])))
                 set_rows(layers(job.copy)[path], rounded(rows_of(layer), fmt))
             advance()
     return out
 
 
-def _clip(layer: Any, fmt: Format, logits: tuple[Any, Any]) -> None:
-    rows = rows_of(layer)
+@partial(jax.jit, static_argnums=1)
+def _clipped(rows: jax.Array, fmt: Format, logits: tuple[jax.Array, jax.Array]) -> jax.Array:
     values = grouped(rows, fmt)
     lo, hi = span(values)
-    b, g = (jax.nn.sigmoid(jnp.asarray(x)) for x in logits)
-    set_rows(layer, ungrouped(jnp.clip(values, b * lo, g * hi), rows.shape[1]))
+    b, g = map(jax.nn.sigmoid, logits)
+    return ungrouped(jnp.clip(values, b * lo, g * hi), rows.shape[1])
 
 
 def _blocks(

@@ -8,6 +8,7 @@ Both are part of a dense weight. Weights at the ends of the range stay there, so
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -112,6 +113,7 @@ def _check(batches: Sequence[Any], clips: Sequence[float], shifts: Sequence[floa
         raise ValueError(f"shifts are parts of a step, above -0.5 and below 0.5, not {odd[0]!r}")
 
 
+@partial(jax.jit, static_argnums=1)
 def _shaped(rows: jax.Array, fmt: Format, clip: float, shift: float) -> jax.Array:
     """Rows [r, k] clipped to `clip` times the ranges of their groups, moved by `shift` steps within."""
     values = grouped(rows, fmt)
