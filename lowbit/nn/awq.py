@@ -83,6 +83,8 @@ def awq(
     targets = uniform_layers(out, rules, "lb.awq")
     clipped = _clipped(clip, targets)
     scaled = placed(folds, out)
+    if not scaled and not clipped:
+        raise ValueError("there are no folds and nothing to clip: give folds=, or leave clip= as it is")
     grams = {path: _gram(path, targets, stats, scaled) for path in _used(scaled, targets, clipped)}
     if scaled and batch is None:
         raise ValueError("folds are tried before they are used: give batch=, what the model is called with")

@@ -39,8 +39,8 @@ START = 4.0
 
 @dataclass(frozen=True)
 class _Static:
-    """What is compiled: a block, the formats of its layers by path in it, how often and how fast they learn, and the
-    arguments of the block that are no arrays."""
+    """What is compiled: a block, the formats of its layers by path in it, how fast they learn, and those of the block's
+    arguments that are no arrays."""
 
     graph: Any
     formats: tuple[tuple[str, Format], ...]
@@ -166,6 +166,8 @@ def _blocks(
         if not any(inner.values()):
             raise ValueError(f"block {pattern!r} matches no module with a layer that gets a format")
         taken |= {p: parts for p, parts in inner.items() if parts}
+    if not taken:
+        raise ValueError("blocks is empty: name the modules whose outputs are compared, such as ['layers/*']")
     for p in taken:
         for q in taken:
             if q.startswith(f"{p}/"):

@@ -136,11 +136,9 @@ def test_scales_have_the_least_error_of_the_layers_they_go_into() -> None:
 
 def test_a_scale_that_does_not_help_is_left_out() -> None:
     """All inputs alike: nothing is gained, and the ratio 0 changes no bit."""
-    model = nnx.Dict(norm=nnx.RMSNorm(16, rngs=nnx.Rngs(0)), a=nnx.Linear(16, 4, rngs=nnx.Rngs(0)))
-    stats = {"a": LayerStats(None, None, 9, gram=jnp.eye(16), magnitude=jnp.ones(16))}
-    same = lb.awq(
-        model, FMT, stats, folds=[lb.Fold("norm", "a")], batch=X[:, :16], call=lambda m, x: m.a(m.norm(x)), clip=()
-    )
+    model = nnx.Sequential(nnx.RMSNorm(20, rngs=nnx.Rngs(0)), nnx.Linear(20, 24, rngs=nnx.Rngs(0)))
+    stats = {"layers/1": LayerStats(None, None, 9, gram=jnp.eye(20), magnitude=jnp.ones(20))}
+    same = lb.awq(model, FMT, stats, folds=[lb.Fold("layers/0", "layers/1")], batch=X[:, :20], clip=())
     assert_same(arrays(same), arrays(model))
 
 
@@ -183,6 +181,13 @@ def test_no_group_loses_by_clipping_and_each_has_the_least_error_of_all() -> Non
     assert 0 < inner.mean() < 0.5 and (jnp.abs(found) <= jnp.abs(rows)).all()
 
 
+def test_scaled_layers_are_clipped_by_what_their_inputs_are_now() -> None:
+    scaled, both = (lb.awq(NET, FMT, STATS, folds=[NORM], batch=X, clip=clip) for clip in ((), ("up",)))
+    s = NET.norm.scale[...] / scaled.norm.scale[...]
+    now = {"up": LayerStats(None, None, 9, gram=STATS["up"].gram / (s[:, None] * s[None]))}
+    np.testing.assert_array_equal(lb.awq(scaled, FMT, now, clip=["up"]).up.kernel[...], both.up.kernel[...])
+
+
 def test_only_the_layers_that_are_named_are_clipped() -> None:
     clipped = lb.awq(NET, FMT, STATS, clip=["u*", "d*"])
     np.testing.assert_array_equal(clipped.gate.kernel[...], NET.gate.kernel[...])
@@ -193,7 +198,7 @@ def test_stacks_are_clipped_slice_by_slice() -> None:
     conv = nnx.Conv(20, 6, 1, feature_group_count=2, rngs=nnx.Rngs(0))
     half = RNG.standard_normal((2, 10, 10))
     grams = jnp.asarray(half @ half.transpose(0, 2, 1), jnp.float32)
-    of = nnx.Dict(conv=conv, moe=lb.nn.Experts(3, 10, 4, rngs=nnx.Rngs(1)))
+    of = nnx.Dict(conv=conv, moe=lb.nn.Experts(3, 10, 3, rngs=nnx.Rngs(1)))
     stats = {"conv": LayerStats(None, None, 9, gram=grams), "moe": LayerStats(None, None, 9, gram=grams[1])}
     out = lb.awq(of, FMT, stats)
     alone = nnx.Dict(conv=nnx.Linear(10, 3, rngs=nnx.Rngs(0)))
@@ -210,9 +215,6 @@ def test_both_together_lower_the_error_of_the_model() -> None:
     after = lb.awq(NET, FMT, STATS, folds=[NORM, UP], batch=X)
     errors = [float(jnp.square(lb.quantize(m, FMT)(X) - NET(X)).sum()) for m in (NET, after)]
     assert errors[1] < 0.8 * errors[0]
-    gptq = [lb.Rule("**", FMT, lb.gptq())]
-    again = lb.calibrate(after, [X], rules=gptq)
-    assert float(jnp.square(lb.quantize(after, gptq, stats=again)(X) - NET(X)).sum()) < errors[1]
 
 
 # ---------------------------------------------------------------- folds
@@ -236,12 +238,7 @@ def test_folds_of_a_language_model() -> None:
     assert len(found) == 8
     assert str(found[1]) == "the fold of 'layers/1/attn_norm' into " + ", ".join(f"'layers/1/attn/{n}'" for n in "qkv")
     check_folds(TINY, found, tokens, None)
-    for source, into in (
-        ("mlp/gate", "mlp/down"),
-        ("attn/q", "attn/o"),
-        ("mlp_norm", "mlp/gate"),
-        ("attn/o", "attn/q"),
-    ):
+    for source, into in (("attn/q", "attn/o"), ("mlp_norm", "mlp/gate")):
         bad = placed([lb.Fold(f"layers/1/{source}", f"layers/1/{into}")], TINY)
         with pytest.raises(
             ValueError, match=rf"^the fold of 'layers/1/{source}' into 'layers/1/{into}' changes what the "
@@ -283,7 +280,7 @@ STACK = nnx.Dict(
     (awq([lb.Fold("norm", "gate")]), "^the fold of 'norm' into 'gate' changes what the model computes: outputs diff"),
     (awq([lb.Fold("gate", "down")]), "^the fold of 'gate' into 'down' changes what the model computes: .* name every "),
     (awq([NORM], batch=None), "^folds are tried before they are used: give batch="),
-    (awq([NORM], batch=jnp.full((2, 24), jnp.nan)), "^the model's outputs on the batch are nan: give one that shows"),
+    (awq([NORM], batch=jnp.full((2, 24), jnp.nan)), "^the model's outputs on the batch are all zero, or NaN: they"),
     (awq([lb.Fold("nom", "up")]), "^the fold of 'nom' has no source: it is none of the 5 such as 'norm'"),
     (awq([lb.Fold("norm", "dwn")]), "^the fold of 'norm' goes into 'dwn', none of the 3 such as 'down'"),
     (awq([lb.Fold("norm", "down")]), "^the fold of 'norm' into 'down': 24 channels come out, and 20 go in$"),
@@ -297,6 +294,7 @@ STACK = nnx.Dict(
     (awq(rules=lb.bcq(3)), r"^layer 'down' gets bcq\(bits=3\): lb.awq looks for what rounding to a uniform format los"),
     (awq(rules={"**": None}), "^the rules leave every layer dense: there is nothing for lb.awq to do$"),
     (awq(clip=["q"]), "^clip='q' matches no layer with a format: it could be down, gate, up$"),
+    (awq(clip=()), "^there are no folds and nothing to clip: give folds="),
     (awq(clip="up"), "^clip='up' is one pattern: give a sequence of them$"),
     (awq(stats={}), "^stats has nothing of layer 'down': calibration never reached it; run it or leave it out$"),
     (awq(stats=without("up", magnitude=jnp.ones(24))), "^stats lacks 'gram' of layer 'up': lb.calibrate"),

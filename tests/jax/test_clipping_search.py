@@ -220,6 +220,7 @@ NAN = jnp.full((2, 20), jnp.nan)
 
 @pytest.mark.parametrize(("call", "message"), [
     (partial(lwc, NET, RULES, X, blocks=["block"]), "^block 'block' matches no module with a layer that gets a form"),
+    (partial(lwc, NET, RULES, X, blocks=[]), "^blocks is empty: name the modules whose outputs are compared, such as"),
     (partial(lwc, NET, RULES, X, blocks="blocks/*"), r"^blocks='blocks/\*' is one pattern: give a sequence of them$"),
     (partial(lwc, NET, RULES, X, blocks=["**"]), "^block 'blocks/0/(up|down)' lies within block 'blocks/0': name one"),
     (partial(lwc, NET, FMT, X, blocks=["spare"]), "^'spare' never runs on the first batch: leave it out, or give"),
