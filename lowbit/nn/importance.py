@@ -66,17 +66,22 @@ def check_measured(stats: Mapping[str, LayerStats], rules: Mapping[str, Rule], l
     and is finite."""
     for path in sorted(stats.keys() & rules.keys()):
         for name in needed(rules[path]):
-            value, shape = getattr(stats[path], name), weight(layers[path]).shape
-            if value is None:
+            if getattr(stats[path], name) is None:
                 raise ValueError(
                     f"the quantizer of layer {path!r} weighs errors by {name!r}, which stats does not have: "
                     "lb.calibrate(..., rules=rules) measures what the rules need"
                 )
-            chunks = value.shape[-3] if name == "guided_gram" and value.ndim > 2 else 1
-            if value.shape != (statistic_shape(layers[path], SIDE[name], chunks) if name in SIDE else shape):
-                raise ValueError(
-                    f"stats has {name!r} of layer {path!r} with the shape {value.shape}, but the weight's is {shape}: "
-                    "calibrate this model"
-                )
-            check = check_gram if name in GRAMS else check_importance
-            check(value, f"{name!r} of layer {path!r} in stats")
+            check_statistic(stats, path, name, layers[path])
+
+
+def check_statistic(stats: Mapping[str, LayerStats], path: str, name: str, layer: Any) -> None:
+    """Raises ValueError unless what was measured of a layer is of a weight of its shape, and finite."""
+    value, shape = getattr(stats[path], name), weight(layer).shape
+    chunks = value.shape[-3] if name == "guided_gram" and value.ndim > 2 else 1
+    if value.shape != (statistic_shape(layer, SIDE[name], chunks) if name in SIDE else shape):
+        raise ValueError(
+            f"stats has {name!r} of layer {path!r} with the shape {value.shape}, but the weight's is {shape}: "
+            "calibrate this model"
+        )
+    check = check_gram if name in GRAMS else check_importance
+    check(value, f"{name!r} of layer {path!r} in stats")

@@ -90,7 +90,7 @@ def quantize(
     _check(model, found, chosen, stats or {})
     finished = None if resume is None else Finished(resume, chosen.values())
     job = _Job(_holders(model) if donate else None, stats or {}, finished)
-    with bar(progress, "quantizing", len(chosen)) as advance:
+    with bar(progress, len(chosen), "quantizing") as advance:
 
         def replace(path: tuple[Any, ...], node: Any) -> Any:
             rule = chosen.get(joined(path)) if type(node) in KINDS else None

@@ -1,4 +1,4 @@
-"""What a long run has finished, kept in a folder: one that was killed goes on where it was."""
+"""The finished layers of a long `lb.quantize`, kept in a folder: a run that was killed goes on where it was."""
 
 from __future__ import annotations
 
@@ -23,20 +23,47 @@ from lowbit.quant_type import QuantType, type_to_json
 from lowbit.quantizers.quantizer import default_quantizer
 
 
-class Finished:
-    """A folder with one checked file a layer or block, named by a digest of all that determines its arrays.
+class Folder:
+    """One checked file for each layer or block, named by a digest of all that determines what it holds."""
 
-    Of a layer that is its path, the bits of its matrices and importance, the format with its options and version, the
-    quantizer, the versions of lowbit and jax, and the platform. So whatever has changed is solved again, and runs with
-    other weights or rules may share the folder. Nothing in it is ever removed; delete it when the model is saved.
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        """Raises OSError when the folder cannot be made."""
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def entries(self, path: str, key: Mapping[str, Any], solve: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is stored of a layer under this key, or what `solve` makes, which is then stored.
+
+        A file that is damaged, or not the one its name says, is named in a logged warning and made again.
+        """
+        made_with = [import_module("lowbit").__version__, jax.__version__, jax.default_backend()]
+        packed = json.dumps({"layer": path, "made with": made_with, **key}, sort_keys=True)
+        file = self.folder / f"{hashlib.sha256(packed.encode()).hexdigest()[:32]}.safetensors"
+        if file.exists():
+            try:
+                if read_header(file)["metadata"].get("key") != packed:
+                    raise CheckpointError(f"{file} holds another layer than its name says")
+                return dict(read(file))
+            except CheckpointError as err:
+                logging.warning("lowbit: %r is solved again: %s", path, err)
+        made = solve()
+        write(file, made, metadata={"key": packed})
+        return made
+
+
+class Finished:
+    """A folder with one checked file a layer, named by a digest of all that determines the layer's arrays.
+
+    That is its path, the bits of its matrices and importance, the format with its options and version, the quantizer,
+    the versions of lowbit and jax, and the platform. So whatever has changed is solved again, and runs with other
+    weights or rules may share the folder. Nothing in it is ever removed; delete it when the quantized model is saved.
     """
 
-    def __init__(self, folder: str | PathLike[str], rules: Iterable[Rule] = ()) -> None:
+    def __init__(self, folder: str | PathLike[str], rules: Iterable[Rule]) -> None:
         """Raises TypeError for a quantizer without an identity, OSError when the folder cannot be made."""
         for rule in rules:  # all before any layer is solved for minutes
             _identity(rule)
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = Folder(folder)
 
     def kernel(
         self,
@@ -51,7 +78,6 @@ class Finished:
         assert rule.format is not None
         w = to_host(path, matrices)
         key = {
-            "layer": path,
             "stack": w.shape[:-2],
             "type": type_to_json(QuantType(tuple(zip(dims, w.shape[-2:], strict=True)), short(w.dtype), rule.format)),
             "weight": sha256(w),
@@ -59,36 +85,12 @@ class Finished:
             "quantizer": _identity(rule),
         }
 
-        def made() -> dict[str, Any]:
+        def entries() -> dict[str, Any]:
             kernel = solve()
             return {"kernel": kernel.array, "stats": kernel.stats.get_value()}
 
-        entries = self.entries(f"layer {path!r}", key, made)
-        return Kernel(entries["kernel"], entries["stats"])
-
-    def entries(self, what: str, key: Mapping[str, Any], made: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What is stored under a key, or else what `made` gives, which is then stored.
-
-        A file that is damaged, or not the one its name says, is named in a logged warning and made again.
-        """
-        made_with = [import_module("lowbit").__version__, jax.__version__, jax.default_backend()]
-        packed = json.dumps({**key, "made with": made_with}, sort_keys=True)
-        file = self.folder / f"{hashlib.sha256(packed.encode()).hexdigest()[:32]}.safetensors"
-        if file.exists():
-            try:
-                return _stored(file, packed)
-            except CheckpointError as err:
-                logging.warning("lowbit: %s is solved again: %s", what, err)
-        entries = made()
-        write(file, entries, metadata={"key": packed})
-        return entries
-
-
-def _stored(file: Path, packed: str) -> dict[str, Any]:
-    if read_header(file)["metadata"].get("key") != packed:
-        raise CheckpointError(f"{file} holds another layer than its name says")
-    entries: dict[str, Any] = read(file)
-    return entries
+        stored = self.folder.entries(path, key, entries)
+        return Kernel(stored["kernel"], stored["stats"])
 
 
 def _identity(rule: Rule) -> str:

@@ -30,7 +30,7 @@ class Running:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = self.folder / "calibration.safetensors"
-        self.of = identity(model, (chunks, sorted((path, *sorted(names)) for path, names in wanted.items())))
+        self.of = _identity(model, (chunks, sorted((path, *sorted(names)) for path, names in wanted.items())))
         self.counted, self.counted_batches = 0, ""
         self.batches = ""
 
@@ -52,7 +52,7 @@ class Running:
         given = 0
         for batch in batches:
             given += 1
-            self.batches = chained(self.batches, batch)
+            self.batches = _chained(self.batches, batch)
             if given > self.counted:
                 yield batch
             elif given == self.counted and self.batches != self.counted_batches:
@@ -75,7 +75,15 @@ def _changing(model: nnx.Module) -> Any:
     return nnx.state(model, nnx.Not(nnx.Any(nnx.Param, Code, Frozen, Stats, Sink)))
 
 
-def identity(model: nnx.Module, told: Any) -> str:
+def digest_of(model: nnx.Module, batches: Iterable[Any], told: object) -> str:
+    """A digest of a model, of batches in their order, and of what else was told."""
+    digest = ""
+    for batch in batches:
+        digest = _chained(digest, batch)
+    return _identity(model, (digest, told))
+
+
+def _identity(model: nnx.Module, told: object) -> str:
     """A digest of all Variables of a model, and of what else is told."""
     digest = hashlib.sha256(repr(told).encode())
     for name, variable in variables(nnx.state(model)).items():
@@ -84,7 +92,7 @@ def identity(model: nnx.Module, told: Any) -> str:
     return digest.hexdigest()
 
 
-def chained(before: str, batch: Any) -> str:
+def _chained(before: str, batch: Any) -> str:
     """A digest of all batches so far, from that of those before this one."""
     leaves, tree = jax.tree.flatten(batch)
     values = [np.asarray(leaf) if isinstance(leaf, np.generic) else plain("a batch", leaf) for leaf in leaves]

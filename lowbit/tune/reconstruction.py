@@ -19,8 +19,8 @@ from flax import nnx
 from lowbit.nn.checkpoint import plain, restored, variables
 from lowbit.nn.kernel import Codebook, Scale, expect_arrays, expect_module, kernels
 from lowbit.nn.progress import bar
-from lowbit.nn.resume import Finished
-from lowbit.nn.running import chained, identity
+from lowbit.nn.resume import Folder
+from lowbit.nn.running import digest_of
 from lowbit.quant_type import type_to_json
 from lowbit.tune.alpha import check_tunable, fold
 from lowbit.tune.blocks import Cut, Inputs, Stream, Survey
@@ -110,7 +110,7 @@ def reconstruct(
     order = job.checked(blocks)
     if resume is not None:
         job.keep(resume, out, dense)
-    with bar(progress, "reconstructing", len(order)) as advance:
+    with bar(progress, len(order), "reconstructing") as advance:
         for path in order:
             job.do(path)
             advance()
@@ -124,7 +124,7 @@ class _Job:
         self.own, self.dense = own, dense
         self.wrt, self.training = wrt, training
         self.optimizer = training.optimizer(len(own.batches) - training.held_out)
-        self.finished: Finished | None = None
+        self.finished: Folder | None = None
 
     def checked(self, blocks: str | Sequence[str]) -> list[str]:
         """The blocks in the order in which they run, after checking that both models run them alike."""
@@ -143,14 +143,11 @@ class _Job:
 
     def keep(self, folder: str | PathLike[str], out: nnx.Module, dense: nnx.Module) -> None:
         """Keeps finished blocks in a folder, under what determines them all."""
-        batches = ""
-        for batch in self.own.batches:
-            batches = chained(batches, batch)
         types = {path: type_to_json(kernel.type) for path, kernel in kernels(out).items()}
         names = {path: sorted(variables(nnx.state(b, self.wrt))) for path, b in self.own.cut.blocks.items()}
-        told = astuple(self.training), batches, json.dumps(types, sort_keys=True), names
-        self.of = [identity(out, told), identity(dense, told)]
-        self.finished = Finished(folder)
+        told = astuple(self.training), json.dumps(types, sort_keys=True), names
+        self.of = [digest_of(model, self.own.batches, told) for model in (out, dense)]
+        self.finished = Folder(folder)
 
     def do(self, path: str) -> None:
         """Tunes one block, in place, and goes on to what comes after it."""
@@ -171,11 +168,7 @@ class _Job:
                 found = tuned(own, path, self.wrt, examples, self.training, self.optimizer)
                 return {name: plain(name, v.get_value()) for name, v in variables(found).items()}
 
-            entries = (
-                self.finished.entries(f"block {path!r}", {"block": path, "of": self.of}, made)
-                if self.finished
-                else made()
-            )
+            entries = self.finished.entries(path, {"of": self.of}, made) if self.finished else made()
             nnx.update(own, restored("a finished block", state, entries))
         self.own.go_on(path, [returned(own, given) for given in inputs])
 
