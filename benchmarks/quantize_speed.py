@@ -1,4 +1,4 @@
-"""Time, memory and error of the solvers: `python -m benchmarks.quantize_speed --json out.json`.
+"""Time, memory and error of the solvers: `python benchmarks/quantize_speed.py --json out.json`.
 
 The baseline of binary coding is the alternation as it is published: for every weight the nearest of all levels, for
 every group the normal equations over all its weights. It runs on a share of the rows, and its time is scaled up.
@@ -7,15 +7,19 @@ That of nested k-means, with `lowbit[bench]` installed, is flash1dkmeans, the pa
 weighed by squares of random numbers, as if they were gradients.
 
 Additive codebooks stand beside residual k-means, which they start from, and beside what AQLM's own code once gave.
+
+GPTQ stands beside rounding to nearest, and LNQ beside the k-means that it starts from and the time that it may take.
 """
 
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import lowbit as lb
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script has its own folder there, not the repository's root
 from benchmarks.harness import Row, main, row
 
 K = N = 4096
@@ -31,9 +37,11 @@ LO, HI = 3, 8
 SHARE = 16
 """One row in so many is given to the baseline."""
 LAYER = 1024
+LNQ_SECONDS = 600.0
+"""At most, for a 4096 x 4096 weight at 2 bits."""
 AQLM_ERROR, AQLM_SECONDS = 0.03068, 55.3
-"""What the method's own code makes of `correlated_layer()` on a CPU with 2 cores: `AQEngine(layer).quantize` of
-github.com/Vahe1994/AQLM at commit e79a896, with torch 2.15 and the defaults of its `main.py`, but XTX in float32:
+"""What the method's own code makes of `correlated_layer(1024, 4096)` on a CPU with 2 cores: `AQEngine(layer).quantize`
+of github.com/Vahe1994/AQLM at commit e79a896, with torch 2.15 and the defaults of its `main.py`, but XTX in float32:
 2 codebooks of 8 bits, groups of 8 inputs, learning rate 1e-4, 100 steps a round, 1 % tolerance, beam 1. The error is
 the better one of seeds 0 (0.03108) and 1, the time that of seed 0."""
 
@@ -78,34 +86,51 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def correlated_layer() -> tuple[Any, Any]:
-    """A weight [k, n] with heavy tails, and the mean [k, k] of products of inputs with common factors, some loud."""
-    rng, k, n, rows = np.random.default_rng(0), LAYER, LAYER, 4 * LAYER
-    w = 0.02 * rng.standard_t(5, (k, n))
+def correlated_layer(k: int, rows: int) -> tuple[Any, Any]:
+    """A weight [k, k] with heavy tails, and the mean [k, k] of products of inputs with common factors, some loud."""
+    rng = np.random.default_rng(0)
+    w = 0.02 * rng.standard_t(5, (k, k))
     own = rng.standard_normal((rows, k))
     shared = rng.standard_normal((rows, k // 16)) @ rng.standard_normal((k // 16, k)) / np.sqrt(k // 16)
     x = (own + 2 * shared) * np.exp(0.5 * rng.standard_normal(k))
     return w.astype(np.float32), (x.T @ x / rows).astype(np.float32)
 
 
-def additive() -> Iterator[Row]:
+def of_output(w: Any, gram: Any, fmt: lb.Format, solver: Any, importance: Any) -> tuple[float, float]:
     """Seconds with compilation, and the squared error of the output over that of a weight of zeros."""
-    w, gram = correlated_layer()
+    start = time.perf_counter()
+    array = jax.block_until_ready(lb.quantize_array(w, fmt, solver, importance=jnp.asarray(importance)))
+    took = time.perf_counter() - start
+    d = np.asarray(lb.dequantize(array), np.float64) - w
+    return took, float((d * (gram @ d)).sum() / (w * (gram @ w.astype(np.float64))).sum())
+
+
+def additive() -> Iterator[Row]:
+    w, gram = correlated_layer(LAYER, 4 * LAYER)
     error, took = {}, {}
     for name, solver, importance in (
         ("kmeans", lb.residual_kmeans(), gram.diagonal()),
         ("additive", lb.additive_codebooks(), gram),
     ):
-        start = time.perf_counter()
-        array = lb.quantize_array(w, lb.codebook(2, 8, vec=8), solver, importance=jnp.asarray(importance))
-        jax.block_until_ready(array)
-        took[name] = time.perf_counter() - start
-        d = np.asarray(lb.dequantize(array), np.float64) - w
-        error[name] = float((d * (gram @ d)).sum() / (w * (gram @ w.astype(np.float64))).sum())
+        took[name], error[name] = of_output(w, gram, lb.codebook(2, 8, vec=8), solver, importance)
     yield row("m2v8_kmeans", took["kmeans"], "s", "additive codebooks", took["additive"])
     yield row("m2v8_kmeans_error", error["kmeans"], "of the output", "additive codebooks", error["additive"])
     yield row("m2v8_additive", took["additive"], "s", "AQLM's own code, as stated", AQLM_SECONDS)
     yield row("m2v8_additive_error", error["additive"], "of the output", "AQLM's own code, as stated", AQLM_ERROR)
+
+
+def second_order() -> Iterator[Row]:
+    w, gram = correlated_layer(K, K)
+    for name, fmt, solver, start, starts_from, importance in (
+        ("gptq4", lb.uniform(4, group=GROUP), lb.gptq(), lb.round_to_nearest(), "round to nearest", gram),
+        ("lnq2", lb.any_precision(2, 2), lb.lnq(), lb.nested_kmeans(), "k-means", gram.diagonal()),
+    ):
+        first, before = of_output(w, gram, fmt, start, importance)
+        took, after = of_output(w, gram, fmt, solver, gram)
+        yield row(name, took, "s", starts_from, first)
+        yield row(f"{name}_error", after, "of the output", starts_from, before)
+        if name == "lnq2":
+            yield row("lnq2_of_limit", took, "s", "the most it may take on 2 cores", LNQ_SECONDS)
 
 
 def binary() -> Iterator[Row]:
@@ -199,6 +224,7 @@ def nested() -> Iterator[Row]:
 def measure() -> Iterator[Row]:
     yield from binary()
     yield from nested()
+    yield from second_order()
     yield from additive()
 
 

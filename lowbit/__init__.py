@@ -38,15 +38,19 @@ if TYPE_CHECKING:
     from lowbit.io import read_checkpoint as read_checkpoint
     from lowbit.nn import Code as Code
     from lowbit.nn import Codebook as Codebook
+    from lowbit.nn import Fold as Fold
     from lowbit.nn import Rule as Rule
     from lowbit.nn import Scale as Scale
     from lowbit.nn import allocate as allocate
     from lowbit.nn import at_width as at_width
+    from lowbit.nn import awq as awq
     from lowbit.nn import calibrate as calibrate
     from lowbit.nn import compare as compare
     from lowbit.nn import explain as explain
     from lowbit.nn import load as load
+    from lowbit.nn import lwc as lwc
     from lowbit.nn import prepare as prepare
+    from lowbit.nn import q_rater as q_rater
     from lowbit.nn import quantize as quantize
     from lowbit.nn import report as report
     from lowbit.nn import save as save
@@ -75,10 +79,10 @@ _HOME = {
     "scaled_fp8": "formats", "uniform": "formats",
     "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
     "autotune": "autotuning", "tuned": "autotuning",
-    "CheckpointError": "io", "convert": "io", "export_checkpoint": "io", "export_gguf": "io",
-    "read_checkpoint": "io",
-    "Code": "nn", "Codebook": "nn", "Rule": "nn", "Scale": "nn", "allocate": "nn", "at_width": "nn", "calibrate": "nn",
-    "compare": "nn", "explain": "nn", "load": "nn", "prepare": "nn", "quantize": "nn", "report": "nn", "save": "nn",
+    "CheckpointError": "io", "convert": "io", "export_checkpoint": "io", "export_gguf": "io", "read_checkpoint": "io",
+    "Code": "nn", "Codebook": "nn", "Fold": "nn", "Rule": "nn", "Scale": "nn", "allocate": "nn", "at_width": "nn",
+    "awq": "nn", "calibrate": "nn", "compare": "nn", "explain": "nn", "load": "nn", "lwc": "nn", "prepare": "nn",
+    "q_rater": "nn", "quantize": "nn", "report": "nn", "save": "nn",
     "additive_codebooks": "quantizers", "alternating": "quantizers", "gptq": "quantizers",
     "greedy": "quantizers", "lnq": "quantizers", "nested_kmeans": "quantizers", "progressive": "quantizers",
     "quantize_array": "quantizers", "residual_kmeans": "quantizers", "round_to_nearest": "quantizers",

@@ -51,10 +51,17 @@ def by_mma_dx(t: QuantType, dy: jax.Array, fields: dict[str, jax.Array]) -> jax.
 
 
 def by_mma_dw(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array) -> dict[str, jax.Array]:
-    """The gradients of float fields in the kernels' layout: sums of dy^T x by codes, for dy [m, n]."""
+    """The gradients of the parameters of rows in the kernels' layout: sums of dy^T x by codes, for dy [m, n]."""
     from lowbit.kernels.mma_dw import parameter_gradients
 
     return parameter_gradients(kernel_layout(t), x, dy, fields, at=readings(t).index(t.decode))
+
+
+def by_mma_db(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array) -> dict[str, jax.Array]:
+    """Those of the tables that all rows share: sums of dy^T x by what the codes look up."""
+    from lowbit.kernels.mma_db import table_gradients
+
+    return table_gradients(kernel_layout(t), x, dy, fields, at=readings(t).index(t.decode))
 
 
 def by_sums(t: QuantType, x: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:

@@ -89,8 +89,8 @@ def matmul(
         a dense weight. "jvp" for forward mode too (`jax.jvp`, `jax.hessian`): JAX differentiates the product's program,
         in reverse mode with whatever memory that takes.
       lowering: the name of the form or kernel to run whatever it costs, or several of which the first that can is
-        taken. "mma_dx" and "xla_dx" say so of the gradient of x, "mma_dw" and "xla_dw" of those of w's fields.
-        `lb.explain` lists them all.
+        taken. "mma_dx" and "xla_dx" say so of the gradient of x, "mma_dw" and "xla_dw" of those of w's fields,
+        "mma_db" and "xla_db" of those that are tables which all rows share. `lb.explain` lists them all.
       numerics: "float"; or 8-bit integers, one for each activation ("int8") or two ("int8x2"), their products summed
         exactly: docs/int8.md bounds the rounding. Gradients are those in floats. If None w's own, see `lb.Rule`.
 

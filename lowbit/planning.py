@@ -129,8 +129,8 @@ def lowering(name: str | Sequence[str]) -> Iterator[None]:
     first of several that can run), whatever it costs.
 
     Functions compiled before are compiled again. Gradients are made as ever, those of activations as "mma_dx" or
-    "xla_dx" say where that is among the names, and those of weights as "mma_dw" or "xla_dw" do. `lb.explain` lists the
-    forms of a product; those that come out the same as another go by one name.
+    "xla_dx" say where that is among the names, and those of weights as "mma_dw" or "xla_dw" do, of codebooks "mma_db"
+    or "xla_db". `lb.explain` lists the forms of a product; those that come out the same as another go by one name.
 
     Raises LoweringError for a name that does not exist, and then in `lb.matmul` for one that a product does not have.
 

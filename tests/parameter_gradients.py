@@ -1,4 +1,4 @@
-"""What the sums of `lowbit.kernels.by_code` may be off by, from their arithmetic."""
+"""What the sums of `lowbit.kernels.by_code` and `buckets` may be off by, from their arithmetic."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lowbit.ir.dtypes import short
 from lowbit.ir.oracle import evaluate
 from lowbit.ir.transpose import transpose
 from lowbit.ir.walk import params
+from lowbit.kernels.buckets import LEAST, Buckets
 from lowbit.kernels.by_code import CodeSums
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS
@@ -33,7 +34,6 @@ def check_parameter_gradients(got: Mapping[str, Any], x: Any, dy: Any, w: QuantA
     all rows are rounded to halves, and so is each sum of two.
     """
     term = product_term(len(x), w.type, short(x.dtype))
-    leaf_dy = param("dy", short(dy.dtype), None, m=len(x), n=dy.shape[1])
     there, bounds, before = (
         own(QuantArray({**w.fields, **a}, w.type)).fields for a in (got, _bounds(got, x, dy, w), {})
     )
@@ -41,12 +41,47 @@ def check_parameter_gradients(got: Mapping[str, Any], x: Any, dy: Any, w: QuantA
         if name not in params(term):  # of another width
             assert not np.asarray(there[name]).any()
             continue
-        leaf = params(term)[name]
-        pulled = transpose(term, leaf, leaf_dy)
-        exact = evaluate(pulled, {**before, "x": x, "dy": dy})
-        exact = exact.transpose([list(pulled.dims).index(d) for d in leaf.dims])
-        bound = rounded(exact, np.asarray(bounds[name], np.float64), leaf.dtype)
+        exact = _cotangent(name, x, dy, before, w)
+        bound = rounded(exact, np.asarray(bounds[name], np.float64), params(term)[name].dtype)
         assert_within(there[name], exact, bound, f"the cotangent of {name!r}")
+
+
+def check_table_gradients(got: Mapping[str, Any], x: Any, dy: Any, w: QuantArray, products: int | None = None) -> None:
+    """`got` are the oracle's cotangents of tables that all rows share, of w in the kernels' layout.
+
+    A sum has a rounding for each of `products` in an entry of dy^T x (as many as rows, if None), for each tile, and
+    three to become integers and float32 again: its error is at most that many times the sum of |s| |dy| |x|. Each entry
+    that is added is also off by at most 2^-(2 L + 1) of the largest of its tile, or of what is taken for it.
+    """
+    of, before = kernel_layout(w.type), own(w).fields
+    buckets = Buckets(of.program(short(x.dtype), readings(w.type).index(w.type.decode)))
+    sizes, ones = (
+        {name: f(a) if jnp.issubdtype(a.dtype, jnp.floating) else a for name, a in before.items()}
+        for f in (jnp.abs, jnp.ones_like)
+    )
+    of_x, of_dy = np.abs(x.astype(np.float64)), np.abs(dy.astype(np.float64))
+    decode = w.type.decode
+    scales = evaluate(decode, {**sizes, **{name: ones[name] for name in got}})  # those of all tables together
+    scales = scales.transpose([list(decode.dims).index(d) for d in ("n", "k")])
+    largest = max((of_dy.T @ of_x * scales).max(), LEAST)
+    roundings = (len(x) if products is None else products) + of.tiles * of.stages + 3
+    first = np.arange(len(x))[:, None] == 0  # a row of ones counts the vectors
+    for name in got:
+        exact = _cotangent(name, x, dy, before, w)
+        size = _cotangent(name, np.abs(x), np.abs(dy), sizes, w)
+        count = _cotangent(name, (0 * x + first).astype(x.dtype), (0 * dy + first).astype(dy.dtype), ones, w)
+        bound = gamma(roundings, "f32") * size + 2.0 ** -(2 * buckets.most + 1) * largest * count
+        bound = rounded(exact, bound, short(w.fields[name].dtype))
+        assert_within(got[name], exact, bound, f"the cotangent of {name!r}")
+
+
+def _cotangent(name: str, x: Any, dy: Any, fields: Mapping[str, Any], w: QuantArray) -> Any:
+    """The oracle's, in the field's order of dims."""
+    term = product_term(len(x), w.type, short(x.dtype))
+    leaf = params(term)[name]
+    pulled = transpose(term, leaf, param("dy", short(dy.dtype), None, m=len(x), n=dy.shape[1]))
+    exact = evaluate(pulled, {**fields, "x": x, "dy": dy})
+    return exact.transpose([list(pulled.dims).index(d) for d in leaf.dims])
 
 
 def _bounds(got: Mapping[str, Any], x: Any, dy: Any, w: QuantArray) -> dict[str, jax.Array]:

@@ -76,7 +76,7 @@ def bits_per_byte(model: TinyLM, text: bytes, *, every: int = 1, batch: int = 16
     total = 0.0
     for i in range(0, len(inputs), batch):
         total += float(_nats(model, *(jnp.asarray(part[i : i + batch]) for part in (inputs, targets, counts))))
-    return total / math.log(2) / counts.sum()
+    return total / math.log(2) / int(counts.sum())
 
 
 def main() -> None:

@@ -53,6 +53,12 @@ class Alu(Protocol):
         """Words of shared memory that follow each other, from so many bytes behind an address."""
 
     def store_words(self, memory: Any, address: Register, words: Sequence[Register], behind: int) -> None: ...
+    def add_word(self, memory: Any, address: Register, value: Register, behind: int) -> None:
+        """Adds an integer to a word of shared memory, whichever lanes do so at a time."""
+
+    def barrier(self) -> None:
+        """Waits until the whole warpgroup is here, and has done to shared memory what comes before."""
+
     def across(self, a: Register, distance: int) -> Register:
         """What the lane holds whose number differs by the bits of `distance`."""
 
@@ -74,6 +80,12 @@ class Alu(Protocol):
 
     def larger(self, a: Register, b: Register) -> Register:
         """Of two float32, NaN if one of them is."""
+
+    def larger_size(self, a: Register, b: Register) -> Register:
+        """Of |a| and |b| in float32, NaN if one of them is."""
+
+    def from_integer(self, a: Register) -> Register:
+        """float32 of a signed integer, rounded to nearest even."""
 
     def number(self, value: float) -> Register:
         """A float32 constant."""
@@ -142,6 +154,12 @@ class NumpyAlu:
         for i, word in enumerate(words):
             memory[0][(address + np.uint32(behind)) // 4 + np.uint32(i)] = word
 
+    def add_word(self, memory: Any, address: Register, value: Register, behind: int) -> None:
+        np.add.at(memory[0], (address + np.uint32(behind)) // 4, value)
+
+    def barrier(self) -> None:
+        pass  # all lanes are one array
+
     def across(self, a: Register, distance: int) -> Register:
         return a[np.arange(len(a)) ^ distance]
 
@@ -176,6 +194,12 @@ class NumpyAlu:
 
     def larger(self, a: Register, b: Register) -> Register:
         return _bits(np.maximum(_float(a), _float(b)))
+
+    def larger_size(self, a: Register, b: Register) -> Register:
+        return _bits(np.maximum(abs(_float(a)), abs(_float(b))))
+
+    def from_integer(self, a: Register) -> Register:
+        return _bits(a.view(np.int32))
 
     def number(self, value: float) -> Register:
         return _bits(np.array([value], np.float32))

@@ -9,7 +9,8 @@ Binary coding and whole numbers times a scale have sets of at most one bit, a st
 codes of its own entries of G: accumulators lie as WGMMA's operand A of halves does, whose order words are stored in.
 
 Weights from tables of all rows have at most one parameter of their row, a scale. Its gradient is the sum of G times
-what they are without it, decoded as for a product. Those of the tables are not sums of a row.
+what they are without it, decoded as for a product. Those of the tables are no sums of a row: see
+`lowbit.kernels.buckets`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,11 @@ And for those of the weight's parameters:
 
 mma_dw   the kernel: sums of dy^T x by codes, as `lowbit.kernels.by_code` says
 xla_dw   the cheapest forms of their terms
+
+But for those of tables that all rows share:
+
+mma_db   the kernel: sums of dy^T x by the vectors that codes look up, as `lowbit.kernels.buckets` says
+xla_db   the cheapest forms of their terms
 """
 
 from __future__ import annotations
@@ -21,10 +26,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
+from typing import TypeVar
 
 from lowbit.devices import no_kernels_here, variant_here
 from lowbit.ir.dtypes import DType, bits
 from lowbit.ir.expr import Expr
+from lowbit.kernels.buckets import Buckets
 from lowbit.kernels.by_code import CodeSums
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import OneBit, Wide
@@ -35,8 +42,8 @@ from lowbit.kernels.partial import Sums
 from lowbit.passes.pointwise import UnsuitableError
 
 KERNELS = ("mma", "sums", "fp8", "dense")
-DX, DW = ("mma_dx", "xla_dx"), ("mma_dw", "xla_dw")
-GRADIENTS = (*DX, *DW)
+DX, DW, DB = ("mma_dx", "xla_dx"), ("mma_dw", "xla_dw"), ("mma_db", "xla_db")
+GRADIENTS = (*DX, *DW, *DB)
 BYTES_A_NANOSECOND = 3350 * 0.8
 """Of an H100's memory, at the share of its peak that streaming kernels are expected to reach."""
 PRODUCTS_A_NANOSECOND = 495_000
@@ -51,6 +58,8 @@ LOADED, ISSUED = 32, 128
 """Words of shared memory that an SM moves for its lanes each clock, and instructions of a lane that it issues."""
 INSTRUCTIONS: dict[type, float] = {OneBit: 1.6, Wide: 10}
 """Of `mma` for a weight, as `make aot` counts them, where an SM issues fewer than memory brings weights for."""
+
+_Sums = TypeVar("_Sums", CodeSums, Buckets)
 
 
 @dataclass(frozen=True)
@@ -204,24 +213,45 @@ def _no_float8(readings: Sequence[Expr], at: int, laid_out: str, code: DType) ->
 def dw_choice(
     m: int, readings: Sequence[Expr], at: int, stored: int, laid_out: str, dtype: DType, machine: str
 ) -> KernelChoice:
-    """Of the gradients of all parameters, for x [m, k] and a product's cotangent [m, n], both in `dtype`."""
+    """Of the gradients of the parameters of rows, for x [m, k] and a product's cotangent [m, n], both in `dtype`."""
     n, k = readings[0].dims["n"], readings[0].dims["k"]
-    halves = _no_halves(dtype, machine)
-    why, instructions = (halves, 0) if halves else _summed(readings, at, laid_out)
+    sums = _no_halves(dtype, machine) or _sums_of(CodeSums, readings, at, laid_out)
+    made = _of_outer("mma_dw", m, readings[0], stored)
+    if isinstance(sums, str):
+        return made.unless(sums)
+    return replace(made, nanoseconds=made.nanoseconds + n * k * _busy(0, sums.instructions))
+
+
+def db_choice(
+    m: int, readings: Sequence[Expr], at: int, stored: int, laid_out: str, dtype: DType, machine: str
+) -> KernelChoice:
+    """The same of all tables that all rows share."""
+    sums = _no_halves(dtype, machine) or _sums_of(Buckets, readings, at, laid_out)
+    made = _of_outer("mma_db", m, readings[0], stored)
+    if isinstance(sums, str):
+        return made.unless(sums)
+    of = layout(*readings)
+    parts = 2 * 4 * of.tiles * of.stages * sums.words / BYTES_A_NANOSECOND  # written, and read again
+    added = of.n * of.k * _busy(sums.loaded, sums.issued)
+    return replace(made, nanoseconds=made.nanoseconds + (sums.bands(of)[0] - 1) * LAUNCH + added + parts)
+
+
+def _of_outer(name: str, m: int, w: Expr, stored: int) -> KernelChoice:
+    """dy^T x, tile by tile, beside so many bytes of weights."""
+    n, k = w.dims["n"], w.dims["k"]
     nbytes = stored + 2 * m * (n + k)
     multiplied = max(nbytes / BYTES_A_NANOSECOND, m * n * k / (PRODUCTS_A_NANOSECOND * MULTIPLYING))
-    summed = n * k * _busy(0, instructions)
-    return KernelChoice("mma_dw", why, nbytes, LAUNCH + multiplied + summed)
+    return KernelChoice(name, None, nbytes, LAUNCH + multiplied)
 
 
-def _summed(readings: Sequence[Expr], at: int, laid_out: str) -> tuple[str | None, int]:
-    """Why sums by codes do not give the gradients, or the instructions that one entry of the dense one takes."""
+def _sums_of(kind: type[_Sums], readings: Sequence[Expr], at: int, laid_out: str) -> _Sums | str:
+    """What is summed, or why that does not give the gradients."""
     if (why := _no_layout(readings, laid_out)) is not None:
-        return why, 0
+        return why
     try:
-        return None, CodeSums(layout(*readings).program("f16", at)).instructions
+        return kind(layout(*readings).program("f16", at))
     except UnsuitableError as err:
-        return str(err), 0
+        return str(err)
 
 
 def restoring(readings: Sequence[Expr], stored: int, laid_out: str) -> float:

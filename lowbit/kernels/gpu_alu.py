@@ -87,6 +87,14 @@ class GpuAlu:
         vector_type = ir.VectorType.get((len(words),), i32())
         llvm.store(vector.from_elements(vector_type, list(words)), pointer, alignment=4 * len(words))
 
+    def add_word(self, memory: Any, address: Register, value: Register, behind: int) -> None:
+        del memory
+        code = f"red.shared.add.u32 [$0 + {behind}], $1;"
+        llvm.inline_asm(None, [address, value], code, "r,r,~{memory}", has_side_effects=True)
+
+    def barrier(self) -> None:
+        utils.warpgroup_barrier()
+
     def across(self, a: Register, distance: int) -> Register:
         return utils.shfl_bfly(a, distance)
 
@@ -116,6 +124,12 @@ class GpuAlu:
 
     def larger(self, a: Register, b: Register) -> Register:
         return ptx("max.NaN.f32 $0, $1, $2;", a, b)
+
+    def larger_size(self, a: Register, b: Register) -> Register:
+        return ptx("{ .reg .b32 x, y; abs.f32 x, $1; abs.f32 y, $2; max.NaN.f32 $0, x, y; }", a, b)
+
+    def from_integer(self, a: Register) -> Register:
+        return ptx("cvt.rn.f32.s32 $0, $1;", a)
 
     def number(self, value: float) -> Register:
         return constant(int(np.float32(value).view(np.uint32)))

@@ -90,6 +90,24 @@ def too_much_for_int8(program: Program) -> str | None:
     return _too_much(results(FEWEST), stage_bytes(program, FEWEST // 2))
 
 
+STEP = 64
+"""Rows of x that the schedules `mma_dw` and `mma_db` multiply at a time."""
+
+
+def dw_stage() -> int:
+    """Of what a step of theirs fetches."""
+    return 2 * STEP * (WARPGROUPS * ROWS + STAGE)
+
+
+def too_much_for_db(words: int) -> str | None:
+    """The same of the schedule `mma_db`, with two integers for each of so many sums of a warpgroup."""
+    return _too_much(db_beside(words), dw_stage())
+
+
+def db_beside(words: int) -> int:
+    return 2 * 4 * WARPGROUPS * words
+
+
 def _too_much(beside: int, stage: int) -> str | None:
     needed = beside + 2 * stage
     return None if needed <= SHARED else f"a block needs {needed:,} bytes of shared memory, and there are {SHARED:,}"

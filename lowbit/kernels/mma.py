@@ -119,12 +119,12 @@ def launch(
 
 def started(
     body: Callable[..., None], out: tuple[int, ...], grid: tuple[int, ...], scratch: Sequence[Any], verbs: Verbs,
-    axes: tuple[str, ...] = AXES,
+    axes: tuple[str, ...] = AXES, dtype: Any = jnp.float32,
 ) -> Callable[..., jax.Array]:  # fmt: skip
-    """A kernel of blocks in a grid along axes, the last of which is that of warpgroups: it gives one f32 array."""
+    """A kernel of blocks in a grid along axes, the last of which is that of warpgroups: it gives one array."""
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(out, jnp.float32),
+        out_type=jax.ShapeDtypeStruct(out, dtype),
         scratch_types=scratch,
         grid=grid,
         grid_names=axes[:-1],

@@ -7,7 +7,7 @@ registers; one more fetches dy and x by TMA. Then the tile's codes say which of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
@@ -20,13 +20,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lowbit.ir.dtypes import is_float, short
-from lowbit.kernels.alu import HALVES
+from lowbit.kernels.alu import HALVES, Half
 from lowbit.kernels.arrange import Fields
 from lowbit.kernels.by_code import CodeSums
 from lowbit.kernels.computed import Books
 from lowbit.kernels.decoders import ROWS, STAGE
+from lowbit.kernels.lanes import Program
 from lowbit.kernels.layout import WARPGROUPS, Layout
-from lowbit.kernels.memory import SHARED, looked_up
+from lowbit.kernels.memory import SHARED, STEP, dw_stage, looked_up
 from lowbit.kernels.mma import HALF, fetch_books, pipelined, started
 from lowbit.kernels.product import in_order, shared_tables
 from lowbit.kernels.verbs import Gpu, Verbs
@@ -34,8 +35,6 @@ from lowbit.passes.scalar import Element
 
 AXES = ("row", "stage", "group")
 """Of a launch: tiles of rows, stages of inputs, and the warpgroups of a block."""
-STEP = 64
-"""Rows of x that are multiplied at a time."""
 
 
 def parameter_gradients(
@@ -48,13 +47,8 @@ def parameter_gradients(
       at: which of its widths the weights were read at.
       verbs: what it runs on, the GPU if None.
     """
-    kind = short(x.dtype)
-    if kind not in ("f16", "bf16") or dy.dtype != x.dtype:
-        raise TypeError(f"x is {x.dtype} and dy {dy.dtype}: the matrix unit multiplies two float16 or two bfloat16")
-    sums = CodeSums(of.program(kind, at))
-    more = STEP * ceil(len(x) / STEP) - len(x)
-    x = in_order(jnp.pad(x, ((0, more), (0, of.stages * STAGE - of.k))), sums.program.decoder.consecutive)
-    dy = jnp.pad(dy, ((0, more), (0, of.tiles * ROWS - of.n)))
+    sums = CodeSums(of.program(kind_of(x, dy), at))
+    x, dy = padded(of, sums.program, x, dy)
     words = [fields[name] for name in of.words_read(at)]
     decoder = sums.program.decoder
     tables = [shared_tables(sums.program, decoder, fields)] if isinstance(decoder, Books) else []
@@ -67,6 +61,21 @@ def parameter_gradients(
 
     (out,) = jax.vjp(terms, floats)[1](made)
     return dict(out)
+
+
+def kind_of(x: jax.Array, dy: jax.Array) -> Half:
+    """Raises TypeError where they are not two of the same halves."""
+    kind = short(x.dtype)
+    if kind not in ("f16", "bf16") or dy.dtype != x.dtype:
+        raise TypeError(f"x is {x.dtype} and dy {dy.dtype}: the matrix unit multiplies two float16 or two bfloat16")
+    return kind
+
+
+def padded(of: Layout, program: Program, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both with whole steps of rows and whole tiles, x in the program's order."""
+    more = STEP * ceil(len(x) / STEP) - len(x)
+    x = in_order(jnp.pad(x, ((0, more), (0, of.stages * STAGE - of.k))), program.decoder.consecutive)
+    return x, jnp.pad(dy, ((0, more), (0, of.tiles * ROWS - of.n)))
 
 
 def by_span(of: Layout, sums: CodeSums, fields: Fields) -> dict[Element, jax.Array]:
@@ -99,11 +108,10 @@ class _Schedule:
 
     @property
     def depth(self) -> int:
-        """Steps in flight, a power of two: four if they fit. Two do beside the sums of any table, or beside books."""
+        """Two fit beside the sums of any table, or beside books."""
         beside = 4 * WARPGROUPS * self.sums.spans * len(self.sums.subsets) * ROWS
         beside += looked_up(self.sums.program) if self.sums.unscaled else 0
-        fit = (SHARED - beside) // (2 * STEP * (WARPGROUPS * ROWS + STAGE))
-        return 4 if min(fit, self.steps) >= 4 else 2
+        return steps_in_flight(beside, self.steps)
 
     def body(self, dy: Any, x: Any, *refs: Any) -> None:
         """The kernel."""
@@ -116,8 +124,7 @@ class _Schedule:
 
         fetch_books(books, shared, group)
 
-        def compute(pipeline: Callable[..., Any]) -> None:
-            total = verbs.accumulated((ROWS, STAGE), pipeline)
+        def summed(total: jax.Array) -> None:
             loaded = [verbs.words(ref.at[tile, stage], False) for ref in words]
             if sums.unscaled:
                 plgpu.barrier_wait(shared[1])
@@ -130,13 +137,27 @@ class _Schedule:
             plgpu.copy_smem_to_gmem(staging.at[group], out.at[tile, pl.ds(stage * sums.spans, sums.spans)])
             plgpu.wait_smem_to_gmem(0)
 
-        def step(_: Any, dy: Any, x: Any, total: Any) -> Any:
-            total = verbs.add_outer(total, dy.at[:, pl.ds(group * ROWS, ROWS)], x)
-            verbs.release()
-            return total
+        multiplied(verbs, self.steps, self.depth, (row, stage, group), summed)(dy, x)
 
-        specs = [
-            plgpu.BlockSpec((STEP, WARPGROUPS * ROWS), lambda m: (m, row), transforms=HALF),
-            plgpu.BlockSpec((STEP, STAGE), lambda m: (m, stage), transforms=HALF),
-        ]
-        pipelined(step, self.steps, specs, self.depth, compute)(dy, x)
+
+def steps_in_flight(beside: int, steps: int) -> int:
+    """A power of two: four if they fit beside so many bytes, or two."""
+    return 4 if min((SHARED - beside) // dw_stage(), steps) >= 4 else 2
+
+
+def multiplied(
+    verbs: Verbs, steps: int, depth: int, at: Sequence[jax.Array], then: Callable[[jax.Array], None]
+) -> Callable[..., None]:
+    """The tile of G at a place along AXES, from (dy, x): what computes goes on with it in `then`."""
+    row, stage, group = at
+
+    def step(_: Any, dy: Any, x: Any, total: Any) -> Any:
+        total = verbs.add_outer(total, dy.at[:, pl.ds(group * ROWS, ROWS)], x)
+        verbs.release()
+        return total
+
+    specs = [
+        plgpu.BlockSpec((STEP, WARPGROUPS * ROWS), lambda m: (m, row), transforms=HALF),
+        plgpu.BlockSpec((STEP, STAGE), lambda m: (m, stage), transforms=HALF),
+    ]
+    return pipelined(step, steps, specs, depth, lambda run: then(verbs.accumulated((ROWS, STAGE), run)))

@@ -1,4 +1,4 @@
-"""Partial sums on the GPU: `lowbit.kernels.partial` over registers and shared memory."""
+"""Sums in shared memory on the GPU: `lowbit.kernels.partial` and `lowbit.kernels.buckets` over it and registers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
+from lowbit.kernels.buckets import Buckets
 from lowbit.kernels.decoders import ROWS
 from lowbit.kernels.gpu_alu import GpuAlu, i32, this_lane
 from lowbit.kernels.lane_gpu import ROW, WORDS, of_rows, raw
@@ -43,6 +44,18 @@ def total_in_registers(sums: Sums, table: Any, words: jax.Array, *scales: jax.Ar
 
     made: Sequence[jax.Array] = totalled(table, words, *scales)
     return made
+
+
+def bucketed_in_shared(buckets: Buckets, table: Any, total: jax.Array, words: jax.Array, *stored: jax.Array) -> None:
+    """As `buckets.in_numpy`, in `table`; `total` in WGMMA's layout, `words` in WORDS, `stored` in ROW."""
+    types = (plgpu.RefType(), plgpu.Layout.WGMMA, WORDS[len(words)], *(ROW for _ in stored))
+
+    @plgpu.inline_mgpu(arg_types=types)
+    def bucketed(ctx: Any, table: Any, total: Any, words: Any, *stored: Any) -> None:
+        del ctx
+        buckets(GpuAlu(), this_lane(), raw(total), raw(words), [raw(s) for s in stored], _memory(table))
+
+    bucketed(table, total, words, *stored)
 
 
 def _memory(ref: Any) -> tuple[Any, Any]:

@@ -99,7 +99,7 @@ def operands_of_sums(of: Layout, how: Sums, x: jax.Array, fields: Fields) -> lis
     padded = jnp.pad(x.astype(jnp.float32), ((0, how.columns - len(x)), (0, of.stages * STAGE - of.k)))
     stored = [fields[name] for name in of.read() if name not in of.books]
     if isinstance(decoder := how.program.decoder, Books):
-        return [*stored, jnp.stack(_vectors(decoder, fields, jnp.float32)), padded]
+        return [*stored, jnp.stack(vectors(decoder, fields, jnp.float32)), padded]
     return [*stored, in_order(padded, how.source.grain)]  # a lane has every fourth pair of inputs
 
 
@@ -143,11 +143,11 @@ def in_order(x: jax.Array, consecutive: int) -> jax.Array:
 
 def shared_tables(program: Program, decoder: Books, fields: Fields) -> jax.Array:
     """Tables of all rows as they are copied to shared memory, from what is stored."""
-    each = _vectors(decoder, fields, HALVES[program.kind])
+    each = vectors(decoder, fields, HALVES[program.kind])
     return jnp.broadcast_to(jnp.stack(each)[:, :, None], decoder.shape).reshape(program.table_shape)
 
 
-def _vectors(decoder: Books, fields: Fields, dtype: Any) -> list[jax.Array]:
+def vectors(decoder: Books, fields: Fields, dtype: Any) -> list[jax.Array]:
     """The vectors [entry, input] of each look-up."""
     each = []
     for lookup in decoder.lookups:

@@ -18,6 +18,8 @@ from lowbit.compat import load, transposed
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.kernels import int8_lanes
 from lowbit.kernels.alu import HALVES
+from lowbit.kernels.buckets import Buckets
+from lowbit.kernels.buckets import in_numpy as buckets_in_numpy
 from lowbit.kernels.by_code import CodeSums
 from lowbit.kernels.by_code import in_numpy as sums_in_numpy
 from lowbit.kernels.decoders import ROWS, STAGE
@@ -33,7 +35,7 @@ from lowbit.kernels.lane_gpu import (
 )
 from lowbit.kernels.lanes import Program, in_numpy, tables_in_numpy
 from lowbit.kernels.partial import Sums, filled_in_numpy, total_in_numpy
-from lowbit.kernels.partial_gpu import filled_in_shared, total_in_registers
+from lowbit.kernels.partial_gpu import bucketed_in_shared, filled_in_shared, total_in_registers
 
 Ref = Any
 IntegersOfStage = tuple[Sequence[jax.Array], Sequence[jax.Array]]
@@ -89,6 +91,9 @@ class Verbs(Protocol):
 
     def by_code(self, sums: CodeSums, at: int, total: jax.Array, words: Sequence[jax.Array]) -> Sequence[jax.Array]:
         """Those of one span of a stage by its codes, f32 [ROWS] each."""
+
+    def bucket(self, buckets: Buckets, table: Ref, total: jax.Array, words: jax.Array, *stored: jax.Array) -> None:
+        """table = the sums of a tile for each vector of some tables, in the first half, as bits of float32."""
 
     def fill(self, sums: Sums, table: Ref, x: Ref, *books: Ref) -> None:
         """Make half of the tables of partial sums, from its half of x and the codebooks."""
@@ -165,6 +170,9 @@ class Gpu:
 
     def by_code(self, sums: CodeSums, at: int, total: jax.Array, words: Sequence[jax.Array]) -> Sequence[jax.Array]:
         return sums_in_registers(sums, at, total, words)
+
+    def bucket(self, buckets: Buckets, table: Ref, total: jax.Array, words: jax.Array, *stored: jax.Array) -> None:
+        bucketed_in_shared(buckets, table, total, words, *stored)
 
     def fill(self, sums: Sums, table: Ref, x: Ref, *books: Ref) -> None:
         filled_in_shared(sums, table, x, *books)
@@ -249,6 +257,13 @@ class Twin:
 
         out = [jax.ShapeDtypeStruct((ROWS,), jnp.float32)] * len(sums.subsets)
         return jax.pure_callback(made, out, total, *words)
+
+    def bucket(self, buckets: Buckets, table: Ref, total: jax.Array, words: jax.Array, *stored: jax.Array) -> None:
+        def made(*operands: Any) -> Any:
+            return buckets_in_numpy(buckets, *map(np.asarray, operands))
+
+        out = jax.ShapeDtypeStruct(buckets.table_shape, jnp.int32)
+        table[...] = jax.pure_callback(made, out, total, words, *stored)
 
     def fill(self, sums: Sums, table: Ref, x: Ref, *books: Ref) -> None:
         def filled(*stored: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from lowbit.nn.allocate import Allocation as Allocation
 from lowbit.nn.allocate import allocate as allocate
+from lowbit.nn.awq import awq as awq
 from lowbit.nn.calibrate import LayerStats as LayerStats
 from lowbit.nn.calibrate import calibrate as calibrate
 from lowbit.nn.checkpoint import load as load
@@ -10,6 +11,7 @@ from lowbit.nn.conv import Conv as Conv
 from lowbit.nn.einsum import Einsum as Einsum
 from lowbit.nn.experts import Experts as Experts
 from lowbit.nn.experts import QuantizedExperts as QuantizedExperts
+from lowbit.nn.fold import Fold as Fold
 from lowbit.nn.general import LinearGeneral as LinearGeneral
 from lowbit.nn.growth import Comparison as Comparison
 from lowbit.nn.growth import compare as compare
@@ -25,7 +27,9 @@ from lowbit.nn.layers import Embed as Embed
 from lowbit.nn.layers import Linear as Linear
 from lowbit.nn.linen import Linen as Linen
 from lowbit.nn.lora import lora as lora
+from lowbit.nn.lwc import lwc as lwc
 from lowbit.nn.prepare import prepare as prepare
+from lowbit.nn.q_rater import q_rater as q_rater
 from lowbit.nn.quantize import quantize as quantize
 from lowbit.nn.reading import at_width as at_width
 from lowbit.nn.report import Report as Report

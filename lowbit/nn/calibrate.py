@@ -43,6 +43,7 @@ class LayerStats:
         others can make up for. Its diagonal is the second moment.
       guided_gram: float32 [c, k, k], the same for each of c equal chunks of consecutive outputs, a row counting as much
         as the mean over the chunk of (1e3 dL/dy) squared: GuidedQuant's Hessians (Kim et al., ICML 2025).
+      magnitude: float32 [k], the mean of |x| of each input, which `lb.awq` scales weights by.
 
     Of a stack of matrices each slice has its own, with its axes before k or n; k and n run as in the quantized layer.
     The experts of a mixture are measured together.
@@ -55,6 +56,7 @@ class LayerStats:
     output_gradient: jax.Array | None = None
     gram: jax.Array | None = None
     guided_gram: jax.Array | None = None
+    magnitude: jax.Array | None = None
 
 
 def calibrate(

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.kinds import KINDS, statistic_shape, weight
@@ -51,22 +52,36 @@ def _unshared(value: jax.Array, stack: int, name: str) -> jax.Array:
     return jnp.expand_dims(value, tuple(range(-own - stack, -own))) if own else value
 
 
+def all_zero(stats: Mapping[str, LayerStats], rules: Mapping[str, Rule]) -> list[str]:
+    """The layers that were measured, but of which all numbers that a rule needs are zero; traced ones are not seen."""
+
+    def is_zero(value: Any) -> bool:
+        return not isinstance(value, jax.core.Tracer) and not np.asarray(value).any()
+
+    return [p for p, rule in rules.items() if p in stats and any(is_zero(getattr(stats[p], n)) for n in needed(rule))]
+
+
 def check_measured(stats: Mapping[str, LayerStats], rules: Mapping[str, Rule], layers: Mapping[str, Any]) -> None:
     """Raises ValueError unless every statistic that a rule needs of a layer was measured, on a weight of its shape,
     and is finite."""
     for path in sorted(stats.keys() & rules.keys()):
         for name in needed(rules[path]):
-            value, shape = getattr(stats[path], name), weight(layers[path]).shape
-            if value is None:
+            if getattr(stats[path], name) is None:
                 raise ValueError(
                     f"the quantizer of layer {path!r} weighs errors by {name!r}, which stats does not have: "
                     "lb.calibrate(..., rules=rules) measures what the rules need"
                 )
-            chunks = value.shape[-3] if name == "guided_gram" and value.ndim > 2 else 1
-            if value.shape != (statistic_shape(layers[path], SIDE[name], chunks) if name in SIDE else shape):
-                raise ValueError(
-                    f"stats has {name!r} of layer {path!r} with the shape {value.shape}, but the weight's is {shape}: "
-                    "calibrate this model"
-                )
-            check = check_gram if name in GRAMS else check_importance
-            check(value, f"{name!r} of layer {path!r} in stats")
+            check_statistic(stats, path, name, layers[path])
+
+
+def check_statistic(stats: Mapping[str, LayerStats], path: str, name: str, layer: Any) -> None:
+    """Raises ValueError unless what was measured of a layer is of a weight of its shape, and finite."""
+    value, shape = getattr(stats[path], name), weight(layer).shape
+    chunks = value.shape[-3] if name == "guided_gram" and value.ndim > 2 else 1
+    if value.shape != (statistic_shape(layer, SIDE[name], chunks) if name in SIDE else shape):
+        raise ValueError(
+            f"stats has {name!r} of layer {path!r} with the shape {value.shape}, but the weight's is {shape}: "
+            "calibrate this model"
+        )
+    check = check_gram if name in GRAMS else check_importance
+    check(value, f"{name!r} of layer {path!r} in stats")

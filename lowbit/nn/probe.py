@@ -14,7 +14,9 @@ from lowbit.nn.around import Around
 from lowbit.nn.kernel import joined
 from lowbit.nn.kinds import KINDS, statistic_shape, weight
 
-SIDE = {"second_moment": "k", "largest": "k", "gram": "kk", "output_gradient": "n", "guided_gram": "ckk"}
+SIDE = {
+    "second_moment": "k", "largest": "k", "magnitude": "k", "gram": "kk", "output_gradient": "n", "guided_gram": "ckk",
+}  # fmt: skip
 """The dims of a statistic: a number for each input, pair of inputs, output, or pair of inputs in each chunk of outputs.
 The others have the weight's shape."""
 TAPPED = ("output_gradient", "guided_gram")
@@ -90,6 +92,8 @@ class Probe(Around):
             self.move(self.second_moment, (rows**2).sum(-2), count, self.rows.get_value())
         if "largest" in self.wanted:
             self.largest.set_value(jnp.maximum(self.largest.get_value(), jnp.abs(rows).max(-2, initial=0.0)))
+        if "magnitude" in self.wanted:
+            self.move(self.magnitude, jnp.abs(rows).sum(-2), count, self.rows.get_value())
         if "gram" in self.wanted:
             products = jnp.matmul(rows.mT, rows, precision=jax.lax.Precision.HIGHEST)
             self.move(self.gram, products, count, self.rows.get_value())

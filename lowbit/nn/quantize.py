@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, MutableMapping, MutableSequence, Sequence
 from os import PathLike
 from typing import Any, TypeVar
 
 import jax
 from absl import logging
 from flax import nnx
-from rich.console import Console
-from rich.progress import Progress
 
 from lowbit.nn.calibrate import LayerStats
-from lowbit.nn.importance import check_measured, importance
+from lowbit.nn.importance import all_zero, check_measured, importance
 from lowbit.nn.kernel import Kernel, error_stats, expect_module, joined
 from lowbit.nn.kinds import KINDS, NAMES, QUANTIZED, dense_matrices, layers, refusal, weight
 from lowbit.nn.linen import Linen, opened
+from lowbit.nn.progress import bar
 from lowbit.nn.resume import Finished
 from lowbit.nn.rules import Rule, Rules, as_rules, assign, needed
 from lowbit.quant_type import QuantType, check_products
@@ -54,8 +51,8 @@ def quantize(
       stats: what `lb.calibrate` measured. Binary-coding solvers then weigh the error of each input by its second
         moment, which is the expected error of the layer's output, or by what else they were told to (`lb.alternating`);
         `lb.additive_codebooks` takes `gram`, and round to nearest has no use for any. A logged warning names layers of
-        which it has nothing: they are not weighed. Layers that share one quantized weight are weighed by the statistics
-        of the first.
+        which it has nothing, or zeros: they are not weighed. Layers that share one quantized weight are weighed by the
+        statistics of the first.
       donate: free each dense weight of `model` as soon as it is quantized. The old model is unusable afterwards. A
         weight that a part left dense uses too is kept.
       progress: show a progress bar; by default when standard error is a terminal.
@@ -93,7 +90,7 @@ def quantize(
     _check(model, found, chosen, stats or {})
     finished = None if resume is None else Finished(resume, chosen.values())
     job = _Job(_holders(model) if donate else None, stats or {}, finished)
-    with _bar(progress, len(chosen)) as advance:
+    with bar(progress, len(chosen), "quantizing") as advance:
 
         def replace(path: tuple[Any, ...], node: Any) -> Any:
             rule = chosen.get(joined(path)) if type(node) in KINDS else None
@@ -134,6 +131,8 @@ def _check(
     check_measured(stats, chosen, found)
     if unmeasured := [path for path, rule in chosen.items() if stats and path not in stats and needed(rule)]:
         logging.warning("lowbit: stats has nothing of %s: all their errors weigh the same", ", ".join(unmeasured))
+    if zeros := all_zero(stats, chosen):
+        logging.warning("lowbit: what stats has of %s is zero: all their errors weigh the same", ", ".join(zeros))
 
 
 def others(model: nnx.Module) -> dict[str, nnx.Module]:
@@ -225,22 +224,3 @@ class _Job:
         if not self.holders[id(weight)]:
             jax.block_until_ready((kernel.array, kernel.stats.get_value()))
             weight.delete()
-
-
-def _bar(progress: bool | None, total: int) -> Any:
-    if not (sys.stderr.isatty() if progress is None else progress):
-        return nullcontext(lambda: None)
-    return _Bar(total)
-
-
-class _Bar:
-    def __init__(self, total: int) -> None:
-        self.bar = Progress(console=Console(stderr=True))
-        self.task = self.bar.add_task("quantizing", total=total)
-
-    def __enter__(self) -> Callable[[], None]:
-        self.bar.start()
-        return lambda: self.bar.advance(self.task)
-
-    def __exit__(self, *exc: object) -> None:
-        self.bar.stop()

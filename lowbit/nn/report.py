@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lowbit.array import QuantArray
 from lowbit.autotuning.lookup import measured
-from lowbit.backward import floats, planned_dw, planned_dx
+from lowbit.backward import floats, planned_db, planned_dw, planned_dx, tables
 from lowbit.ir.dtypes import short
 from lowbit.nn.kernel import Kernel, Stats, expect_module, kernels
 from lowbit.nn.kinds import KINDS, QUANTIZED, layers
@@ -176,9 +176,11 @@ def explain(layer: Any, batch: int = 1, platform: str | None = None, dtype: Any 
 def _explained(batch: int, t: QuantType, platform: str | None, dtype: Any, gradient: bool) -> str:
     made = plan((batch, dict(t.dims)["k"]), t, platform, dtype)
     entry = measured(batch, t, short(dtype)) if made.machine == jax.default_backend() else None
-    tables = [str(made) if entry is None else f"{made}\nmeasured {entry}"]
+    listed = [str(made) if entry is None else f"{made}\nmeasured {entry}"]
     if gradient:
-        tables.append(str(planned_dx(batch, t, short(dtype), made.machine)))
-        if floats(t):
-            tables.append(str(planned_dw(batch, t, short(dtype), made.machine)))
-    return "\n\n".join(tables)
+        listed.append(str(planned_dx(batch, t, short(dtype), made.machine)))
+        trained, shared = set(floats(t)), tables(t)
+        for planned, names in ((planned_dw, trained - shared), (planned_db, trained & shared)):
+            if names:
+                listed.append(str(planned(batch, t, short(dtype), made.machine)))
+    return "\n\n".join(listed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -23,6 +23,34 @@ from lowbit.quant_type import QuantType, type_to_json
 from lowbit.quantizers.quantizer import default_quantizer
 
 
+class Folder:
+    """One checked file for each layer or block, named by a digest of all that determines what it holds."""
+
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        """Raises OSError when the folder cannot be made."""
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def entries(self, path: str, key: Mapping[str, Any], solve: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is stored of a layer under this key, or what `solve` makes, which is then stored.
+
+        A file that is damaged, or not the one its name says, is named in a logged warning and made again.
+        """
+        made_with = [import_module("lowbit").__version__, jax.__version__, jax.default_backend()]
+        packed = json.dumps({"layer": path, "made with": made_with, **key}, sort_keys=True)
+        file = self.folder / f"{hashlib.sha256(packed.encode()).hexdigest()[:32]}.safetensors"
+        if file.exists():
+            try:
+                if read_header(file)["metadata"].get("key") != packed:
+                    raise CheckpointError(f"{file} holds another layer than its name says")
+                return dict(read(file))
+            except CheckpointError as err:
+                logging.warning("lowbit: %r is solved again: %s", path, err)
+        made = solve()
+        write(file, made, metadata={"key": packed})
+        return made
+
+
 class Finished:
     """A folder with one checked file a layer, named by a digest of all that determines the layer's arrays.
 
@@ -35,8 +63,7 @@ class Finished:
         """Raises TypeError for a quantizer without an identity, OSError when the folder cannot be made."""
         for rule in rules:  # all before any layer is solved for minutes
             _identity(rule)
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = Folder(folder)
 
     def kernel(
         self,
@@ -47,38 +74,23 @@ class Finished:
         importance: jax.Array | None,
         solve: Callable[[], Kernel],
     ) -> Kernel:
-        """The stored kernel of a layer, or the one that `solve` makes of its [*stack, k, n], which is then stored.
-
-        A file that is damaged, or not the one its name says, is named in a logged warning and made again.
-        """
+        """The stored kernel of a layer, or the one that `solve` makes of its [*stack, k, n], which is then stored."""
         assert rule.format is not None
         w = to_host(path, matrices)
         key = {
-            "layer": path,
             "stack": w.shape[:-2],
             "type": type_to_json(QuantType(tuple(zip(dims, w.shape[-2:], strict=True)), short(w.dtype), rule.format)),
             "weight": sha256(w),
             "importance": None if importance is None else sha256(to_host(path, importance)),
             "quantizer": _identity(rule),
-            "made with": [import_module("lowbit").__version__, jax.__version__, jax.default_backend()],
         }
-        packed = json.dumps(key, sort_keys=True)
-        file = self.folder / f"{hashlib.sha256(packed.encode()).hexdigest()[:32]}.safetensors"
-        if file.exists():
-            try:
-                return _stored(file, packed)
-            except CheckpointError as err:
-                logging.warning("lowbit: layer %r is solved again: %s", path, err)
-        kernel = solve()
-        write(file, {"kernel": kernel.array, "stats": kernel.stats.get_value()}, metadata={"key": packed})
-        return kernel
 
+        def entries() -> dict[str, Any]:
+            kernel = solve()
+            return {"kernel": kernel.array, "stats": kernel.stats.get_value()}
 
-def _stored(file: Path, packed: str) -> Kernel:
-    if read_header(file)["metadata"].get("key") != packed:
-        raise CheckpointError(f"{file} holds another layer than its name says")
-    entries: dict[str, Any] = read(file)
-    return Kernel(entries["kernel"], entries["stats"])
+        stored = self.folder.entries(path, key, entries)
+        return Kernel(stored["kernel"], stored["stats"])
 
 
 def _identity(rule: Rule) -> str:

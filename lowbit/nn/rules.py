@@ -14,7 +14,9 @@ from lowbit.passes.in_int8 import Numerics, checked_numerics
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.quantizer import default_quantizer, takes_gram, weighs_by
 
-Statistic = Literal["second_moment", "largest", "gradient_square", "output_gradient", "gram", "guided_gram"]
+Statistic = Literal[
+    "second_moment", "largest", "magnitude", "gradient_square", "output_gradient", "gram", "guided_gram"
+]
 STATISTICS: tuple[str, ...] = get_args(Statistic)
 GRAMS = ("gram", "guided_gram")
 """Of each two inputs."""

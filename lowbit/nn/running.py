@@ -30,7 +30,7 @@ class Running:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = self.folder / "calibration.safetensors"
-        self.of = _identity(model, wanted, chunks)
+        self.of = _identity(model, (chunks, sorted((path, *sorted(names)) for path, names in wanted.items())))
         self.counted, self.counted_batches = 0, ""
         self.batches = ""
 
@@ -75,8 +75,16 @@ def _changing(model: nnx.Module) -> Any:
     return nnx.state(model, nnx.Not(nnx.Any(nnx.Param, Code, Frozen, Stats, Sink)))
 
 
-def _identity(model: nnx.Module, wanted: Mapping[str, frozenset[str]], chunks: int) -> str:
-    told = chunks, sorted((path, *sorted(names)) for path, names in wanted.items())
+def digest_of(model: nnx.Module, batches: Iterable[Any], told: object) -> str:
+    """A digest of a model, of batches in their order, and of what else was told."""
+    digest = ""
+    for batch in batches:
+        digest = _chained(digest, batch)
+    return _identity(model, (digest, told))
+
+
+def _identity(model: nnx.Module, told: object) -> str:
+    """A digest of all Variables of a model, and of what else is told."""
     digest = hashlib.sha256(repr(told).encode())
     for name, variable in variables(nnx.state(model)).items():
         value = to_host(name, plain(name, variable.get_value()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from lowbit.array import QuantArray
 
@@ -12,12 +13,17 @@ _NEAR = 1e-2
 """How far a matrix of correlations may be from symmetric and positive semidefinite: rounding, and a wide margin."""
 
 
+_LEAST = 1e-4
+"""The least that an input's weights may count, of the mean over inputs."""
+
+
 class IneligibleError(ValueError):
     """A weight that a format cannot hold: `lb.quantize` leaves its layer dense, and says why."""
 
 
 def positive(importance: jax.Array, dims: tuple[str, str], shape: tuple[int, ...], name: str) -> jax.Array:
-    """[*stack, k] or [*stack, n, k]. No weight counts for nothing: it would be anything."""
+    """[*stack, k] or [*stack, n, k]. No weight counts for nothing: it would be anything. Where all do, for a row or for
+    every row, they count alike."""
     check_importance(importance, f"the importance of {name}")
     stack, k = shape[:-2], shape[dims.index("k") - 2]
     of_inputs = importance.shape[-1:] == (k,) and importance.ndim <= len(stack) + 1
@@ -27,14 +33,18 @@ def positive(importance: jax.Array, dims: tuple[str, str], shape: tuple[int, ...
             f"{name} has {k} inputs and the shape {shape}, but the importance has shape {importance.shape}"
         )
     f = importance.mT if importance.shape == shape and dims[0] == "k" else importance
-    least = 1e-4 * f.mean(axis=-1, keepdims=True) + jnp.finfo(jnp.float32).tiny
-    each = jnp.maximum(f, least)
+    mean = f.mean(axis=-1, keepdims=True)
+    each = jnp.where(mean > 0, jnp.maximum(f, _LEAST * mean + jnp.finfo(jnp.float32).tiny), 1.0)
     return each if importance.shape == shape else jnp.broadcast_to(each, (*stack, k))
 
 
 def damped(gram: jax.Array, dims: tuple[str, str], shape: tuple[int, ...], name: str) -> jax.Array:
     """[*stack, k, k], or [*stack, c, k, k] of c chunks of the outputs, with 1 for axes of the stack that share it. As
-    in `positive`, no weight counts for nothing."""
+    in `positive`, no weight counts for nothing.
+
+    That is 1e-4 of the mean second moment more for each input, or ten times that until it is positive definite, as in
+    LNQ's code (Kim et al., ICML 2025), which starts at 1e-5 and gives up above 1, as here. Traced ones are not seen.
+    """
     stack, k = shape[:-2], shape[dims.index("k") - 2]
     own = gram.shape if gram.ndim > len(stack) + 2 else (1,) * (len(stack) + 2 - gram.ndim) + gram.shape
     fits = len(own) <= len(stack) + 3 and all(size in (1, of) for size, of in zip(own, stack, strict=False))
@@ -44,9 +54,20 @@ def damped(gram: jax.Array, dims: tuple[str, str], shape: tuple[int, ...], name:
             f"takes the mean of the products of each two inputs, {[*stack, k, k]}, or that of each chunk of outputs"
         )
     check_gram(gram, f"the importance of {name}")
-    moments = gram.reshape(own).diagonal(axis1=-2, axis2=-1)
-    least = 1e-4 * moments.mean(axis=-1)[..., None, None] + jnp.finfo(jnp.float32).tiny
-    return gram.reshape(own) + least * jnp.eye(k).reshape((1,) * (len(own) - 2) + (k, k))
+    gram = gram.reshape(own)
+    mean = gram.diagonal(axis1=-2, axis2=-1).mean(axis=-1)[..., None, None]
+    eye = jnp.eye(k).reshape((1,) * (len(own) - 2) + (k, k))
+    for share in (_LEAST * 10**i for i in range(5)):
+        made = gram + jnp.where(mean > 0, share * mean + jnp.finfo(jnp.float32).tiny, 1.0) * eye
+        if isinstance(made, jax.core.Tracer) or jnp.isfinite(jnp.linalg.cholesky(made)).all():
+            if share > _LEAST:
+                said = f"{share:g} of the mean second moment is added to each"
+                logging.warning("lowbit: %s: the products of inputs are not positive definite: %s", name, said)
+            return made
+    raise ValueError(
+        f"{name}: the products of inputs are not positive definite, not even with the mean second moment added to "
+        "each: calibrate on more rows"
+    )
 
 
 def check_gram(gram: jax.Array, what: str) -> None:

@@ -65,7 +65,9 @@ def gptq(act_order: bool = True, damping: float = 0.01, weighs_by: tuple[str, ..
 
     Args:
       act_order: round the inputs with the largest second moments first, while most others can still make up for it.
-      damping: this share of the mean second moment is added to each, so that the matrix can be inverted.
+      damping: this share of the mean second moment is added to each, so that the matrix can be inverted. 0.01 is that
+        of the publication; 1e-4 is added whatever it is, and more, with a logged warning, to a matrix that is not
+        positive definite then.
       weighs_by: ("gram",), the mean products of each two inputs, or ("guided_gram",), the same weighed by what errors
         of the outputs cost the loss (GuidedQuant). `lb.calibrate(..., rules=)` with this quantizer measures it.
 

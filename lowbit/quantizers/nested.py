@@ -22,7 +22,7 @@ from lowbit.quantizers.checks import check_range, check_weight, damped, positive
 from lowbit.quantizers.chunks import by_chunk
 from lowbit.quantizers.kmeans import nested_kmeans_rows
 from lowbit.quantizers.quantizer import Fields, expect_format, set_default_quantizer
-from lowbit.quantizers.tables import best_table, codes_of, to_table_dtype
+from lowbit.quantizers.tables import best_table, better, codes_of
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def refit_tables(
     """The same codes with the tables that are best for a weight: at every width, the mean of what each code stands for.
 
     This minimizes sum_k f_k (w_k - table_b[code_k >> (hi - b)])^2 over each table_b, or with `gram` the error of the
-    layer's output. Use it for codes that were not
-    made from w: after w was tuned, or by a method that chooses codes alone. It runs on the host, outside of `jax.jit`.
+    layer's output, and a row that is not better then keeps its tables. Use it for codes that were not made from w:
+    after w was tuned, or by a method that chooses codes alone. It runs on the host, outside of `jax.jit`.
 
     Args:
       array: of the format `any_precision`; its own tables are kept where no weight has the code.
@@ -124,10 +124,16 @@ def _least_squares(array: QuantArray, rows: jax.Array, gram: jax.Array) -> Field
         own = gram[tuple(i % size for i, size in zip(at, gram.shape, strict=False))]
         codes = codes_of(array.fields["planes"][at], fmt["hi"], rows.shape[-1])
         for b in fmt.widths:
-            before = array.fields[f"table{b}"][at].astype(jnp.float32)
-            table = by_chunk(best_table, own, rows[at].astype(jnp.float32), codes >> (fmt["hi"] - b), before)
-            made[f"table{b}"].append(to_table_dtype(table, fmt))
+            old = codes >> (fmt["hi"] - b), array.fields[f"table{b}"][at]
+            made[f"table{b}"].append(by_chunk(_refit, own, rows[at].astype(jnp.float32), *old))
     return {name: jnp.stack(tables).reshape(*stack, *tables[0].shape) for name, tables in made.items()}
+
+
+def _refit(gram: jax.Array, w: jax.Array, codes: jax.Array, table: jax.Array) -> jax.Array:
+    """Tables as stored, better than or as good as these; what overflows is refused later."""
+    found = best_table(gram, w, codes, table.astype(jnp.float32))
+    stored = found.astype(table.dtype)
+    return jnp.where(jnp.isfinite(stored), better(gram, w, (codes, table), (codes, found))[1], stored)
 
 
 def _means(array: QuantArray, rows: np.ndarray, f: np.ndarray) -> Fields:

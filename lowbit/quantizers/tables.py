@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-
-from lowbit.formats.format import Format
-from lowbit.ir.dtypes import numpy_dtype, short
 
 RIDGE = 1e-7
 """Of the mean second moment: the change of a table costs so much. A code that no weight has keeps its entry."""
@@ -21,7 +17,7 @@ def best_table(gram: jax.Array, w: jax.Array, codes: jax.Array, table: jax.Array
     """The tables [n, c] that make D H D^T least for rows w [n, k] with codes [n, k].
 
     With P the one-hot matrix [k, c] of a row's codes and D the error with the table as it is, the change is
-    -(P^T H P + ridge)^-1 P^T H D.
+    -(P^T H P + ridge)^-1 P^T H D. A row for which rounding makes this no better keeps its table.
     """
     (n, k), size = w.shape, table.shape[1]
     error = jnp.take_along_axis(table, codes.astype(jnp.int32), 1) - w
@@ -32,9 +28,27 @@ def best_table(gram: jax.Array, w: jax.Array, codes: jax.Array, table: jax.Array
         code, product = row
         hot = jax.nn.one_hot(code, size, dtype=jnp.float32)
         both = jnp.einsum("kc,kd->cd", hot, jnp.matmul(gram, hot, precision=lax.Precision.HIGHEST))
-        return jnp.linalg.solve(both + ridge, hot.T @ product)
+        slope = hot.T @ product
+        off = jnp.linalg.solve(both + ridge, slope)
+        return jnp.where(off @ both @ off < 2 * off @ slope, off, 0.0)  # what D H D^T changes by
 
     return table - lax.map(change, (codes, product), batch_size=max(1, min(n, _AT_ONCE // (k * size))))
+
+
+def objective(gram: jax.Array, w: jax.Array, codes: jax.Array, table: jax.Array) -> jax.Array:
+    """D H D^T of each row [n]."""
+    error = jnp.take_along_axis(table.astype(jnp.float32), codes.astype(jnp.int32), 1) - w
+    return (error * jnp.matmul(error, gram, precision=lax.Precision.HIGHEST)).sum(1)
+
+
+@jax.jit
+def better(
+    gram: jax.Array, w: jax.Array, old: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The new codes and tables, these rounded as the old ones are stored, of rows that are better so; others stay."""
+    made = new[0], new[1].astype(old[1].dtype)
+    won = (objective(gram, w, *made) < objective(gram, w, *old))[:, None]
+    return jnp.where(won, made[0], old[0]), jnp.where(won, made[1], old[1])
 
 
 def codes_of(planes: jax.Array, bits: int, k: int) -> jax.Array:
@@ -47,8 +61,3 @@ def planes_of(codes: jax.Array, bits: int) -> jax.Array:
     """The inverse of `codes_of`."""
     each = [(codes >> p) & jnp.uint8(1) for p in reversed(range(bits))]
     return jnp.packbits(jnp.stack(each), axis=-1, bitorder="little")[:, :, None]
-
-
-def to_table_dtype(table: jax.Array, fmt: Format) -> jax.Array:
-    """As the format stores it; what overflows is inf, which is refused later."""
-    return table.astype(np.dtype(numpy_dtype(short(fmt["table_dtype"]))))

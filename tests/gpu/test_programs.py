@@ -12,7 +12,7 @@ from flax import nnx
 
 import lowbit as lb
 from lowbit.array import QuantArray, laid_out, own
-from lowbit.backward import planned_dw, planned_dx
+from lowbit.backward import planned_db, planned_dw, planned_dx
 from lowbit.ir.dtypes import short
 from lowbit.testing.checks import (
     assert_dx,
@@ -23,7 +23,7 @@ from lowbit.testing.checks import (
 )
 from lowbit.testing.terms import kernel_term
 from tests.hopper import needed
-from tests.parameter_gradients import check_parameter_gradients
+from tests.parameter_gradients import check_parameter_gradients, check_table_gradients
 
 needed()
 
@@ -64,6 +64,20 @@ def test_gradients(name: str) -> None:
         assert planned(M, there.type, "bf16", "gpu").choice().name == kernel
     assert_dx(dx, dy, w)
     check_parameter_gradients(dfloats, x, dy, there)
+
+
+def test_gradients_of_codebooks() -> None:
+    t = lb.QuantType((("k", K), ("n", N)), "f32", lb.codebook(1, 8, vec=4, group=128))
+    w, x, dy = arranged(random_array(t)), random_rows(M, K, dtype=HALF), random_rows(M, N, dtype=HALF, seed=3)
+
+    @jax.jit
+    def pull(x: jax.Array, floats: dict[str, jax.Array], dy: jax.Array) -> Any:
+        return jax.vjp(lambda floats: lb.matmul(x, QuantArray({**w.fields, **floats}, w.type)), floats)[1](dy)[0]
+
+    made = pull(jnp.asarray(x), {name: w.fields[name] for name in ("codebooks", "scale")}, jnp.asarray(dy))
+    assert planned_db(M, w.type, "bf16", "gpu").choice().name == "mma_db"
+    check_table_gradients({"codebooks": made["codebooks"]}, x, dy, w)
+    check_parameter_gradients({"scale": made["scale"]}, x, dy, w)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,6 +60,20 @@ def test_solver_is_as_good_as_the_published_one() -> None:
 def test_additive_codebooks_are_better_than_what_they_start_from() -> None:
     found = named(list(quantize_speed.additive()))
     assert found["m2v8_kmeans_error"]["ratio"] > 1
+
+
+def test_second_order_quantizers_are_better_than_what_they_start_from() -> None:
+    found = named(list(quantize_speed.second_order()))
+    assert found["gptq4_error"]["ratio"] < 1 and found["lnq2_error"]["ratio"] < 1
+    assert found["lnq2_of_limit"]["ratio"] == found["lnq2"]["value"] / 600 < 1
+
+
+def test_the_solvers_run_as_a_script() -> None:
+    root = Path(quantize_speed.__file__).parents[1]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "benchmarks/quantize_speed.py", "--help"]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0 and "--json" in run.stdout, run.stderr
 
 
 def test_nested_k_means_beside_the_published_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ import lowbit as lb
 from lowbit.array import QuantArray, laid_out, own
 from lowbit.compat import interpret_params, races_found
 from lowbit.ir.build import cast
-from lowbit.ir.dtypes import numpy_dtype
 from lowbit.ir.expr import Expr
 from lowbit.kernels.by_code import CodeSums, in_numpy, polynomial
 from lowbit.kernels.decoders import ROWS, STAGE
@@ -254,20 +253,6 @@ def test_the_page_says_what_the_table_counts() -> None:
         assert float(instructions) == pytest.approx(once, abs=0.06)  # of one decimal
         assert float(clocks.replace(",", "")) == pytest.approx(once * ROWS * STAGE / 128, abs=6 + 0.01 * 128)
         assert products == ["4,096", "32,768"]
-
-
-def test_codebooks_are_left_to_xla() -> None:
-    t = QuantType((("k", 2048), ("n", 2048)), "bf16", lb.codebook(1, 8, vec=4, group=128), layout="mma")
-    fields = {name: jax.ShapeDtypeStruct(tuple(f.dims.values()), numpy_dtype(f.dtype)) for name, f in t.fields.items()}
-
-    def loss(trained: Any, words: Any, x: Any) -> jax.Array:
-        return lb.matmul(x, QuantArray({**trained, "words": words}, t)).astype(jnp.float32).sum()
-
-    words, x = fields.pop("words"), jax.ShapeDtypeStruct((512, 2048), jnp.bfloat16)
-    both = for_cuda(jax.grad(loss), fields, words, x)
-    scale = for_cuda(lambda *args: jax.grad(loss)(*args)["scale"], fields, words, x)
-    assert both.count(KERNEL) == scale.count(KERNEL) == 1
-    assert "stablehlo.while" in both and "stablehlo.while" not in scale
 
 
 def test_lowering_names_the_way_to_the_gradients() -> None:

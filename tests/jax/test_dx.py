@@ -17,13 +17,14 @@ from lowbit.array import QuantArray, laid_out
 from lowbit.compat import interpret_params, races_found
 from lowbit.kernels.memory import SHARED, dx_beside, dx_stage
 from lowbit.kernels.mma import Shape, Tuning
+from lowbit.kernels.mma_db import table_gradients
 from lowbit.kernels.mma_dw import parameter_gradients
 from lowbit.kernels.mma_dx import input_gradient, tuning
 from lowbit.kernels.verbs import Twin
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from lowbit.testing import random_array
 from lowbit.testing.checks import assert_dx, random_rows
-from tests.parameter_gradients import check_parameter_gradients
+from tests.parameter_gradients import check_parameter_gradients, check_table_gradients
 
 KERNEL = "mosaic_gpu"
 """In the name of what a program calls."""
@@ -178,6 +179,7 @@ def _forget() -> None:
     planning.planned.cache_clear()
     backward.planned_dx.cache_clear()
     backward.planned_dw.cache_clear()
+    backward.planned_db.cache_clear()
 
 
 def test_on_a_hopper_gpu_the_cheapest_way_runs(hopper: SimpleNamespace) -> None:
@@ -225,3 +227,20 @@ def test_scales_are_differentiated_through_the_kernel(hopper: SimpleNamespace, m
     monkeypatch.setattr(backward, "by_platform", lambda cuda, default, *args: cuda(*args))
     scale = jax.jit(jax.grad(loss))(THERE.fields["scale"])
     check_parameter_gradients({"scale": scale}, np.asarray(X), np.asarray(DY), THERE)
+
+
+def test_codebooks_are_differentiated_through_the_kernel(
+    hopper: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twin(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array) -> dict[str, jax.Array]:
+        return table_gradients(kernel_layout(t), x, dy, fields, verbs=Twin(interpret_params()))
+
+    def loss(books: jax.Array) -> jax.Array:
+        there = QuantArray({**w.fields, "codebooks": books}, w.type)
+        return (lb.matmul(X, there, lowering=("decode", "mma_db")).astype("float32") * DY).sum()
+
+    w = laid_out(array(lb.codebook(1, 4, vec=4, group=32), 100, 300))
+    monkeypatch.setattr(backward, "by_mma_db", twin)
+    monkeypatch.setattr(backward, "by_platform", lambda cuda, default, *args: cuda(*args))
+    books = jax.jit(jax.grad(loss))(w.fields["codebooks"])
+    check_table_gradients({"codebooks": books}, np.asarray(X), np.asarray(DY), w)

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of saves, quantizations and calibrations: nothing half-written, nothing done twice."""
+"""SIGKILL at random moments of whatever can be resumed, and of saves: nothing half-written, nothing done twice."""
 
 import subprocess
 import sys
@@ -191,3 +191,63 @@ print(len(set(counts)))
 @pytest.mark.slow
 def test_a_killed_calibration_goes_on_where_it_was(tmp_path: Path) -> None:
     assert int(python(CALIBRATES, tmp_path, 8)) > 1, "no calibration was caught in the middle: the test showed nothing"
+
+
+RECONSTRUCTS = (
+    FORK
+    + """
+import jax.numpy as jnp
+import numpy as np
+import lowbit as lb
+from flax import nnx
+from lowbit.tune import reconstruction
+
+folder, kills, BLOCKS = Path(sys.argv[1]), int(sys.argv[2]), 6
+log, solve = folder / "log", reconstruction.tuned
+
+def run(into, out, step=lambda: None):
+    def noted(*args):
+        with open(log, "a") as file:
+            file.write(".")
+        step()
+        return solve(*args)
+
+    reconstruction.tuned = noted
+    model = nnx.List([nnx.Linear(16, 16, rngs=nnx.Rngs(i)) for i in range(BLOCKS)])
+    def call(model, x):
+        for layer in model:
+            x = jnp.tanh(layer(x))
+        return x
+    batches = [jnp.asarray(np.random.default_rng(i).standard_normal((8, 16)), jnp.float32) for i in range(3)]
+    small = lb.quantize(model, [lb.Rule("**", lb.bcq(1), lb.greedy())])
+    lb.save(lb.tune.reconstruct(small, model, batches, "*", call, rate=1e-2, epochs=2, resume=into), out)
+
+out = folder / "model.safetensors"
+assert forked(lambda _: run(folder / "whole", folder / "whole.safetensors"))
+want = {p.name: p.read_bytes() for p in (folder / "whole").iterdir()}
+assert len(want) == BLOCKS == len(log.read_text())
+log.write_text("")
+rng, caught, left = random.Random(4), 0, BLOCKS
+for _ in range(kills):
+    into = folder / "run"
+    forked(lambda step: run(into, out, step), rng.randint(1, 3), rng.uniform(0, 0.4))
+    found = {p.name: p.read_bytes() for p in into.iterdir()}
+    torn = [name for name in found if name not in want]
+    assert all(name.startswith(".") and name.endswith(".tmp") for name in torn), torn
+    assert all(found[name] == want[name] for name in found.keys() - set(torn))
+    left = BLOCKS - (len(found) - len(torn))
+    caught += 0 < left < BLOCKS
+    if not left:
+        break
+assert forked(lambda _: run(folder / "run", out))
+assert out.read_bytes() == (folder / "whole.safetensors").read_bytes()
+print(caught, len(log.read_text()) - BLOCKS)
+"""
+)
+
+
+@pytest.mark.slow
+def test_a_killed_reconstruction_goes_on_where_it_was(tmp_path: Path) -> None:
+    caught, again = map(int, python(RECONSTRUCTS, tmp_path, 4).split())
+    assert caught > 0, "no reconstruction was caught in the middle: the test showed nothing"
+    assert again <= 4, "only the block that a kill interrupts may be tuned again"

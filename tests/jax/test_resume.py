@@ -112,7 +112,7 @@ def test_a_damaged_file_is_named_and_made_again(tmp_path: Path, damage: str, cap
         assert run(tmp_path) == 1
     (message,) = [r.getMessage() for r in caplog.records]
     why = {"flip": "is damaged", "cut": "is truncated", "other": "holds another layer than its name says"}[damage]
-    assert message.startswith("lowbit: layer '") and f"is solved again: {first}" in message and why in message
+    assert message.startswith("lowbit: '") and f"is solved again: {first}" in message and why in message
     assert first.read_bytes() == good and run(tmp_path) == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,11 +15,13 @@ from flax import nnx
 
 import lowbit as lb
 from lowbit.array import QuantArray
+from lowbit.nn import LayerStats
 from lowbit.quantizers import refit_tables
 from lowbit.quantizers.descent import descend
 from lowbit.quantizers.tables import best_table, codes_of, planes_of
 from lowbit.testing.quantizing import check_quantizer
 from lowbit.testing.tolerance import gamma
+from tests.models import arrays, assert_same
 
 K, N = 70, 8
 RNG = np.random.default_rng(0)
@@ -158,6 +161,38 @@ def test_lnq_beats_kmeans_and_more_rounds_are_not_worse() -> None:
     assert errors[2] < 0.7 * kmeans
 
 
+def test_what_rounding_makes_worse_is_not_taken() -> None:
+    """Weights that differ by less than tables in bfloat16 can tell: what least squares find is rounded off again."""
+    rng, rows = np.random.default_rng(0), 64
+    w = np.float32([-2, -1, 1, 3])[rng.integers(0, 4, (rows, K))] * (1 + 2**-9 * rng.standard_normal((rows, K)))
+    fmt = lb.any_precision(2, 2, table_dtype="bfloat16")
+    errors, same = [], np.tile(np.arange(K), (rows, 1))
+    for quantizer, importance in ((None, GRAM.diagonal()), (lb.lnq(), GRAM)):
+        q = lb.quantize_array(w, fmt, quantizer, dims=("n", "k"), importance=importance)
+        errors.append(objective(GRAM, w, same, lb.dequantize(q)))
+    assert (errors[1] <= rounded_up_to(GRAM, errors[0])).all() and (errors[1] < errors[0]).any()
+    start = lb.quantize_array(w, fmt, dims=("n", "k"))
+    before, after = (objective(GRAM, w, same, lb.dequantize(q)) for q in (start, refit_tables(start, w, gram=GRAM)))
+    assert (after <= rounded_up_to(GRAM, before)).all() and (after < before).any()
+
+
+@pytest.mark.parametrize("value", [np.nan, -1.0])
+def test_tables_that_cannot_be_solved_for_stay_as_they_are(value: float) -> None:
+    """Solutions that are no minimum, of a matrix that is no mean of products, are not taken."""
+    w, codes, table = start(rows=2)
+    np.testing.assert_array_equal(best_table(value * GRAM, w, codes, table), table)
+
+
+def test_a_change_of_tables_costs_a_ridge() -> None:
+    """The entry of a code that only input 0 has, whose second moment is the ridge, goes half of the way."""
+    k = 4
+    ridge = 1e-7 * (k - 1)
+    gram = jnp.diag(jnp.array([ridge, 1, 1, 1], jnp.float32))
+    found = best_table(gram, jnp.array([[1.0, 2, 2, 2]]), jnp.array([[0, 1, 1, 1]], jnp.uint8), jnp.array([[0.0, 2]]))
+    # k times the mean second moment is 3 and the ridge itself; the moment is rounded once, and so is each step.
+    np.testing.assert_allclose(found, [[0.5, 2]], rtol=2e-7 + gamma(3 * k, "f32"))
+
+
 def test_tables_of_nested_codes_are_refitted_under_the_same_matrix() -> None:
     nested = lb.quantize_array(W, lb.any_precision(1, 3, table_dtype="float32"), importance=GRAM.diagonal())
     refitted = refit_tables(nested, W, gram=jnp.stack([GRAM, OTHER]))
@@ -170,6 +205,11 @@ def test_tables_of_nested_codes_are_refitted_under_the_same_matrix() -> None:
         old, new = errors
         assert (new <= rounded_up_to(GRAM, old)).all() and new.sum() < old.sum()
     np.testing.assert_array_equal(refitted.fields["planes"], nested.fields["planes"])
+    narrow = lb.quantize_array(W, lb.any_precision(1, 1))
+    with pytest.raises(
+        ValueError, match=r"^the weight: 'table1' overflows float16; use table_dtype='float32' or 'bfloat"
+    ):
+        refit_tables(narrow, 1e6 * W, gram=GRAM)
     with pytest.raises(ValueError, match="both importance and gram were given"):
         refit_tables(nested, W, GRAM.diagonal(), gram=GRAM)
 
@@ -232,6 +272,84 @@ def test_rules_measure_what_the_quantizer_weighs_by() -> None:
     small = lb.quantize(model, rules, stats=stats)
     alone = lb.quantize_array(model.a.kernel.get_value(), ALIKE, rules[0].quantizer, importance=a)
     np.testing.assert_array_equal(small.a.kernel.array.fields["planes"], alone.fields["planes"])
+
+
+# ---------------------------------------------------------------- calibrations that say little
+
+
+def indefinite(k: int, loud: int) -> jax.Array:
+    """Two inputs among k whose products are a little larger than any two numbers' may be, `loud` as large as others."""
+    pair = np.array([[1, 1.005], [1.005, 1]]) * loud
+    return jnp.asarray(np.block([[pair, np.zeros((2, k - 2))], [np.zeros((k - 2, 2)), np.eye(k - 2)]]), jnp.float32)
+
+
+@pytest.mark.parametrize(("fmt", "quantizer"), [(lb.uniform(2), lb.gptq()), (ALIKE, lb.lnq(1, 1))], ids=str)
+def test_products_that_are_not_positive_definite_are_damped_and_it_is_said(
+    fmt: lb.Format, quantizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    singular = jnp.outer(jnp.ones(K), jnp.ones(K))  # all inputs are one: 1e-4 is enough, and nothing is said
+    trouble = "the weight: the products of inputs are not positive definite"
+    added = f"lowbit: {trouble}: 0.01 of the mean second moment is added to each"
+    for gram, said in ((singular, []), (indefinite(K, 1), [added])):
+        q = lb.quantize_array(W, fmt, quantizer, importance=gram)
+        assert np.isfinite(lb.dequantize(q)).all() and caplog.messages == said
+    even = "not even with the mean second moment added to each: calibrate on more rows"
+    with pytest.raises(ValueError, match=f"^{trouble}, {even}$"):
+        lb.quantize_array(jnp.ones((500, 4)), fmt, quantizer, importance=indefinite(500, 10**6))
+
+
+@pytest.mark.parametrize(("fmt", "quantizer"), [(lb.uniform(2), lb.gptq()), (ALIKE, lb.lnq(1, 1))], ids=str)
+def test_layers_that_saw_nothing_or_only_zeros_are_named_and_their_errors_weigh_the_same(
+    fmt: lb.Format, quantizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nnx.Dict(a=nnx.Linear(6, 4, rngs=nnx.Rngs(0)), b=nnx.Linear(6, 4, rngs=nnx.Rngs(1)))
+    rules = [lb.Rule("**", fmt, quantizer)]
+    plain = lb.quantize(model, rules)
+    stats = lb.calibrate(model, [jnp.zeros((3, 6))], lambda m, x: m.a(x), rules=rules)
+    assert set(stats) == {"a"} and caplog.messages == []
+    small = lb.quantize(model, rules, stats=stats)
+    assert caplog.messages == [
+        "lowbit: stats has nothing of b: all their errors weigh the same",
+        "lowbit: what stats has of a is zero: all their errors weigh the same",
+    ]
+    for name in ("a", "b"):
+        np.testing.assert_array_equal(lb.dequantize(small[name].kernel.array), lb.dequantize(plain[name].kernel.array))
+
+
+def test_products_with_nan_are_refused_by_the_layers_name() -> None:
+    model = nnx.Dict(a=nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    rules = [lb.Rule("a", ALIKE, lb.lnq(weighs_by=("guided_gram",)))]
+    stats = lb.calibrate(model, [jnp.full((3, 6), jnp.inf)], rules=rules, loss=lambda m, x: m.a(x).sum())
+    message = (
+        "'guided_gram' of layer 'a' in stats has 36 NaN or inf among its 36 numbers: measure it on data for which "
+    )
+    with pytest.raises(ValueError, match=f"^{message}all values of the model are finite$"):
+        lb.quantize(model, rules, stats=stats)
+
+
+def test_rows_whose_weights_all_count_for_nothing_are_clustered_as_if_they_counted_alike() -> None:
+    sensitivity = jnp.asarray(RNG.uniform(0, 1, (K, N)) ** 4, jnp.float32).at[:, 2].set(0)
+    fmt = lb.any_precision(2, 3)
+    weighed, plain = (lb.dequantize(lb.quantize_array(W, fmt, importance=f)) for f in (sensitivity, None))
+    np.testing.assert_array_equal(weighed[:, 2], plain[:, 2])
+    assert (weighed[:, 1] != plain[:, 1]).any()
+    greedy, unweighed = (
+        lb.dequantize(lb.quantize_array(W, lb.bcq(2), lb.greedy(), importance=f)) for f in (sensitivity, None)
+    )
+    np.testing.assert_allclose(greedy[:, 2], unweighed[:, 2], rtol=gamma(2 * K, "f32"))
+
+
+@pytest.mark.parametrize(("fmt", "quantizer"), [(lb.uniform(2), lb.gptq()), (ALIKE, lb.lnq(1, 1))], ids=str)
+def test_finished_layers_are_kept_and_the_matrix_tells_them_apart(
+    fmt: lb.Format, quantizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rules = nnx.Dict(a=nnx.Linear(K, N, rngs=nnx.Rngs(0))), [lb.Rule("a", fmt, quantizer)]
+    stats = {"a": LayerStats(None, None, 9, gram=GRAM)}
+    want = arrays(lb.quantize(model, rules, stats=stats, resume=tmp_path))
+    monkeypatch.setattr(type(quantizer), "__call__", lambda *_: pytest.fail("the layer was solved again"))
+    assert_same(arrays(lb.quantize(model, rules, stats=stats, resume=tmp_path)), want)
+    with pytest.raises(pytest.fail.Exception):
+        lb.quantize(model, rules, stats={"a": LayerStats(None, None, 9, gram=OTHER)}, resume=tmp_path)
 
 
 # ---------------------------------------------------------------- what is refused

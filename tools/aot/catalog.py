@@ -18,7 +18,9 @@ from lowbit.kernels.decoders import ROWS, STAGE
 from lowbit.kernels.int8 import product_of_integers
 from lowbit.kernels.lanes import LANES
 from lowbit.kernels.layout import WARPGROUPS, Layout
-from lowbit.kernels.mma_dw import STEP, parameter_gradients
+from lowbit.kernels.memory import STEP
+from lowbit.kernels.mma_db import table_gradients
+from lowbit.kernels.mma_dw import parameter_gradients
 from lowbit.kernels.mma_dx import input_gradient
 from lowbit.kernels.partial import Sums
 from lowbit.kernels.product import product, product_by_sums, product_of_codes
@@ -95,13 +97,17 @@ def gradients() -> Iterator[Listed]:
         "any_precision3_at_3": lb.any_precision(3, 8, width=3),
         "any_precision3_at_4": lb.any_precision(3, 8, width=4),
         "codebook_m1v4": lb.codebook(1, 8, vec=4, group=128, scale_dtype="bfloat16"),
+        "codebook_m2v8": lb.codebook(2, 8, vec=8, group=128, scale_dtype="bfloat16"),
     }
     for m in (64, 512):
         for name in ("bcq3", "uniform4", "any_precision3_at_4", "codebook_m1v4"):
             yield listed_dx(f"{name}_dx_bf16_m{m}", formats[name], m)
     for name, fmt in formats.items():
         for m in (512, 4096):
-            yield listed_dw(f"{name}_dw_bf16_m{m}", fmt, m)
+            yield listed_dw(f"{name}_dw_bf16_m{m}", parameter_gradients, fmt, m)
+    for name in ("codebook_m1v4", "codebook_m2v8"):
+        for m in (512, 4096):
+            yield listed_dw(f"{name}_db_bf16_m{m}", table_gradients, formats[name], m)
 
 
 def by_sums() -> Iterator[Listed]:
@@ -193,8 +199,8 @@ def listed_fp8(name: str, m: int) -> Listed:
     return Listed(name, lambda x, fields: run(x, fields), (x, fields), ROWS * STAGE // LANES, 8.0, STAGE // 32, None)
 
 
-def listed_dw(name: str, fmt: Format, m: int) -> Listed:
-    """The gradients of the parameters of that weight, from x and dy [m, SIZE] in bfloat16."""
-    like = laid_out(name, parameter_gradients, fmt, "bf16", m, STEP // 16, None)
+def listed_dw(name: str, run: Callable[..., Any], fmt: Format, m: int) -> Listed:
+    """Gradients of what that weight is made of, from x and dy [m, SIZE] in bfloat16."""
+    like = laid_out(name, run, fmt, "bf16", m, STEP // 16, None)
     x, fields = like.avals
     return replace(like, avals=(x, x, fields), times=m // STEP)

@@ -1,12 +1,12 @@
-"""Fine-tuning what is continuous in a quantized model: codes are frozen, and a handful of scales adapts it to a task.
+"""AlphaTuning (Kwon et al., EMNLP Findings 2022): a handful of scales adapts a quantized model to a task.
 
-AlphaTuning (Kwon et al., EMNLP Findings 2022): quantize once with binary-coding planes, then train only the scales of
-the first plane, with gradients divided by the group size.
+Quantize once with binary-coding planes, then train only the scales of the first plane, with gradients divided by the
+group size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from string import digits
@@ -23,7 +23,7 @@ from lowbit.ir.dtypes import numpy_dtype
 from lowbit.ir.expr import Param
 from lowbit.ir.walk import params
 from lowbit.nn.kernel import Kernel, Scale, expect_arrays, joined, kernels
-from lowbit.quant_type import QuantType
+from lowbit.quant_type import QuantType, Split
 
 M = TypeVar("M", bound=nnx.Module)
 ALPHA, BETA = "alpha", "beta"
@@ -73,23 +73,13 @@ def alpha_tuning(model: M, which: Literal["first", "all"] = "first", offsets: bo
     """
     if which not in ("first", "all"):
         raise ValueError(f"which must be 'first' or 'all', not {which!r}")
-    expect_arrays(model, "tune")
+    check_tunable(model)
     trained: set[str] = set()
 
     def prepare(path: tuple[Any, ...], node: Any) -> Any:
         if not isinstance(node, Kernel):
             return node
-        where = joined(path[:-1])
-        if node.width is not None:
-            raise ValueError(
-                f"layer {where!r} is read at a width that may change: choose the one to tune, lb.at_width(model, 3)"
-            )
-        if node.type.adapter is not None:
-            raise ValueError(
-                f"layer {where!r} has the adapter {node.type.adapter}, which trains instead of its scales: tune the "
-                "model that lb.nn.lora was given, and put the adapter on the tuned one"
-            )
-        new, names = _prepare(node, which, offsets)
+        new, names = _prepare(node, _alphas(node.type, which, offsets))
         trained.update(joined((*path, name)) for name in names)
         return new
 
@@ -99,6 +89,39 @@ def alpha_tuning(model: M, which: Literal["first", "all"] = "first", offsets: bo
         raise ValueError(f"{name} has no layer with a field {ALPHA!r} of planes p: quantize it with lb.bcq(...) first")
     count = sum(prod(v.shape) for v in jax.tree.leaves(nnx.state(tuned, Scale)))
     return AlphaTuning(tuned, count, _divide_by_group(tuned))
+
+
+def every_float(model: M) -> M:
+    """A copy in which all scales and codebooks that the model is read with train, in float32, and those of other widths
+    are frozen. `fold` takes it back.
+    """
+
+    def prepare(path: tuple[Any, ...], node: Any) -> Any:
+        if not isinstance(node, Kernel):
+            return node
+        t = replace(node.type, splits=(), layout="own")
+        floats = [leaf for name, leaf in params(t.decode).items() if t.role(name) in ("scale", "codebook")]
+        narrow = [(leaf.name, *next(iter(leaf.dims.items()))) for leaf in floats if leaf.dtype != "f32"]
+        return _prepare(node, narrow, [leaf.name for leaf in floats if leaf.dtype == "f32"])[0]
+
+    out: M = nnx.recursive_map(prepare, nnx.clone(model))
+    return out
+
+
+def check_tunable(model: nnx.Module) -> None:
+    """Raises ValueError for a model that is abstract, with adapters, or read at a width that may change."""
+    expect_arrays(model, "tune")
+    for path, kernel in kernels(model).items():
+        where = path.rpartition("/")[0]
+        if kernel.width is not None:
+            raise ValueError(
+                f"layer {where!r} is read at a width that may change: choose the one to tune, lb.at_width(model, 3)"
+            )
+        if kernel.type.adapter is not None:
+            raise ValueError(
+                f"layer {where!r} has the adapter {kernel.type.adapter}, which trains instead of its scales: tune the "
+                "model that lb.nn.lora was given, and put the adapter on the tuned one"
+            )
 
 
 def fold(model: M) -> M:
@@ -144,16 +167,21 @@ def _read(t: QuantType, stem: str) -> tuple[str, Mapping[str, int]]:
     return stem, {}
 
 
-def _prepare(kernel: Kernel, which: str, offsets: bool) -> tuple[Kernel, list[str]]:
-    """The kernel with what trains split off in float32, and the names of the fields that train."""
-    array = own(kernel.array)
-    canonical = replace(array.type, splits=())
+def _alphas(t: QuantType, which: str, offsets: bool) -> list[Split]:
+    """What AlphaTuning trains of a weight."""
     splits = []
-    (alpha, alpha_dims), (beta, beta_dims) = (_read(canonical, stem) for stem in (ALPHA, BETA))
+    (alpha, alpha_dims), (beta, beta_dims) = (_read(replace(t, splits=(), layout="own"), s) for s in (ALPHA, BETA))
     if "p" in alpha_dims:
         splits.append((alpha, "p", 1 if which == "first" else alpha_dims["p"]))
     if offsets and beta_dims:
         splits.append((beta, "n", beta_dims["n"]))
+    return splits
+
+
+def _prepare(kernel: Kernel, splits: list[Split], whole: Sequence[str] = ()) -> tuple[Kernel, list[str]]:
+    """The kernel with what trains split off in float32, and the names of the fields that train: these and `whole`."""
+    array = own(kernel.array)
+    canonical = replace(array.type, splits=())
     new = replace(canonical, splits=tuple(splits))
     if new != array.type and array.type.splits:
         array = _fold(kernel).array
@@ -163,7 +191,7 @@ def _prepare(kernel: Kernel, which: str, offsets: bool) -> tuple[Kernel, list[st
         fields[f"{field}_first"] = first.astype(jnp.float32)
         if rest.size:
             fields[f"{field}_rest"] = rest
-    names = [f"{field}_first" for field, _, _ in splits]
+    names = [*(f"{field}_first" for field, _, _ in splits), *whole]
     frozen = frozenset(n for n in fields if new.role(n) in ("scale", "codebook") and n not in names)
     return Kernel(QuantArray.of(fields, new), kernel.stats.get_value(), frozen), names
 
