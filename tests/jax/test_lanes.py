@@ -21,7 +21,7 @@ from lowbit.kernels.lane_gpu import ROW, WORDS
 from lowbit.kernels.lanes import LANES, Program, at_once, from_registers, groups_of, row_registers
 from lowbit.kernels.layout import layout
 from lowbit.kernels.pick import LARGEST_ZERO, pick
-from lowbit.passes.pointwise import pointwise
+from lowbit.passes.pointwise import UnsuitableError, pointwise
 from lowbit.passes.relayout import bit_positions
 from lowbit.passes.scalar import Element
 from tests.fp3 import fp3_rows
@@ -304,8 +304,8 @@ def test_integers_are_scaled_only_where_halves_hold_them() -> None:
     assert isinstance(pick(pointwise(scale * (codes + (LARGEST_ZERO + 1)))), Eights)
     assert isinstance(pick(pointwise(scale * (codes - 7) * 0.5)), Eights)  # the factor is part of every number
     assert isinstance(pick(pointwise(scale * (codes * 2 - 15))), SignedTable)
-    signed = param("zero", "i8", n=ROWS)
-    assert isinstance(pick(pointwise(scale * (codes + signed))), Eights)
+    with pytest.raises(UnsuitableError, match=r"^parameters 'zero' are -128 to 127, and kernels take 0 to 65535$"):
+        pick(pointwise(scale * (codes + param("zero", "i8", n=ROWS))))
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
