@@ -52,12 +52,18 @@ def machine() -> str:
     return f"{device} ({platform.machine()}, {cores} cores), {versions}, {datetime.date.today()}"
 
 
-def main(title: str, measure: Callable[[], list[Row]]) -> None:
-    """The command line of a benchmark: measure, print, and write the rows where `--json` says."""
+def main(title: str, measure: Callable[..., list[Row]], **options: Any) -> None:
+    """The command line of a benchmark: measure, print, and write the rows where `--json` says.
+
+    `options` are those that it has beside, with their defaults; `measure` is called with what is given.
+    """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--json", type=pathlib.Path, help="file to write the rows to")
-    target = parser.parse_args().json
-    rows = measure()
+    for name, default in options.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help="%(type)s, %(default)s if not given")
+    given = vars(parser.parse_args())
+    target = given.pop("json")
+    rows = measure(**given)
     table = Table("name", "value", "unit", "baseline", "ratio", title=f"{title}\n{machine()}")
     for r in rows:
         table.add_row(r["name"], f"{r['value']:.4g}", r["unit"], r["baseline"], f"{r['ratio']:.3f}")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lowbit.formats import any_precision as any_precision
     from lowbit.formats import bcq as bcq
     from lowbit.formats import codebook as codebook
+    from lowbit.formats import k_quant as k_quant
     from lowbit.formats import nested_fp as nested_fp
     from lowbit.formats import register_format as register_format
     from lowbit.formats import scaled_fp8 as scaled_fp8
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lowbit.io import CheckpointError as CheckpointError
     from lowbit.io import convert as convert
     from lowbit.io import export_checkpoint as export_checkpoint
+    from lowbit.io import export_gguf as export_gguf
     from lowbit.io import read_checkpoint as read_checkpoint
     from lowbit.nn import Code as Code
     from lowbit.nn import Codebook as Codebook
@@ -73,11 +75,11 @@ __version__ = "0.1.0"
 _HOME = {
     "QuantArray": "array", "QuantType": "quant_type", "dequantize": "array",
     "Format": "formats", "act_order": "formats", "any_bcq": "formats", "any_precision": "formats", "bcq": "formats",
-    "codebook": "formats", "nested_fp": "formats", "register_format": "formats", "scaled_fp8": "formats",
-    "uniform": "formats",
+    "codebook": "formats", "k_quant": "formats", "nested_fp": "formats", "register_format": "formats",
+    "scaled_fp8": "formats", "uniform": "formats",
     "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
     "autotune": "autotuning", "tuned": "autotuning",
-    "CheckpointError": "io", "convert": "io", "export_checkpoint": "io", "read_checkpoint": "io",
+    "CheckpointError": "io", "convert": "io", "export_checkpoint": "io", "export_gguf": "io", "read_checkpoint": "io",
     "Code": "nn", "Codebook": "nn", "Fold": "nn", "Rule": "nn", "Scale": "nn", "allocate": "nn", "at_width": "nn",
     "awq": "nn", "calibrate": "nn", "compare": "nn", "explain": "nn", "load": "nn", "lwc": "nn", "prepare": "nn",
     "q_rater": "nn", "quantize": "nn", "report": "nn", "save": "nn",

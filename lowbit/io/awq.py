@@ -14,7 +14,7 @@ import numpy as np
 from lowbit.array import QuantArray
 from lowbit.io.error import CheckpointError
 from lowbit.io.layout import COMPARE, FLOATS, Layout, Options, Tensors, choice, expect, group_option, matrix
-from lowbit.io.packing import affine_array, unpack
+from lowbit.io.packing import Codes, affine_array, unpack
 from lowbit.io.tensors import Array
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -34,7 +34,11 @@ def read(tensors: Tensors, options: Options, where: str) -> QuantArray:
     why = f"{k} inputs and {n} outputs in groups of {group}"
     expect(where, "qzeros", tensors["qzeros"], "int32", (k // group, columns), why)
     expect(where, "scales", tensors["scales"], FLOATS, (k // group, n), why)
-    codes, zero = (_in_order(unpack(tensors[name], bits, n)) for name in ("qweight", "qzeros"))
+
+    def of_rows(some: slice) -> Array:
+        return _in_order(unpack(tensors["qweight"][:, some.start // 8 : some.stop // 8], bits, some.stop - some.start))
+
+    codes, zero = Codes((n, k), of_rows), _in_order(unpack(tensors["qzeros"], bits, n))
     return affine_array(where, codes, tensors["scales"].T, zero, bits, group)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.array import QuantArray
-from lowbit.io import awq, compressed_tensors, gptq
+from lowbit.io import any_precision_llm, aqlm, awq, compressed_tensors, gguf, gptq
 from lowbit.io.atomic import replacing
 from lowbit.io.error import CheckpointError
 from lowbit.io.header import describe, pack
@@ -23,10 +23,12 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = {
     "gptq": (gptq.LAYOUT,),
     "awq": (awq.LAYOUT,),
     "compressed-tensors": compressed_tensors.LAYOUTS,
+    "aqlm": (aqlm.LAYOUT,),
+    "anyprec": (any_precision_llm.LAYOUT,),
 }
 """By what config.json calls them: `quantization_config.quant_method`, or a key of its own."""
 
-FILES: Mapping[str, Callable[[Path], Iterator[Named]]] = {}
+FILES: Mapping[str, Callable[[Path], Iterator[Named]]] = {".gguf": gguf.tensors}
 """Readers of other kinds of files, by the end of their names."""
 
 
@@ -40,8 +42,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Iterator[Named]:
 
     Args:
       path: a folder with config.json and safetensors files, or one such file; config.json beside it counts. Layouts are
-        GPTQ (both versions; 2, 3, 4 and 8 bits; any order of inputs), AWQ (GEMM) and compressed-tensors
-        (integers of 2, 4 and 8 bits, int8 and e4m3).
+        GPTQ (both versions; 2, 3, 4 and 8 bits; any order of inputs), AWQ (GEMM), compressed-tensors (integers of 2, 4
+        and 8 bits, int8 and e4m3), AQLM and any-precision-llm. Or a GGUF file: see `lowbit.io.gguf.tensors`.
 
     Files are mapped: beside what is given out, a layer at most is in memory. All names are checked before the first
     layer is read. Raises CheckpointError for a layout that is unknown or mixed, with the keys that do not fit, and for

@@ -27,7 +27,7 @@ from lowbit.array import QuantArray
 from lowbit.formats import Format, scaled_fp8
 from lowbit.io.error import CheckpointError
 from lowbit.io.layout import COMPARE, CONFIG, FLOATS, Layout, Options, Tensors, choice, expect, group_option, matrix
-from lowbit.io.packing import affine_array, unpack, words
+from lowbit.io.packing import Codes, affine_array, unpack, words
 from lowbit.io.tensors import Array
 from lowbit.ir.dtypes import short
 from lowbit.quant_type import QuantType
@@ -49,7 +49,7 @@ def read_packed(tensors: Tensors, options: Options, where: str) -> QuantArray:
         raise CheckpointError(f"{where}: 'weight_shape' is {shape.tolist()} of {n} outputs: {COMPARE}")
     k = int(shape[1])
     expect(where, "weight_packed", tensors["weight_packed"], "int32", (n, words(k, bits)), f"{k} inputs at {bits} bits")
-    codes = unpack(tensors["weight_packed"], bits, k)
+    codes = Codes((n, k), lambda some: unpack(tensors["weight_packed"][some], bits, k))
     return _affine(tensors, weights, where, codes, packed_zero=True)
 
 
@@ -64,7 +64,7 @@ def read_plain(tensors: Tensors, options: Options, where: str) -> QuantArray:
     return _affine(tensors, weights, where, _codes(where, "weight", tensors["weight"], bits), packed_zero=False)
 
 
-def _affine(tensors: Tensors, weights: Options, where: str, codes: Array, packed_zero: bool) -> QuantArray:
+def _affine(tensors: Tensors, weights: Options, where: str, codes: Array | Codes, packed_zero: bool) -> QuantArray:
     (n, k), bits = codes.shape, weights["num_bits"]
     strategy = choice(where, weights, "strategy", ("group", "channel", "tensor"))
     group = group_option(where, weights, k) if strategy == "group" else k

@@ -19,7 +19,7 @@ import numpy as np
 from lowbit.array import QuantArray
 from lowbit.io.error import CheckpointError
 from lowbit.io.layout import COMPARE, FLOATS, Layout, Options, Tensors, choice, expect, group_option, matrix
-from lowbit.io.packing import affine_array, unpack, words
+from lowbit.io.packing import Codes, affine_array, unpack, words
 
 BITS = (2, 3, 4, 8)
 
@@ -46,7 +46,7 @@ def read(tensors: Tensors, options: Options, where: str) -> QuantArray:
     zero = unpack(tensors["qzeros"], bits, n).T.astype(np.int32) + (version == "gptq")
     if zero.max() > 255:
         raise CheckpointError(f"{where}: 'qzeros' holds a zero point of 256, and 255 is the limit: quantize it again")
-    codes = unpack(tensors["qweight"].T, bits, k)
+    codes = Codes((n, k), lambda some: unpack(tensors["qweight"].T[some], bits, k))
     return affine_array(where, codes, tensors["scales"].T, zero.astype(np.uint8), bits, group, g_idx)
 
 

@@ -6,7 +6,8 @@ bits straddle them. For 2, 4 and 8 bits a word holds whole codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -20,6 +21,8 @@ from lowbit.ir.dtypes import short
 from lowbit.quant_type import QuantType
 
 WORD = 32
+AT_ONCE = 1 << 20
+"""Codes that are unpacked at a time: what bounds the memory beside the planes."""
 
 
 def words(count: int, bits: int) -> int:
@@ -32,8 +35,7 @@ def unpack(packed: Array, bits: int, count: int) -> Array:
     packed = np.ascontiguousarray(packed).view(np.uint32)
     *rows, width = packed.shape
     blocks = -(-count // WORD)
-    padded = np.zeros((*rows, blocks * bits), np.uint32)
-    padded[..., :width] = packed
+    padded = np.pad(packed, [(0, 0)] * len(rows) + [(0, blocks * bits - width)]) if width < blocks * bits else packed
     by_block = padded.reshape(*rows, blocks, bits)
     codes = np.empty((*rows, blocks, WORD), np.uint8)
     for i, (at, shift, over) in enumerate(_places(bits)):
@@ -67,8 +69,19 @@ def _places(bits: int) -> Iterator[tuple[int, int, int]]:
         yield at, shift, max(0, shift + bits - WORD)
 
 
+@dataclass(frozen=True)
+class Codes:
+    """Codes u8 [n, k] that are made when some rows of them, a multiple of 8 or the last ones, are asked for."""
+
+    shape: tuple[int, int]
+    of_rows: Callable[[slice], Array]
+
+    def __getitem__(self, rows: slice) -> Array:
+        return self.of_rows(rows)
+
+
 def affine_array(
-    where: str, codes: Array, scale: Array, zero: Array, bits: int, group: int, g_idx: Array | None = None
+    where: str, codes: Array | Codes, scale: Array, zero: Array, bits: int, group: int, g_idx: Array | None = None
 ) -> QuantArray:
     """scale (code - zero) as `uniform`, or as `act_order` where the groups are not of consecutive inputs.
 
@@ -84,13 +97,14 @@ def affine_array(
     if not np.isfinite(scale.astype(np.float32)).all():
         raise CheckpointError(f"{where}: a scale is NaN or inf, so its weights are too: get the file again")
     place = None if g_idx is None else _places_of(where, g_idx, min(group, k))
-    if place is not None:
-        order = np.empty(k, np.int64)
-        order[place] = np.arange(k)
-        codes = np.take(codes, order, axis=1)
+    order = None if place is None else np.argsort(place)
     make = uniform if place is None else act_order
     fmt = make(bits, group=group if group < k else None, scale_dtype=scale.dtype.name)
-    fields = {"planes": to_planes(codes, bits, group), "scale": np.ascontiguousarray(scale), "zero": zero}
+    planes = np.empty((bits, n, -(-k // group), -(-min(group, k) // 8)), np.uint8)
+    for at in range(0, n, step := 8 * max(1, AT_ONCE // (8 * k))):
+        some = slice(at, min(at + step, n))
+        planes[:, some] = to_planes(codes[some] if order is None else np.take(codes[some], order, axis=1), bits, group)
+    fields = {"planes": planes, "scale": np.ascontiguousarray(scale), "zero": zero}
     if place is not None:
         fields["place"] = place.astype(np.uint16 if k <= 1 << 16 else np.uint32)
     return QuantArray.of(fields, QuantType((("k", k), ("n", n)), short(scale.dtype), fmt))

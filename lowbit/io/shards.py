@@ -14,6 +14,7 @@ from lowbit.io.mapped import Mapped
 from lowbit.io.tensors import Array
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLE = "pytorch_model.bin"
 
 
 class Shards:
@@ -95,6 +96,12 @@ def _files(path: Path) -> list[Path]:
     if found:
         raise CheckpointError(
             f"{path} holds {len(found)} safetensors files and no {INDEX}: get that too, or name one file"
+        )
+    if (path / PICKLE).exists():
+        raise CheckpointError(
+            f"{path} holds {PICKLE}, a pickle, which may run anything and is not read. Convert it once, with torch: "
+            "safetensors.torch.save_file({k: v.contiguous().clone() for k, v in "
+            f"torch.load({PICKLE!r}, weights_only=True).items()}}, {SINGLE!r})"
         )
     raise CheckpointError(f"{path} holds no safetensors file: convert the checkpoint to safetensors with its own tool")
 

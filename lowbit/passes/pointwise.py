@@ -214,6 +214,11 @@ class _Reader:
 
     def _stored(self, e: Element) -> Scalar:
         if not e.varies[1] or e.span % GRAIN == 0:
+            least, most = e.leaf.bounds or (0, 0)
+            if e.width:  # lanes would read another number, and here too
+                raise UnsuitableError(f"a parameter is {e.width} bits of {e.leaf.name!r}, and kernels take whole words")
+            if least < 0 or most >= 1 << 16:
+                raise UnsuitableError(f"parameters {e.leaf.name!r} are {least} to {most}, and kernels take 0 to 65535")
             return 1, e
         if is_float(e.leaf.dtype):
             few = f"every {e.span} inputs, not for a multiple of {GRAIN}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu_matmul, gradient_memory, harness, quantize_speed
+from benchmarks import cpu_matmul, gradient_memory, harness, load_memory, quantize_speed
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,27 @@ def test_nested_k_means_beside_the_published_code(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(quantize_speed, "find_spec", lambda name: None)
     found = named(list(quantize_speed.nested()))
     assert found["nested3to8_unweighed"]["value"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+@pytest.mark.parametrize("layout", ["gguf", pytest.param("gptq", marks=pytest.mark.slow)])
+def test_a_conversion_takes_one_layer(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if layout == "gguf":
+        pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'lowbit[gguf]'")
+    monkeypatch.setattr(load_memory, "LAYOUTS", {layout: load_memory.LAYOUTS[layout]})
+    found = named(list(load_memory.measure(2_000_000)))
+    assert set(found) == {f"{layout}_{what}" for what in ("anonymous", "resident", "time", "rate")}
+    assert found[f"{layout}_rate"]["value"] == pytest.approx(2_000_000 / found[f"{layout}_time"]["value"], rel=0.05)
+    monkeypatch.setattr(load_memory, "FIXED", -(1 << 40))
+    with pytest.raises(SystemExit, match=rf"^{layout}: \d+ bytes of anonymous memory, and one layer may take -\d+$"):
+        list(load_memory.measure(2_000_000))
+
+
+def test_options_of_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--size", "7"])
+    given: list[int] = []
+    harness.main("title", lambda size: given.append(size) or [], size=3)
+    assert given == [7]
 
 
 def test_rows_are_written_where_json_says(

@@ -113,6 +113,8 @@ def test_the_twin_reads_every_width(width: int, kind: Any) -> None:
         (lb.codebook(1, 8, vec=4, group=128), "f16"),
         pytest.param(lb.codebook(1, 4, vec=16, scale_dtype="bfloat16"), "bf16", marks=pytest.mark.slow),
         pytest.param(lb.any_bcq(2, 3, group=128), "bf16", marks=pytest.mark.slow),
+        (lb.k_quant(4), "bf16"),
+        pytest.param(lb.k_quant(3, offset=False), "f16", marks=pytest.mark.slow),
         (lb.nested_fp(), "f16"),
     ],
     ids=str,

@@ -26,6 +26,7 @@ from lowbit.ir import (
     param,
     params,
     slice_,
+    split,
 )
 from lowbit.ir.dtypes import is_float, numpy_dtype
 from lowbit.ir.expr import Concat
@@ -200,6 +201,14 @@ REFUSED: dict[str, tuple[Expr, str]] = {
     ),
     "a byte": (SCALE * param("codes", "u8", n=N, k=64), "a weight's code has 8 bits"),
     "negative": (SCALE * param("codes", "i8", n=N, k=64), "codes 'codes' may be negative; store them from 0 up"),
+    "a parameter in bits": (
+        merge(SCALE * split(CODES, "k", t=2, v=32) * Unpack(param("steps", "u8", n=N), 4, "t", 2), "t", "v", into="k"),
+        "a parameter is 4 bits of 'steps', and kernels take whole words",
+    ),
+    "a negative parameter": (
+        SCALE * CODES * param("steps", "i8", n=N),
+        "parameters 'steps' are -128 to 127, and kernels take 0 to 65535",
+    ),
     "a choice of codes": (
         SCALE * Gather(param("more", "u8", (0, 1), n=N, k=64, c=4), CODES, "c"),
         "which bits are a weight's code depends on other bits of it",
