@@ -270,7 +270,7 @@ def test_unknown_format():
     with pytest.raises(UnknownFormatError) as err:
         Format("no_such").decode(8, 8)
     text = str(err.value)
-    assert text.startswith("format 'no_such' is not registered (known: any_bcq, any_precision, ")
+    assert text.startswith("format 'no_such' is not registered (known: act_order, any_bcq, any_precision, ")
     assert text.endswith("uniform): import the module that defines it")
 
 
