@@ -10,6 +10,9 @@ GPU_TESTS ?= tests/gpu
 
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(JOBS)
+# These tests compile thousands of programs that run once: XLA's late passes cost more time than they save.
+# `make test-all` compiles as users do.
+QUICKLY = XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true $$XLA_FLAGS"
 export PYTHON JAX
 
 .DEFAULT_GOAL := help
@@ -32,7 +35,7 @@ demo:  ## quantize, run, tune and save a real language model; writes demo-out/
 
 test:  ## the tests that take a few minutes
 	@tools/venv.sh $(VENV) test
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(QUICKLY) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all:  ## every test, and 2,000 random terms for each property
 	@tools/venv.sh $(VENV) test

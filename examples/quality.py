@@ -20,9 +20,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
@@ -35,6 +37,7 @@ from benchmarks.harness import machine
 from examples import variants
 from examples.subjects import Subject, of_file, tinylm
 from examples.tinylm.evaluate import bits_per_byte
+from lowbit.ir import cost
 
 EVERY = 2
 """Each variant is measured on every second window of the held-out code: 85 KB, each byte in its true context."""
@@ -54,7 +57,7 @@ class Row:
     """What was measured of a variant.
 
     Attributes:
-      bits_per_weight: of the quantized layers, everything counted.
+      bits_per_weight: that a product reads, scales and tables counted: of nested codes, those of one width.
       sqnr_db: of the weights, the mean over layers.
       output_error: of each layer's output, relative, the mean over layers, with all layers before it quantized too.
       bits_per_byte: of held-out text; None for a model that is not of language.
@@ -75,12 +78,17 @@ def measure(s: Subject, v: variants.Variant, every: int) -> Row:
     reference, small = v.make(s)
     jax.block_until_ready(nnx.state(small))
     seconds = time.perf_counter() - start
-    rows = [r for r in lb.report(small).rows if r.relative_error is not None]
+    kernels = lb.nn.kernels(small)
+    dense = {"/".join(map(str, at)): v.get_value() for at, v in nnx.to_flat_state(nnx.state(reference, nnx.Param))}
+    decibels = [_sqnr(dense[path], lb.dequantize(k.array)) for path, k in kernels.items()]
+    bits = 8 * sum(cost(k.type.decode).bytes for k in kernels.values()) / sum(prod(k.shape) for k in kernels.values())
     errors = [r.relative_error for r in lb.compare(reference, small, s.held).rows[:-1]]
     loss = None if s.text is None else bits_per_byte(small, s.text, every=every)  # type: ignore[arg-type]
-    bits = 8 * sum(r.bytes for r in rows) / sum(r.weights for r in rows)
-    sqnr = float(np.mean([r.sqnr_db for r in rows]))
-    return Row(v.method, v.bits, bits, sqnr, float(np.mean(errors)), loss, seconds)
+    return Row(v.method, v.bits, bits, float(np.mean(decibels)), float(np.mean(errors)), loss, seconds)
+
+
+def _sqnr(w: jax.Array, q: jax.Array) -> float:
+    return float(10 * jnp.log10(jnp.square(w).sum() / jnp.square(q - w).sum()))
 
 
 def sweep(s: Subject, bits: Sequence[int], every: int, show: Any) -> list[Row]:

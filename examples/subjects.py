@@ -22,6 +22,13 @@ BATCHES, HELD = 256, 8
 """Windows of a batch each, so that squared gradients are those of single sequences, and windows that outputs are of."""
 CHUNKS = 4
 """Of each layer's outputs, that GuidedQuant tells apart."""
+FOLDS = (
+    lb.Fold("layers/*/attn_norm", [f"layers/*/attn/{name}" for name in "qkv"]),
+    lb.Fold("layers/*/attn/v", "layers/*/attn/o"),
+    lb.Fold("layers/*/mlp_norm", ["layers/*/mlp/gate", "layers/*/mlp/up"]),
+    lb.Fold("layers/*/mlp/up", "layers/*/mlp/down"),
+)
+"""Of the tiny language model."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Subject:
       held: a batch that no quantizer sees.
       loss: of (model, batch), or None.
       text: that no quantizer sees, or None where the model is not of language.
+      folds, blocks: of the model, for what runs before and after quantizers.
     """
 
     model: nnx.Module
@@ -42,31 +50,43 @@ class Subject:
     held: Any
     loss: Callable[[Any, Any], jax.Array] | None = None
     text: bytes | None = None
+    folds: tuple[lb.Fold, ...] = ()
+    blocks: str = ""
     stats: dict[str, Any] = field(default_factory=dict)
 
     def calibrated(self) -> Subject:
         """With the statistics that its batches and its loss give."""
         if not self.batches:
             return self
-        names = ("second_moment", "gram", *(("gradient_square", "guided_gram") if self.loss else ()))
+        names = ("second_moment", "magnitude", "gram", *(("gradient_square", "guided_gram") if self.loss else ()))
         stats = lb.calibrate(self.model, self.batches, statistics=names, loss=self.loss, chunks=CHUNKS)
         dense = {path for path in stats for rule in self.rules if rule.matches(path)}
         return replace(self, stats={path: of for path, of in stats.items() if path not in dense})
 
-    def quantized(self, fmt: lb.Format, quantizer: Any, model: nnx.Module | None = None) -> nnx.Module:
-        return lb.quantize(model or self.model, [*self.rules, lb.Rule("**", fmt, quantizer)], stats=self.stats or None)
+    @property
+    def together(self) -> list[Any]:
+        """Its batches, several at a time, for what runs each one often."""
+        several = [self.batches[i : i + HELD] for i in range(0, len(self.batches), HELD)]
+        return [jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches) for batches in several]
+
+    def all_in(self, fmt: lb.Format, quantizer: Any = None) -> list[lb.Rule]:
+        return [*self.rules, lb.Rule("**", fmt, quantizer)]
+
+    def quantized(self, fmt: lb.Format, quantizer: Any = None, model: nnx.Module | None = None) -> nnx.Module:
+        return lb.quantize(model or self.model, self.all_in(fmt, quantizer), stats=self.stats or None)
 
 
 def tinylm() -> Subject:
-    model, text = weights.load(), np.frombuffer(b"".join(corpus.train_code().values()), np.uint8)
-    windows = Windows(text, model.config.context, 0)
+    model, seen = weights.load(), np.frombuffer(b"".join(corpus.train_code().values()), np.uint8)
+    windows = Windows(seen, model.config.context, 0)
     batches = [jnp.asarray(windows.batch(i, 1).astype(np.int32)) for i in range(BATCHES)]
     held = jnp.asarray(windows.batch(BATCHES // HELD + 1, HELD)[:, :-1].astype(np.int32))
 
     def loss(model: Any, tokens: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:]).mean()
 
-    return Subject(model, (lb.Rule("embed", None),), batches, held, loss, corpus.match_listed("code").text)
+    text = corpus.match_listed("code").text
+    return Subject(model, (lb.Rule("embed", None),), batches, held, loss, text, FOLDS, "layers/*")
 
 
 class Layers(nnx.Module):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import lowbit as lb
 from examples.subjects import Subject
+from lowbit.formats.planes import pack_planes
 
 GROUP = 128
 
@@ -23,58 +28,126 @@ class Variant:
     make: Callable[[Subject], tuple[nnx.Module, nnx.Module]]
 
 
-def plain(method: str, fmt: lb.Format, quantizer: Any = None, bits: int | None = None) -> Variant:
-    return Variant(method, bits or fmt["bits"], lambda s: (s.model, s.quantized(fmt, quantizer)))
-
-
-def variants(bits: int) -> Iterator[Variant]:
-    """Those that need no statistics."""
-    even = lb.uniform(bits, group=GROUP, scale_dtype="float16")
-    planes = lb.bcq(bits, group=GROUP, scale_dtype="float16")
-    offset = lb.bcq(bits, group=GROUP, offset=True, scale_dtype="float16")
-    table = lb.any_precision(bits, bits)
-    books = lb.codebook(bits, 8, vec=8, group=GROUP, scale_dtype="float16")
-    yield plain("RTN", even)
-    yield plain("binary, greedy", planes, lb.greedy())
-    yield plain("binary", planes, lb.alternating(weighs_by=()))
-    yield plain("binary with offset", offset, lb.alternating(weighs_by=()))
-    yield plain("k-means", table, lb.nested_kmeans(weighs_by=()), bits)
-    yield plain("codebooks", books, lb.residual_kmeans(rounds=10), bits)
-
-
-def of_inputs(bits: int) -> Iterator[Variant]:
-    """Those that weigh errors by what the inputs are."""
-    even = lb.uniform(bits, group=GROUP, scale_dtype="float16")
-    table = lb.any_precision(bits, bits)
-    books = lb.codebook(bits, 8, vec=8, group=GROUP, scale_dtype="float16")
-    yield plain("GPTQ", even, lb.gptq())
-    yield plain("binary, weighed", lb.bcq(bits, group=GROUP, scale_dtype="float16"), lb.alternating())
-    yield plain("k-means, second moments", table, lb.nested_kmeans(), bits)
-    yield plain("LNQ", table, lb.lnq(), bits)
-    yield plain("AQLM", books, lb.additive_codebooks(rounds=5), bits)
-
-
-def of_loss(bits: int) -> Iterator[Variant]:
-    """Those that weigh errors by what they cost the loss."""
-    even, table = lb.uniform(bits, group=GROUP, scale_dtype="float16"), lb.any_precision(bits, bits)
-    yield plain("SqueezeLLM", table, lb.nested_kmeans(weighs_by=("gradient_square",)), bits)
-    yield plain("LNQ, GuidedQuant", table, lb.lnq(weighs_by=("guided_gram",)), bits)
-    yield plain("GPTQ, GuidedQuant", even, lb.gptq(weighs_by=("guided_gram",)))
-    if bits == 3:
-        yield Variant("allocated", 3, allocated)
-
-
-def allocated(s: Subject) -> tuple[nnx.Module, nnx.Module]:
-    """Each layer rounded to as many bits as it needs, 3.25 on average."""
-    formats = [lb.uniform(b, group=GROUP, scale_dtype="float16") for b in (2, 3, 4)]
-    rules = lb.allocate(s.model, s.stats, formats=formats, bits=3.25).rules
-    return s.model, lb.quantize(s.model, [*s.rules, *rules])
-
-
 def every(s: Subject, bits: int) -> Iterator[Variant]:
-    """All that the subject's statistics allow."""
-    yield from variants(bits)
+    """All that the subject allows."""
+    yield from plain(bits)
     if s.batches:
         yield from of_inputs(bits)
     if s.loss:
         yield from of_loss(bits)
+    if s.folds:
+        yield from around(bits)
+
+
+def even(bits: int) -> lb.Format:
+    return lb.uniform(bits, group=GROUP, scale_dtype="float16")
+
+
+def planes(bits: int, offset: bool = False) -> lb.Format:
+    return lb.bcq(bits, group=GROUP, offset=offset, scale_dtype="float16")
+
+
+def table(bits: int) -> lb.Format:
+    return lb.any_precision(bits, bits)
+
+
+def books(bits: int) -> lb.Format:
+    return lb.codebook(bits, 8, vec=8, group=GROUP, scale_dtype="float16")
+
+
+def by(method: str, bits: int, fmt: lb.Format, quantizer: Any = None) -> Variant:
+    return Variant(method, bits, lambda s: (s.model, s.quantized(fmt, quantizer)))
+
+
+def nested(method: str, bits: int, fmt: lb.Format) -> Variant:
+    """One width of codes that hold all."""
+    return Variant(method, bits, lambda s: (s.model, lb.at_width(s.quantized(fmt), bits)))
+
+
+def plain(bits: int) -> Iterator[Variant]:
+    """Those that need no statistics."""
+    yield by("RTN", bits, even(bits))
+    if find_spec("hqq") is not None:
+        yield by("hqq", bits, lb.k_quant(bits, GROUP, GROUP, scale_bits=0), hqq)
+    yield by("binary, greedy", bits, planes(bits), lb.greedy())
+    yield by("binary", bits, planes(bits), lb.alternating(weighs_by=()))
+    yield by("binary with offset", bits, planes(bits, offset=True), lb.alternating(weighs_by=()))
+    yield by("k-means", bits, table(bits), lb.nested_kmeans(weighs_by=()))
+    yield by("codebooks", bits, books(bits), lb.residual_kmeans(rounds=10))
+
+
+def of_inputs(bits: int) -> Iterator[Variant]:
+    """Those that weigh errors by what the inputs are."""
+    yield by("GPTQ", bits, even(bits), lb.gptq())
+    yield by("binary, weighed", bits, planes(bits), lb.alternating())
+    yield by("k-means, second moments", bits, table(bits), lb.nested_kmeans())
+    yield by("LNQ", bits, table(bits), lb.lnq())
+    yield by("AQLM", bits, books(bits), lb.additive_codebooks(rounds=2))
+    yield nested("nested planes", bits, lb.any_bcq(2, 4, group=GROUP, scale_dtype="float16"))
+    yield nested("nested tables", bits, lb.any_precision(2, 4))
+
+
+def of_loss(bits: int) -> Iterator[Variant]:
+    """Those that weigh errors by what they cost the loss."""
+    yield by("GPTQ, GuidedQuant", bits, even(bits), lb.gptq(weighs_by=("guided_gram",)))
+    yield by("SqueezeLLM", bits, table(bits), lb.nested_kmeans(weighs_by=("gradient_square",)))
+    yield by("LNQ, GuidedQuant", bits, table(bits), lb.lnq(weighs_by=("guided_gram",)))
+    yield Variant("Q-Rater", bits, lambda s: (s.model, s.quantized(even(bits), None, q_rater(s, even(bits)))))
+    if bits == 3:
+        yield Variant("allocated", bits, allocated)
+
+
+def around(bits: int) -> Iterator[Variant]:
+    """Those that look at what lies between layers."""
+    yield Variant("AWQ", bits, lambda s: awq(s, even(bits)))
+    yield Variant("OmniQuant", bits, lambda s: (s.model, s.quantized(even(bits), None, lwc(s, even(bits)))))
+    for of in (by("binary, weighed", bits, planes(bits), lb.alternating()), by("LNQ", bits, table(bits), lb.lnq())):
+        yield Variant(f"{of.method}, reconstructed", bits, lambda s, of=of: reconstructed(s, of))  # type: ignore[misc]
+
+
+def allocated(s: Subject) -> tuple[nnx.Module, nnx.Module]:
+    """Each layer rounded to as many bits as it needs, 3.25 on average."""
+    rules = lb.allocate(s.model, s.stats, formats=[even(b) for b in (2, 3, 4)], bits=3.25).rules
+    return s.model, lb.quantize(s.model, [*s.rules, *rules])
+
+
+def awq(s: Subject, fmt: lb.Format) -> tuple[nnx.Module, nnx.Module]:
+    rules, batch, clip = s.all_in(fmt), s.held, ("**/v", "**/o", "**/mlp/*")
+    scaled = lb.awq(s.model, rules, s.stats, folds=s.folds, batch=batch, clip=())
+    return scaled, s.quantized(fmt, None, lb.awq(s.model, rules, s.stats, folds=s.folds, batch=batch, clip=clip))
+
+
+def lwc(s: Subject, fmt: lb.Format) -> nnx.Module:
+    return lb.lwc(s.model, s.all_in(fmt), s.together, blocks=[s.blocks], call=of_tokens, epochs=10, rate=0.05)
+
+
+def q_rater(s: Subject, fmt: lb.Format) -> nnx.Module:
+    assert s.loss is not None
+    return lb.q_rater(s.model, s.all_in(fmt), s.together[:4], s.loss)
+
+
+def reconstructed(s: Subject, of: Variant) -> tuple[nnx.Module, nnx.Module]:
+    dense, small = of.make(s)
+    return dense, lb.tune.reconstruct(small, dense, s.together, s.blocks, of_tokens, rate=1e-3)
+
+
+def of_tokens(model: Any, tokens: jax.Array) -> jax.Array:
+    """What a language model makes of windows that have their targets, too."""
+    out: jax.Array = model(tokens[:, :-1])
+    return out
+
+
+def hqq(w: jax.Array, fmt: lb.Format) -> dict[str, jax.Array]:
+    """Half-quadratic quantization (Badri & Shaji, 2023) by its own library, in which w = scale (code - zero)."""
+    import torch
+    from hqq.core.quantize import Quantizer
+
+    codes, meta = Quantizer.quantize(
+        torch.from_numpy(np.array(w)), nbits=fmt["bits"], group_size=fmt["group"], axis=1, bitpack=False, device="cpu",
+        compute_dtype=torch.float32,
+    )  # fmt: skip
+    scale, zero = (jnp.asarray(meta[name].float().numpy()).reshape(len(w), -1) for name in ("scale", "zero"))
+    own = jnp.asarray(codes.numpy().astype(np.uint8)).reshape(len(w), -1, fmt["group"])
+    bits = (own >> jnp.arange(fmt["bits"], dtype=jnp.uint8)[:, None, None, None]) & jnp.uint8(1)
+    floats = {"scale": scale, "min": scale * zero}
+    return {"planes": pack_planes(bits), **{name: a.astype(jnp.float16) for name, a in floats.items()}}

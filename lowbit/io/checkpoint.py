@@ -143,9 +143,11 @@ def _layout(shards: Shards, layer: str, keys: Sequence[str], method: str | None)
     """Which layout a layer has, None if it is not quantized. Raises CheckpointError for one that does not fit."""
     every = [layout for group in LAYOUTS.values() for layout in group]
     marks = [key for key in keys if key not in BESIDE and any(layout.marks(key) for layout in every)]
-    if not marks:
-        return None
     where = _where(shards, layer, keys)
+    if not marks:
+        if "weight" in keys and (dtype := shards.array(_named(layer, "weight")).dtype.name).startswith("float8"):
+            raise CheckpointError(f"{where}: 'weight' is {dtype}, and it has no scale: get the file again")
+        return None
     if method is None:
         raise CheckpointError(f"{where} has {_list(marks)}, but there is no {CONFIG}: get config.json too")
     for layout in LAYOUTS[method]:

@@ -79,8 +79,8 @@ def matrix(where: str, name: str, array: Array, dtype: str) -> tuple[int, int]:
 
 
 def choice(where: str, options: Options, name: str, allowed: Collection[Any], default: Any = None) -> Any:
-    """An option, which must be one of those; `default` where it is not given."""
-    value = options.get(name, default)
+    """An option, which must be one of those; `default` where it is not given, or null."""
+    value = default if options.get(name) is None else options[name]
     if not any(value == other and type(value) is type(other) for other in allowed):
         known = ", ".join(map(repr, allowed))
         raise CheckpointError(
@@ -90,9 +90,9 @@ def choice(where: str, options: Options, name: str, allowed: Collection[Any], de
     return value
 
 
-def group_option(where: str, options: Options, inputs: int, default: Any = None) -> int:
+def group_option(where: str, options: Options, inputs: int) -> int:
     """The option group_size, -1 for one group a row. Raises CheckpointError for what is none."""
-    group = options.get("group_size", default)
+    group = options.get("group_size")
     if type(group) is not int or (group < 1 and group != -1):
         raise CheckpointError(f"{where}: {CONFIG} states group_size = {group!r}, not a size or -1: repair it")
     return inputs if group == -1 else group

@@ -91,6 +91,8 @@ def _rounded(e: Contract, x: Param, numerics: Numerics, column: str) -> Expr | N
         match f:
             case _ if x in topo(f):
                 integers.append(substitute(f, {x: codes}))
+            case Gather(_, index, _) if index.dims and index.dims.keys() <= e.over:
+                raise UnsuitableError("its inputs are stored in an order of their own")
             case Gather(table, index, dim) if is_float(f.dtype) and not is_float(index.dtype):
                 entries, scale = rows(in_order(table, [*(k for k in table.dims if k != dim), dim]))
                 integers.append(Gather(entries, index, dim))

@@ -86,6 +86,13 @@ def test_kernels_refuse_it_and_say_why() -> None:
     assert "mma      refused: its inputs are stored in an order of their own, 'place'" in table
 
 
+def test_there_are_no_products_in_integers(w: lb.QuantArray) -> None:
+    """Its rows are no small tables, of which each could be rounded."""
+    message = r"^act_order\(.*\) has no products in int8x2: its inputs are stored in an order of their own"
+    with pytest.raises(ValueError, match=message):
+        lb.matmul(jnp.ones((2, K)), w, numerics="int8x2")
+
+
 def test_it_has_no_quantizer() -> None:
     assert not has_default(FORMAT)
     with pytest.raises(ValueError, match=r"^format 'act_order' has no default quantizer"):
