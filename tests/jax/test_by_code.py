@@ -106,6 +106,7 @@ def codes_of(w: QuantArray, sums: CodeSums) -> Any:
         pytest.param(lb.bcq(2, group=32), "f16", 5, 301, marks=pytest.mark.slow),
         pytest.param(lb.any_bcq(2, 4, group=64, width=3), "bf16", 5, 70, marks=pytest.mark.slow),
         pytest.param(fp3_rows(), "f16", 5, 70, marks=pytest.mark.slow),
+        pytest.param(lb.k_quant(4, scale_dtype="float32"), "f16", 5, 301, marks=pytest.mark.slow),  # of two spans
         (lb.codebook(1, 8, vec=4, group=32), "f16", 5, 70),  # of the scales; inputs in another order
         pytest.param(lb.codebook(2, 8, vec=8, group=128), "bf16", 5, 301, marks=pytest.mark.slow),
     ],
