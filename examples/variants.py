@@ -123,7 +123,7 @@ def lwc(s: Subject, fmt: lb.Format) -> nnx.Module:
 
 def q_rater(s: Subject, fmt: lb.Format) -> nnx.Module:
     assert s.loss is not None
-    return lb.q_rater(s.model, s.all_in(fmt), s.together[:4], s.loss)
+    return lb.q_rater(s.model, s.all_in(fmt), s.together[:2], s.loss, clips=(0.9, 0.8, 0.7, 0.6))
 
 
 def reconstructed(s: Subject, of: Variant) -> tuple[nnx.Module, nnx.Module]:
