@@ -19,11 +19,14 @@ from lowbit.io.atomic import replacing
 from lowbit.io.error import AGAIN, CheckpointError
 from lowbit.io.gguf_blocks import BLOCKS, Block
 from lowbit.io.gguf_header import DENSE, VALUES, File, Path, Tensor
+from lowbit.io.header import check_name
 from lowbit.io.tensors import Array, to_host
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.quant_type import QuantType
 
 DENSE_TYPES = {dtype.name: kind for kind, dtype in DENSE.items()}
+NAME = 64
+"""Bytes that ggml has for the name of a tensor and the zero that ends it."""
 SCRATCH = 1 << 19
 """Bytes of blocks that are taken apart at a time: what bounds the memory beside the fields."""
 
@@ -81,9 +84,9 @@ def export_gguf(entries: Mapping[str, Any], path: Path, metadata: Mapping[str, A
     architecture; TypeError for what is no array and metadata of no type; ImportError without the `gguf` package.
     """
     gguf = _package()
-    if "general.architecture" not in metadata:
+    if not isinstance(metadata.get("general.architecture"), str):
         raise ValueError('a GGUF file names its model: give metadata={"general.architecture": "llama", ...}')
-    types = {name: _type(name, value) for name, value in entries.items()}  # all are known before the first is made
+    types = {name: _type(_checked(name), value) for name, value in entries.items()}  # before the first is made
     with replacing(path) as file:
         writer = gguf.GGUFWriter(None, str(metadata["general.architecture"]))
         for key, value in {"general.quantization_version": gguf.GGML_QUANT_VERSION, **metadata}.items():
@@ -92,10 +95,8 @@ def export_gguf(entries: Mapping[str, Any], path: Path, metadata: Mapping[str, A
         for name, kind in types.items():
             shape = _bytes_shape(entries[name], kind)
             writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), gguf.GGMLQuantizationType[kind])
-        writer.fout, writer.state = (
-            [file],
-            gguf.gguf_writer.WriterState.EMPTY,
-        )  # ours, which appears whole or not at all
+        writer.fout = [file]  # ours, which appears whole or not at all
+        writer.state = gguf.gguf_writer.WriterState.EMPTY
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -148,6 +149,15 @@ def _some_rows(n: int, width: int) -> Iterator[slice]:
 # ---------------------------------------------------------------- to blocks
 
 
+def _checked(name: Any) -> str:
+    check_name(name)
+    if len(name.encode()) >= NAME:
+        raise ValueError(
+            f"{name!r} has {len(name.encode())} bytes, and ggml reads names of up to {NAME - 1}: shorten it"
+        )
+    return str(name)
+
+
 def _type(name: str, value: Any) -> str:
     """ggml's type of an entry. Raises for what it cannot hold exactly."""
     if not isinstance(value, QuantArray):
@@ -159,8 +169,14 @@ def _type(name: str, value: Any) -> str:
             )
         return DENSE_TYPES[array.dtype.name]
     of, sizes = value.type, dict(value.type.dims)
-    if of.splits or of.adapter is not None:
-        raise ValueError(f"{name!r} is {of.encoding} and has parts of its own that train: fold or merge them first")
+    if of.splits or of.adapter is not None or of.numerics != "float":
+        raise ValueError(
+            f"{name!r} is {of.encoding}; GGUF has no adapters, parts that train or products in int8: fold or drop them"
+        )
+    if len(value.stack) > 2:
+        raise ValueError(
+            f"{name!r} is a stack {list(value.stack)} of matrices, and GGUF has 4 dims at most: export slices"
+        )
     kind = next((kind for kind, block in BLOCKS.items() if block.format == of.format), None)
     if kind is None:
         known = ", ".join(f"{block.format} ({kind})" for kind, block in BLOCKS.items())
@@ -202,6 +218,8 @@ def _bytes(name: str, value: Any, kind: str) -> Array:
 
 def _say(writer: Any, key: str, value: Any) -> None:
     if key == "general.alignment":
+        if value not in (1 << i for i in range(32)):
+            raise ValueError(f"metadata {key!r} is {value!r}: give a power of two")
         writer.data_alignment = int(value)
     several = isinstance(value, list | np.ndarray)
     if several and not len(value):

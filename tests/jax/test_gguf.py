@@ -1,7 +1,9 @@
 """GGUF files against ggml's own quantizers and decoders: a golden file, the `gguf` package, and what is refused."""
 
 import re
+import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,8 +219,19 @@ def test_what_gguf_cannot_hold(tmp_path: Path) -> None:
     refused({"w": lb.QuantArray({**uneven.fields, "zero": zero}, uneven.type)}, tmp_path, message)
     whole = array("Q4_0", 32, 2)
     parts = lb.QuantType(whole.type.dims, "f32", whole.type.format, splits=(("scale", "n", 1),))
-    message = "'w' is uniform(bits=4, group=32, scale_dtype=float16) and has parts of its own that train: fold or merge"
-    refused({"w": lb.QuantArray(whole.fields, parts)}, tmp_path, message)
+    message = "; GGUF has no adapters, parts that train or products in int8: fold or drop them"
+    refused({"w": lb.QuantArray(whole.fields, parts)}, tmp_path, f"'w' is {whole.type.format}{message}")
+    in_int8 = lb.QuantArray(whole.fields, replace(whole.type, numerics="int8"))
+    refused({"w": in_int8}, tmp_path, f"'w' is {whole.type.format} in int8{message}")
+    refused(
+        {"w": lb.QuantArray(whole.fields, replace(whole.type, numerics="int8"))},
+        tmp_path,
+        message.replace(";", " in int8;"),
+    )
+    deep = lb.QuantArray({field: a[None, None, None] for field, a in whole.fields.items()}, whole.type)
+    refused({"w": deep}, tmp_path, "'w' is a stack [1, 1, 1] of matrices, and GGUF has 4 dims at most: export slices")
+    refused({"w" * 64: whole}, tmp_path, f"'{'w' * 64}' has 64 bytes, and ggml reads names of up to 63: shorten it")
+    refused({1: whole}, tmp_path, "an entry's name must be a string, not 1", TypeError)
     message = "'w' is uint8[2]; GGUF holds 1 to 4 dims of float32, float16, "
     refused({"w": np.zeros(2, np.uint8)}, tmp_path, message, TypeError)
     refused({"w": np.float32(2) * np.ones(())}, tmp_path, "'w' is a float64; only numpy or jax", TypeError)
@@ -229,6 +242,9 @@ def test_metadata_that_is_refused(tmp_path: Path) -> None:
     w = {"w": np.ones(2, np.float32)}
     with pytest.raises(ValueError, match=r"^a GGUF file names its model: give metadata=\{\"general.architecture\""):
         lb.export_gguf(w, tmp_path / "w.gguf", {})
+    for value in (0, 24, "x", -1):
+        with pytest.raises(ValueError, match=r"^metadata 'general\.alignment' is .*: give a power of two"):
+            lb.export_gguf(w, tmp_path / "w.gguf", {**NAMED, "general.alignment": value})
     for value, message in [
         (-1, "metadata 'a' is -1: give strings, numpy scalars, bools, ints below 2**32 or floats"),
         (None, "metadata 'a' is None: give strings"),
@@ -254,6 +270,7 @@ def test_types_that_no_format_has(tmp_path: Path) -> None:
 
 
 DATA = (GOLDEN / "model.gguf").read_bytes()
+NESTED = struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", 9) + struct.pack("<IQ", 9, 1) * 10_000
 
 
 @pytest.mark.parametrize(
@@ -274,6 +291,7 @@ DATA = (GOLDEN / "model.gguf").read_bytes()
             DATA.replace(b"Q4_1.weight", b"Q4_0.weight"),
             "is no whole GGUF file (two of its tensors or keys have one name)",
         ),
+        (NESTED, "is no whole GGUF file (maximum recursion depth exceeded"),
         (DATA[:-20], "is truncated: it has 7788 bytes, and tensor 'output.weight' ends after 7792: get the file again"),
     ],
 )
