@@ -166,10 +166,10 @@ def _float(w: QuantArray) -> tuple[Scheme, Parts]:
         strategy, shape = {"strategy": "tensor"}, (1,)
     else:
         strategy = {"strategy": "block", "block_structure": [rows, group]}
-    code, scale = np.asarray(w.fields["code"]), np.asarray(w.fields["scale"]).reshape(shape)
+    code, scale = w.fields["code"], np.asarray(w.fields["scale"]).reshape(shape)
     e4m3 = np.dtype(jax.numpy.float8_e4m3fn)
     parts: Parts = {
-        "weight": ((e4m3, (n, k)), lambda: code.view(e4m3)),
+        "weight": ((e4m3, (n, k)), lambda: np.asarray(code).view(e4m3)),
         "weight_scale": ((scale.dtype, shape), lambda: scale),
     }
     return {"format": "float-quantized", "weights": _weights(8, "float", **strategy)}, parts

@@ -39,8 +39,8 @@ def tensors(path: Path) -> Iterator[tuple[str, QuantArray | Array]]:
     Q4_0, Q5_0 and Q8_0, and `k_quant` for the others. Dense ones come as numpy arrays, views of the file, in the order
     [outputs, inputs] of torch, which is that of numpy here: GGUF itself lists dims from the last.
 
-    Raises CheckpointError for a file that is damaged, for a type that no format holds, naming the tensor, and for
-    scales that are NaN or inf; OSError when it cannot be opened.
+    Raises CheckpointError for a file that is damaged, for a type that no format holds, naming the tensor, for scales
+    that are NaN or inf, and for one file of several; OSError when it cannot be opened.
 
     >>> import os, tempfile
     >>> import jax.numpy as jnp, lowbit as lb
@@ -51,7 +51,10 @@ def tensors(path: Path) -> Iterator[tuple[str, QuantArray | Array]]:
     ...     print([(name, str(array.type)) for name, array in lb.read_checkpoint(path)])
     [('blk.0.ffn_up.weight', 'f32[k=256 n=8] as k_quant(bits=4)')]
     """
-    return _values(path, File(path))
+    file = File(path)
+    if (parts := file.metadata.get("split.count", 0)) not in (0, 1):
+        raise CheckpointError(f"{path} is one of {parts} files of a model: join them with llama-gguf-split --merge")
+    return _values(path, file)
 
 
 def _values(path: Path, file: File) -> Iterator[tuple[str, QuantArray | Array]]:

@@ -40,20 +40,8 @@ TYPES = (
 """ggml's types of tensors, by their numbers."""
 STRING, ARRAY = 8, 9
 VALUES = (
-    "UINT8",
-    "INT8",
-    "UINT16",
-    "INT16",
-    "UINT32",
-    "INT32",
-    "FLOAT32",
-    "BOOL",
-    "",
-    "",
-    "UINT64",
-    "INT64",
-    "FLOAT64",
-)
+    "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "FLOAT32", "BOOL", "", "", "UINT64", "INT64", "FLOAT64",
+)  # fmt: skip
 """The types of metadata that are numbers, by theirs; in small letters they are numpy's."""
 
 

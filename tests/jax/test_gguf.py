@@ -297,6 +297,13 @@ def test_files_that_are_damaged(data: bytes, message: str, tmp_path: Path) -> No
         lb.read_checkpoint(path)
 
 
+def test_one_of_several_files(tmp_path: Path) -> None:
+    path = written(tmp_path, {"w": np.ones(2, np.float32)}, {**NAMED, "split.count": np.uint16(3)})
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))} is one of 3 files of a model: join them with"):
+        lb.read_checkpoint(path)
+    assert gguf_metadata(path)["split.count"] == 3
+
+
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         lb.read_checkpoint(tmp_path / "none.gguf")
