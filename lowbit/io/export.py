@@ -107,6 +107,8 @@ def _counterpart(name: str, w: QuantArray) -> tuple[Scheme, Parts]:
         raise ValueError(f"{what}: it is a stack {list(w.stack)}; export each slice under a name of its own")
     if t.adapter is not None or t.splits or t.numerics != "float":
         raise ValueError(f"{what}: it has an adapter, parts that train or products in int8; fold or drop them first")
+    if "scale" in w.fields and not np.isfinite(np.asarray(w.fields["scale"])).all():
+        raise ValueError(f"{what}: a scale is NaN or inf; quantize the weight again")
     if fmt.name == "scaled_fp8":
         return _float(w)
     if fmt.name == "act_order":

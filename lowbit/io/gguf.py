@@ -83,8 +83,9 @@ def export_gguf(entries: Mapping[str, Any], path: Path, metadata: Mapping[str, A
       metadata: by key, with "general.architecture": strings, bools, numpy scalars, ints (stored as uint32, the type of
         llama.cpp's sizes), floats (as float32), and lists or arrays of one of them.
 
-    Raises ValueError for a quantized array that GGUF cannot hold exactly, with the reason, and for metadata without an
-    architecture; TypeError for what is no array and metadata of no type; ImportError without the `gguf` package.
+    Raises ValueError for a quantized array that GGUF cannot hold exactly, with the reason, for a scale that is NaN or
+    inf, and for metadata without an architecture; TypeError for what is no array and metadata of no type; ImportError
+    without the `gguf` package.
     """
     gguf = _package()
     if not isinstance(metadata.get("general.architecture"), str):
@@ -190,7 +191,11 @@ def _type(name: str, value: Any) -> str:
             f"{name!r} has {sizes['k']} inputs, and {kind} has blocks of {block.weights}: quantize it to a format with "
             "groups that divide them, or leave it dense"
         )
-    if block.zero is not None and bool((zero := np.asarray(value.fields["zero"]) != block.zero).any()):
+    fields = own(value).fields  # what kernels read is padded
+    for field in block.halves:
+        if not np.isfinite(np.asarray(fields[field])).all():
+            raise ValueError(f"{name!r} has NaN or inf in {field!r}: quantize the weight again")
+    if block.zero is not None and bool((zero := np.asarray(fields["zero"]) != block.zero).any()):
         raise ValueError(
             f"{name!r} has {int(zero.sum())} of {zero.size} zero points that are not {block.zero}, and {kind} has that "
             f"one for all: quantize it to {BLOCKS['Q4_1'].format} (Q4_1) or {BLOCKS['Q4_K'].format} (Q4_K)"

@@ -84,6 +84,7 @@ def stack() -> lb.QuantArray:
         ("a.weight", lambda: of(lb.act_order(4)), ValueError, r"has no groups of inputs in another order"),
         ("a.weight", lambda: of(lb.uniform(4, group=48)), ValueError, r"groups of 48 do not divide its 64 inputs"),
         ("a.weight", lambda: of(lb.uniform(4), zero=jnp.full((24, 1), 16, "u1")), ValueError, r"a zero point is no"),
+        ("a.weight", lambda: of(lb.uniform(4), scale=jnp.full((24, 1), jnp.nan)), ValueError, r"a scale is NaN or"),
         ("a.weight", stack, ValueError, r"it is a stack \[2\]; export each slice"),
         ("a", lambda: of(lb.uniform(4)), ValueError, r"^'a' is quantized, and its name does not end in '\.weight'"),
         ("a", lambda: np.ones(2, "c8"), TypeError, r"^'a' is complex64; safetensors holds bool, .*: cast it"),

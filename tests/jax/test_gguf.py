@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import lowbit as lb
+from lowbit.array import laid_out
 from lowbit.io import gguf, gguf_metadata
 from lowbit.io.error import CheckpointError
 from lowbit.io.gguf_blocks import BLOCKS
@@ -155,6 +156,11 @@ def test_stacks_embeddings_and_dense_arrays(tmp_path: Path) -> None:
     assert back["a"].dtype == ml_dtypes.bfloat16
 
 
+def test_what_kernels_read_is_stored_as_it_was(tmp_path: Path) -> None:
+    w = array("Q4_0", 256, 64)
+    assert equal(dict(lb.read_checkpoint(written(tmp_path, {"w": laid_out(w)})))["w"], w)
+
+
 def test_rows_are_taken_apart_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     w = array("Q5_K", 256, 5)
     whole = written(tmp_path, {"w": w}).read_bytes()
@@ -223,6 +229,8 @@ def test_what_gguf_cannot_hold(tmp_path: Path) -> None:
     refused({"w": lb.QuantArray(whole.fields, parts)}, tmp_path, f"'w' is {whole.type.format}{message}")
     in_int8 = lb.QuantArray(whole.fields, replace(whole.type, numerics="int8"))
     refused({"w": in_int8}, tmp_path, f"'w' is {whole.type.format} in int8{message}")
+    endless = {**whole.fields, "scale": whole.fields["scale"].at[0, 0].set(np.inf)}
+    refused({"w": lb.QuantArray(endless, whole.type)}, tmp_path, "'w' has NaN or inf in 'scale': quantize the weight")
     deep = lb.QuantArray({field: a[None, None, None] for field, a in whole.fields.items()}, whole.type)
     refused({"w": deep}, tmp_path, "'w' is a stack [1, 1, 1] of matrices, and GGUF has 4 dims at most: export slices")
     refused({"w" * 64: whole}, tmp_path, f"'{'w' * 64}' has 64 bytes, and ggml reads names of up to 63: shorten it")
