@@ -14,7 +14,7 @@ from lowbit.io.atomic import replacing
 from lowbit.io.error import CheckpointError
 from lowbit.io.header import describe, pack
 from lowbit.io.layout import BESIDE, CONFIG, Layout, Options
-from lowbit.io.shards import Shards
+from lowbit.io.shards import PICKLES, Shards, pickled
 from lowbit.io.tensors import Array, Spec, arranged, as_bytes
 
 Named = tuple[str, QuantArray | Array]
@@ -66,11 +66,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Iterator[Named]:
     up.bias (8,) dense
     """
     where = Path(path)
+    where.stat()  # FileNotFoundError, PermissionError
     if where.suffix in FILES:
         return FILES[where.suffix](where)
+    if where.suffix in PICKLES:
+        raise pickled(where)
     if not where.is_dir() and where.suffix != ".safetensors":
         known = ", ".join((".safetensors", *FILES))
-        raise CheckpointError(f"{path} is neither a folder nor one of the files that can be read: {known}")
+        raise CheckpointError(f"{path} is neither a folder nor one of the files that can be read: {known}; name one")
     shards = Shards(where)
     layers = _layers(shards.file_of)
     method, options = _method(where, shards.config)
@@ -97,7 +100,11 @@ def _quantized(shards: Shards, layer: str, keys: Sequence[str], layout: Layout, 
     where = _where(shards, layer, keys)
     tensors = {key: shards.array(_named(layer, key)) for key in keys if key not in BESIDE}
     try:
-        return layout.read(tensors, layout.select(layer, options, where), where)
+        of_layer = layout.select(layer, options, where)
+    except (AttributeError, KeyError, TypeError, re.error) as err:  # what walking through arbitrary JSON raises
+        raise CheckpointError(f"{where}: {CONFIG} is none of {layout.name} ({err!r}): get config.json again") from err
+    try:
+        return layout.read(tensors, of_layer, where)
     except CheckpointError:
         raise
     except ValueError as err:
@@ -108,7 +115,7 @@ def _layers(tensors: Mapping[str, Any]) -> dict[str, list[str]]:
     """The last parts of tensors' names by the rest, numbers in their order."""
     layers: dict[str, list[str]] = {}
     for name in sorted(
-        tensors, key=lambda n: [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", n)]
+        tensors, key=lambda n: [(int(p), "") if p.isdecimal() else (-1, p) for p in re.split(r"(\d+)", n)]
     ):
         layer, _, key = name.rpartition(".")
         layers.setdefault(layer, []).append(key)
@@ -130,7 +137,7 @@ def _method(path: Path, config: Mapping[str, Any]) -> tuple[str | None, Options]
         own = next((key for key in LAYOUTS if isinstance(config.get(key), Mapping)), None)
         return own, config[own] if own else {}
     method = options.get("quant_method") if isinstance(options, Mapping) else None
-    if method not in LAYOUTS:
+    if not isinstance(method, str) or method not in LAYOUTS:
         known = ", ".join(LAYOUTS)
         raise CheckpointError(
             f"{path}: {CONFIG} states quant_method = {method!r}, and this library reads {known}: convert the "
@@ -216,6 +223,8 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
                     f"{source}: {name!r} changed while it was converted: convert it again, undisturbed"
                 )
             for tensor in tensors:
-                file.seek(starts[tensor])
+                file.seek(starts.pop(tensor))
                 file.write(as_bytes(tensors[tensor]))
             del value, tensors
+        if starts:
+            raise CheckpointError(f"{source}: {min(starts)!r} went away while it was converted: convert it again")

@@ -14,9 +14,10 @@ import numpy as np
 from lowbit.array import QuantArray, own
 from lowbit.formats.planes import group_size
 from lowbit.io.atomic import replacing
+from lowbit.io.header import check_name
 from lowbit.io.packing import from_planes, pack, words
-from lowbit.io.shards import SINGLE
-from lowbit.io.tensors import Array, Spec, arranged, as_bytes, to_host
+from lowbit.io.shards import INDEX, SINGLE
+from lowbit.io.tensors import FOREIGN, NATIVE, Array, Spec, arranged, as_bytes, to_host
 
 Scheme = dict[str, Any]
 """How a layer is quantized: "format" and "weights", as in a group of `config_groups`."""
@@ -42,8 +43,9 @@ def export_checkpoint(
       folder: which must exist; the two files in it are replaced, each as a whole.
       config: the rest of config.json, as the model's family wants it.
 
-    One tensor at a time is made. Raises ValueError for a format that compressed-tensors lacks, with the reason, before
-    anything is written; TypeError for what is no array; OSError when the folder cannot be written.
+    One tensor at a time is made. Raises ValueError, before anything is written, for a format that compressed-tensors
+    lacks, with the reason, for entries of which none is quantized, and for a folder with the index of another
+    checkpoint, which readers would follow; TypeError for what is no array; OSError when the folder cannot be written.
 
     >>> import os, tempfile
     >>> import jax.numpy as jnp, lowbit as lb
@@ -57,6 +59,7 @@ def export_checkpoint(
     make: dict[str, Callable[[], Array]] = {}
     schemes: dict[str, Scheme] = {}
     for name, value in entries.items():
+        check_name(name)
         if isinstance(value, QuantArray):
             layer, value = _layer(name), own(value)
             schemes[layer], parts = _counterpart(name, value)
@@ -67,6 +70,10 @@ def export_checkpoint(
             raise ValueError(f"two entries would be stored as the tensor {clash[0]!r}: rename one of them")
         specs |= {tensor: spec for tensor, (spec, _) in tensors.items()}
         make |= {tensor: making for tensor, (_, making) in tensors.items()}
+    if not schemes:
+        raise ValueError("none of the entries is quantized: write dense arrays with safetensors.numpy.save_file")
+    if (index := Path(folder) / INDEX).exists():
+        raise ValueError(f"{str(index)!r} lists the files of another checkpoint: choose an empty folder, or delete it")
     head, starts = arranged(specs, {"format": "pt"})
     written = json.dumps({**(config or {}), "quantization_config": _config(schemes)}, indent=2) + "\n"
     with replacing(Path(folder) / SINGLE) as file, replacing(Path(folder) / "config.json") as described:
@@ -87,6 +94,8 @@ def _layer(name: str) -> str:
 def _dense(name: str, value: Any) -> tuple[Spec, Callable[[], Array]]:
     if not isinstance(value, np.ndarray | jax.Array):
         raise TypeError(f"{name!r} is a {type(value).__name__}; only arrays and QuantArrays can be written")
+    if value.dtype.name not in NATIVE | FOREIGN:
+        raise TypeError(f"{name!r} is {value.dtype}; safetensors holds {', '.join(NATIVE | FOREIGN)}: cast it")
     return (np.dtype(value.dtype), value.shape), lambda: to_host(name, value)
 
 
@@ -98,6 +107,8 @@ def _counterpart(name: str, w: QuantArray) -> tuple[Scheme, Parts]:
         raise ValueError(f"{what}: it is a stack {list(w.stack)}; export each slice under a name of its own")
     if t.adapter is not None or t.splits or t.numerics != "float":
         raise ValueError(f"{what}: it has an adapter, parts that train or products in int8; fold or drop them first")
+    if "scale" in w.fields and not np.isfinite(np.asarray(w.fields["scale"])).all():
+        raise ValueError(f"{what}: a scale is NaN or inf; quantize the weight again")
     if fmt.name == "scaled_fp8":
         return _float(w)
     if fmt.name == "act_order":
@@ -157,10 +168,10 @@ def _float(w: QuantArray) -> tuple[Scheme, Parts]:
         strategy, shape = {"strategy": "tensor"}, (1,)
     else:
         strategy = {"strategy": "block", "block_structure": [rows, group]}
-    code, scale = np.asarray(w.fields["code"]), np.asarray(w.fields["scale"]).reshape(shape)
+    code, scale = w.fields["code"], np.asarray(w.fields["scale"]).reshape(shape)
     e4m3 = np.dtype(jax.numpy.float8_e4m3fn)
     parts: Parts = {
-        "weight": ((e4m3, (n, k)), lambda: code.view(e4m3)),
+        "weight": ((e4m3, (n, k)), lambda: np.asarray(code).view(e4m3)),
         "weight_scale": ((scale.dtype, shape), lambda: scale),
     }
     return {"format": "float-quantized", "weights": _weights(8, "float", **strategy)}, parts

@@ -19,11 +19,14 @@ from lowbit.io.atomic import replacing
 from lowbit.io.error import AGAIN, CheckpointError
 from lowbit.io.gguf_blocks import BLOCKS, Block
 from lowbit.io.gguf_header import DENSE, VALUES, File, Path, Tensor
+from lowbit.io.header import check_name
 from lowbit.io.tensors import Array, to_host
 from lowbit.ir.dtypes import numpy_dtype
 from lowbit.quant_type import QuantType
 
 DENSE_TYPES = {dtype.name: kind for kind, dtype in DENSE.items()}
+NAME = 64
+"""Bytes that ggml has for the name of a tensor and the zero that ends it."""
 SCRATCH = 1 << 19
 """Bytes of blocks that are taken apart at a time: what bounds the memory beside the fields."""
 
@@ -36,8 +39,8 @@ def tensors(path: Path) -> Iterator[tuple[str, QuantArray | Array]]:
     Q4_0, Q5_0 and Q8_0, and `k_quant` for the others. Dense ones come as numpy arrays, views of the file, in the order
     [outputs, inputs] of torch, which is that of numpy here: GGUF itself lists dims from the last.
 
-    Raises CheckpointError for a file that is damaged, for a type that no format holds, naming the tensor, and for
-    scales that are NaN or inf; OSError when it cannot be opened.
+    Raises CheckpointError for a file that is damaged, for a type that no format holds, naming the tensor, for scales
+    that are NaN or inf, and for one file of several; OSError when it cannot be opened.
 
     >>> import os, tempfile
     >>> import jax.numpy as jnp, lowbit as lb
@@ -48,7 +51,10 @@ def tensors(path: Path) -> Iterator[tuple[str, QuantArray | Array]]:
     ...     print([(name, str(array.type)) for name, array in lb.read_checkpoint(path)])
     [('blk.0.ffn_up.weight', 'f32[k=256 n=8] as k_quant(bits=4)')]
     """
-    return _values(path, File(path))
+    file = File(path)
+    if (parts := file.metadata.get("split.count", 0)) not in (0, 1):
+        raise CheckpointError(f"{path} is one of {parts} files of a model: join them with llama-gguf-split --merge")
+    return _values(path, file)
 
 
 def _values(path: Path, file: File) -> Iterator[tuple[str, QuantArray | Array]]:
@@ -77,13 +83,14 @@ def export_gguf(entries: Mapping[str, Any], path: Path, metadata: Mapping[str, A
       metadata: by key, with "general.architecture": strings, bools, numpy scalars, ints (stored as uint32, the type of
         llama.cpp's sizes), floats (as float32), and lists or arrays of one of them.
 
-    Raises ValueError for a quantized array that GGUF cannot hold exactly, with the reason, and for metadata without an
-    architecture; TypeError for what is no array and metadata of no type; ImportError without the `gguf` package.
+    Raises ValueError for a quantized array that GGUF cannot hold exactly, with the reason, for a scale that is NaN or
+    inf, and for metadata without an architecture; TypeError for what is no array and metadata of no type; ImportError
+    without the `gguf` package.
     """
     gguf = _package()
-    if "general.architecture" not in metadata:
+    if not isinstance(metadata.get("general.architecture"), str):
         raise ValueError('a GGUF file names its model: give metadata={"general.architecture": "llama", ...}')
-    types = {name: _type(name, value) for name, value in entries.items()}  # all are known before the first is made
+    types = {name: _type(_checked(name), value) for name, value in entries.items()}  # before the first is made
     with replacing(path) as file:
         writer = gguf.GGUFWriter(None, str(metadata["general.architecture"]))
         for key, value in {"general.quantization_version": gguf.GGML_QUANT_VERSION, **metadata}.items():
@@ -92,10 +99,8 @@ def export_gguf(entries: Mapping[str, Any], path: Path, metadata: Mapping[str, A
         for name, kind in types.items():
             shape = _bytes_shape(entries[name], kind)
             writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), gguf.GGMLQuantizationType[kind])
-        writer.fout, writer.state = (
-            [file],
-            gguf.gguf_writer.WriterState.EMPTY,
-        )  # ours, which appears whole or not at all
+        writer.fout = [file]  # ours, which appears whole or not at all
+        writer.state = gguf.gguf_writer.WriterState.EMPTY
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -148,6 +153,15 @@ def _some_rows(n: int, width: int) -> Iterator[slice]:
 # ---------------------------------------------------------------- to blocks
 
 
+def _checked(name: Any) -> str:
+    check_name(name)
+    if len(name.encode()) >= NAME:
+        raise ValueError(
+            f"{name!r} has {len(name.encode())} bytes, and ggml reads names of up to {NAME - 1}: shorten it"
+        )
+    return str(name)
+
+
 def _type(name: str, value: Any) -> str:
     """ggml's type of an entry. Raises for what it cannot hold exactly."""
     if not isinstance(value, QuantArray):
@@ -159,8 +173,14 @@ def _type(name: str, value: Any) -> str:
             )
         return DENSE_TYPES[array.dtype.name]
     of, sizes = value.type, dict(value.type.dims)
-    if of.splits or of.adapter is not None:
-        raise ValueError(f"{name!r} is {of.encoding} and has parts of its own that train: fold or merge them first")
+    if of.splits or of.adapter is not None or of.numerics != "float":
+        raise ValueError(
+            f"{name!r} is {of.encoding}; GGUF has no adapters, parts that train or products in int8: fold or drop them"
+        )
+    if len(value.stack) > 2:
+        raise ValueError(
+            f"{name!r} is a stack {list(value.stack)} of matrices, and GGUF has 4 dims at most: export slices"
+        )
     kind = next((kind for kind, block in BLOCKS.items() if block.format == of.format), None)
     if kind is None:
         known = ", ".join(f"{block.format} ({kind})" for kind, block in BLOCKS.items())
@@ -171,7 +191,11 @@ def _type(name: str, value: Any) -> str:
             f"{name!r} has {sizes['k']} inputs, and {kind} has blocks of {block.weights}: quantize it to a format with "
             "groups that divide them, or leave it dense"
         )
-    if block.zero is not None and bool((zero := np.asarray(value.fields["zero"]) != block.zero).any()):
+    fields = own(value).fields  # what kernels read is padded
+    for field in block.halves:
+        if not np.isfinite(np.asarray(fields[field])).all():
+            raise ValueError(f"{name!r} has NaN or inf in {field!r}: quantize the weight again")
+    if block.zero is not None and bool((zero := np.asarray(fields["zero"]) != block.zero).any()):
         raise ValueError(
             f"{name!r} has {int(zero.sum())} of {zero.size} zero points that are not {block.zero}, and {kind} has that "
             f"one for all: quantize it to {BLOCKS['Q4_1'].format} (Q4_1) or {BLOCKS['Q4_K'].format} (Q4_K)"
@@ -202,6 +226,8 @@ def _bytes(name: str, value: Any, kind: str) -> Array:
 
 def _say(writer: Any, key: str, value: Any) -> None:
     if key == "general.alignment":
+        if value not in (1 << i for i in range(32)):
+            raise ValueError(f"metadata {key!r} is {value!r}: give a power of two")
         writer.data_alignment = int(value)
     several = isinstance(value, list | np.ndarray)
     if several and not len(value):

@@ -40,20 +40,8 @@ TYPES = (
 """ggml's types of tensors, by their numbers."""
 STRING, ARRAY = 8, 9
 VALUES = (
-    "UINT8",
-    "INT8",
-    "UINT16",
-    "INT16",
-    "UINT32",
-    "INT32",
-    "FLOAT32",
-    "BOOL",
-    "",
-    "",
-    "UINT64",
-    "INT64",
-    "FLOAT64",
-)
+    "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "FLOAT32", "BOOL", "", "", "UINT64", "INT64", "FLOAT64",
+)  # fmt: skip
 """The types of metadata that are numbers, by theirs; in small letters they are numpy's."""
 
 
@@ -97,7 +85,11 @@ class File:
         cursor = _Cursor(self._map)
         try:
             self.metadata, self.tensors, self._start = _parsed(cursor)
-        except ValueError as err:  # among them that of what is not UTF-8
+        except (
+            ValueError,
+            TypeError,
+            RecursionError,
+        ) as err:  # also of what is not UTF-8, or an array of arrays of ...
             raise CheckpointError(f"{path} is no whole GGUF file ({err}): {AGAIN}") from err
         for tensor in self.tensors:
             _check(tensor, f"{path}: tensor {tensor.name!r}")
@@ -127,10 +119,10 @@ def _check(tensor: Tensor, where: str) -> None:
         known = ", ".join([*DENSE, *BLOCKS])
         raise CheckpointError(f"{where} is {tensor.kind}, and lowbit reads {known}: quantize the model to one of these")
     weights = BLOCKS[tensor.kind].weights
-    if len(tensor.shape) < 2 or tensor.shape[-1] % weights:
+    if len(tensor.shape) < 2 or 0 in tensor.shape or tensor.shape[-1] % weights:
         raise CheckpointError(
             f"{where} is {tensor.kind}{list(tensor.shape)}: what is quantized has rows of whole blocks of {weights}, "
-            f"and 2 dims or more: {AGAIN}"
+            f"and 2 dims or more, none of them 0: {AGAIN}"
         )
 
 

@@ -7,7 +7,8 @@
 
     weight[n, k] = scales[g_idx[k], n] (code[k, n] - zero[g_idx[k], n])
 
-The first version adds one to a zero point after it is unpacked, so one stored as the largest code is 2**bits.
+In the first version a zero point of 0 is stored as -1, all ones, so one is added modulo 2**bits. (Some of AutoGPTQ's
+fallbacks make 2**bits of it, a zero point that no quantizer gives; its kernels of 4 bits do not.)
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ def read(tensors: Tensors, options: Options, where: str) -> QuantArray:
     expect(where, "scales", tensors["scales"], FLOATS, (count, n), why)
     if g_idx is not None:
         expect(where, "g_idx", g_idx, ("int32", "int64"), (k,), why)
-    zero = unpack(tensors["qzeros"], bits, n).T.astype(np.int32) + (version == "gptq")
-    if zero.max() > 255:
-        raise CheckpointError(f"{where}: 'qzeros' holds a zero point of 256, and 255 is the limit: quantize it again")
+    zero = unpack(tensors["qzeros"], bits, n).T
+    if version == "gptq":
+        zero = (zero + np.uint8(1)) & np.uint8((1 << bits) - 1)
     codes = Codes((n, k), lambda some: unpack(tensors["qweight"].T[some], bits, k))
-    return affine_array(where, codes, tensors["scales"].T, zero.astype(np.uint8), bits, group, g_idx)
+    return affine_array(where, codes, tensors["scales"].T, zero, bits, group, g_idx)
 
 
 def select(layer: str, options: Options, where: str) -> Options:

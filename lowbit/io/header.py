@@ -54,7 +54,7 @@ def describe(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[H
     arrays: dict[str, Array] = {}
     described: dict[str, Header] = {}
     for name, value in entries.items():
-        _check_name(name)
+        check_name(name)
         parts = _fields(name, value) if isinstance(value, QuantArray) else {name: to_host(name, value)}
         if isinstance(value, QuantArray) and value.type.layout != "own":  # moved only after it was checked
             value = own(value)
@@ -74,7 +74,8 @@ def describe(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[H
     return {"version": VERSION, "metadata": dict(metadata), "entries": described, "tensors": tensors}, stored
 
 
-def _check_name(name: Any) -> None:
+def check_name(name: Any) -> None:
+    """Raises TypeError or ValueError for what cannot name an entry."""
     if not isinstance(name, str):
         raise TypeError(f"an entry's name must be a string, not {name!r}")
     if name == "__metadata__":

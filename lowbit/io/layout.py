@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
+
 from lowbit.array import QuantArray
-from lowbit.io.error import CheckpointError
+from lowbit.io.error import AGAIN, CheckpointError
 from lowbit.io.tensors import Array
 
 Tensors = Mapping[str, Array]
@@ -58,11 +60,16 @@ class Layout:
 
 
 def expect(where: str, name: str, array: Array, dtypes: str | Sequence[str], shape: Sequence[int], why: str) -> None:
-    """Raises CheckpointError for a tensor of another dtype or shape; `why` says what these follow from."""
+    """Raises CheckpointError for a tensor of another dtype or shape, or floats that are NaN or inf.
+
+    `why` says what dtype and shape follow from.
+    """
     allowed = (dtypes,) if isinstance(dtypes, str) else tuple(dtypes)
     if array.dtype.name not in allowed or array.shape != tuple(shape):
         found, wanted = f"{array.dtype.name}{list(array.shape)}", f"{' or '.join(allowed)}{list(shape)}"
         raise CheckpointError(f"{where}: {name!r} is {found}, not {wanted}, as {why} has it: {COMPARE}")
+    if array.dtype.name in FLOATS and (bad := int((~np.isfinite(array)).sum())):
+        raise CheckpointError(f"{where}: {name!r} has {bad} NaN or inf among its {array.size} numbers: {AGAIN}")
 
 
 FLOATS = ("float16", "bfloat16", "float32")
@@ -82,7 +89,7 @@ def choice(where: str, options: Options, name: str, allowed: Collection[Any], de
     """An option, which must be one of those; `default` where it is not given, or null."""
     value = default if options.get(name) is None else options[name]
     if not any(value == other and type(value) is type(other) for other in allowed):
-        known = ", ".join(map(repr, allowed))
+        known = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else ", ".join(map(repr, allowed))
         raise CheckpointError(
             f"{where}: {CONFIG} states {name} = {value!r}, and this reader knows {known}: convert the checkpoint to "
             "one of these with the tool that made it"

@@ -88,14 +88,12 @@ def affine_array(
     Args:
       where: begins the messages: the file and the layer.
       codes: u8 [n, k], below 2**bits.
-      scale: floats [n, g], of the dtype that they are to be stored in.
+      scale: finite floats [n, g], of the dtype that they are to be stored in.
       zero: u8 [n, g].
       group: inputs in a group; k or more for one group a row.
       g_idx: integers [k], the group of each input; None for consecutive ones.
     """
     n, k = codes.shape
-    if not np.isfinite(scale.astype(np.float32)).all():
-        raise CheckpointError(f"{where}: a scale is NaN or inf, so its weights are too: get the file again")
     place = None if g_idx is None else _places_of(where, g_idx, min(group, k))
     order = None if place is None else np.argsort(place)
     make = uniform if place is None else act_order

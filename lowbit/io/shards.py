@@ -14,7 +14,7 @@ from lowbit.io.mapped import Mapped
 from lowbit.io.tensors import Array
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-PICKLE = "pytorch_model.bin"
+PICKLE, PICKLES = "pytorch_model.bin", (".bin", ".pt", ".pth")
 
 
 class Shards:
@@ -33,7 +33,7 @@ class Shards:
         self.config = _json(folder / "config.json") if (folder / "config.json").exists() else {}
         index = _index(folder) if path.is_dir() else None
         paths = _files(path) if index is None else sorted({folder / file for file in index.values()})
-        if missing := [p.name for p in paths if not p.exists()]:
+        if index is not None and (missing := [p.name for p in paths if not p.exists()]):
             raise CheckpointError(
                 f"{path}: {len(missing)} of {len(paths)} files that {INDEX} names are missing, the first is "
                 f"{missing[0]!r}: get them too"
@@ -98,18 +98,23 @@ def _files(path: Path) -> list[Path]:
             f"{path} holds {len(found)} safetensors files and no {INDEX}: get that too, or name one file"
         )
     if (path / PICKLE).exists():
-        raise CheckpointError(
-            f"{path} holds {PICKLE}, a pickle, which may run anything and is not read. Convert it once, with torch: "
-            "safetensors.torch.save_file({k: v.contiguous().clone() for k, v in "
-            f"torch.load({PICKLE!r}, weights_only=True).items()}}, {SINGLE!r})"
-        )
+        raise pickled(path / PICKLE)
     raise CheckpointError(f"{path} holds no safetensors file: convert the checkpoint to safetensors with its own tool")
+
+
+def pickled(path: Path) -> CheckpointError:
+    """The error for a file of torch's."""
+    return CheckpointError(
+        f"{path} is a pickle, which may run anything and is not read. Convert it once, with torch: "
+        "safetensors.torch.save_file({k: v.contiguous().clone() for k, v in "
+        f"torch.load({path.name!r}, weights_only=True).items()}}, {SINGLE!r})"
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         read = json.loads(path.read_bytes())
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise CheckpointError(f"{path} is not JSON ({err}): {AGAIN}") from err
     if not isinstance(read, dict):
         raise CheckpointError(f"{path} holds a {type(read).__name__}, not an object: {AGAIN}")

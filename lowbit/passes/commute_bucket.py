@@ -7,6 +7,7 @@ one: the gradient of a table that all outputs index alike is a product with the 
 from __future__ import annotations
 
 from lowbit.ir.build import contract
+from lowbit.ir.dims import RangeError
 from lowbit.ir.expr import Bucket, Contract, Expr
 
 
@@ -19,7 +20,10 @@ def commute_bucket(e: Expr) -> Expr | None:
             if not far or not near or over & (bound | {dim}):  # the last: a dim of the sum would be captured
                 return None
             inner = over - {k for f in far for k in f.dims}
-            buckets = Bucket(contract(near, inner, acc=acc), index, dim, size, summed)
+            try:
+                buckets = Bucket(contract(near, inner, acc=acc), index, dim, size, summed)
+            except RangeError:  # without the far factors, the bucket sums outgrow the accumulator
+                return None
             return contract((*far, buckets), over - inner, acc=acc)
         case _:
             return None

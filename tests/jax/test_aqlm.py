@@ -117,7 +117,16 @@ COMPARE = "compare quantization_config in config.json, or get the file again"
             {},
             "quantization_config in config.json states out_group_size = 4, and lowbit's codes stand for inputs of one",
         ),
-        ({"nbits_per_codebook": 17}, {}, "quantization_config in config.json states nbits_per_codebook = 17, and this"),
+        (
+            {"nbits_per_codebook": 17},
+            {},
+            "quantization_config in config.json states nbits_per_codebook = 17, and this reader knows 1 to 16: convert",
+        ),
+        (
+            {},
+            {"scales": np.full((64, 1, 1, 1), np.inf, np.float16)},
+            "'scales' has 64 NaN or inf among its 64 numbers: get the file again",
+        ),
         (
             {"num_codebooks": 3},
             {},

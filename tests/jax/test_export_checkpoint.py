@@ -84,8 +84,12 @@ def stack() -> lb.QuantArray:
         ("a.weight", lambda: of(lb.act_order(4)), ValueError, r"has no groups of inputs in another order"),
         ("a.weight", lambda: of(lb.uniform(4, group=48)), ValueError, r"groups of 48 do not divide its 64 inputs"),
         ("a.weight", lambda: of(lb.uniform(4), zero=jnp.full((24, 1), 16, "u1")), ValueError, r"a zero point is no"),
+        ("a.weight", lambda: of(lb.uniform(4), scale=jnp.full((24, 1), jnp.nan)), ValueError, r"a scale is NaN or"),
         ("a.weight", stack, ValueError, r"it is a stack \[2\]; export each slice"),
         ("a", lambda: of(lb.uniform(4)), ValueError, r"^'a' is quantized, and its name does not end in '\.weight'"),
+        ("a", lambda: np.ones(2, "c8"), TypeError, r"^'a' is complex64; safetensors holds bool, .*: cast it"),
+        ("__metadata__", lambda: np.ones(2), ValueError, r"^an entry cannot be named '__metadata__'"),
+        ("a", lambda: np.ones(2), ValueError, r"^none of the entries is quantized: write dense arrays with"),
         ("a", lambda: [1.0], TypeError, r"^'a' is a list; only arrays and QuantArrays can be written"),
     ],
 )  # fmt: skip
@@ -108,8 +112,15 @@ def test_names_that_clash(tmp_path: Path) -> None:
         lb.export_checkpoint(entries, tmp_path)
 
 
+def test_the_index_of_another_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json' lists the files of another checkpoint: choose an empty folder"):
+        lb.export_checkpoint({"a.weight": of(lb.scaled_fp8())}, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_failure_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lb.export_checkpoint({"a": np.ones(1)}, tmp_path)
+    lb.export_checkpoint({"a.weight": of(lb.scaled_fp8())}, tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     monkeypatch.setattr("lowbit.io.export.pack", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -1,7 +1,9 @@
 """GGUF files against ggml's own quantizers and decoders: a golden file, the `gguf` package, and what is refused."""
 
 import re
+import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import lowbit as lb
+from lowbit.array import laid_out
 from lowbit.io import gguf, gguf_metadata
 from lowbit.io.error import CheckpointError
 from lowbit.io.gguf_blocks import BLOCKS
@@ -153,6 +156,11 @@ def test_stacks_embeddings_and_dense_arrays(tmp_path: Path) -> None:
     assert back["a"].dtype == ml_dtypes.bfloat16
 
 
+def test_what_kernels_read_is_stored_as_it_was(tmp_path: Path) -> None:
+    w = array("Q4_0", 256, 64)
+    assert equal(dict(lb.read_checkpoint(written(tmp_path, {"w": laid_out(w)})))["w"], w)
+
+
 def test_rows_are_taken_apart_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     w = array("Q5_K", 256, 5)
     whole = written(tmp_path, {"w": w}).read_bytes()
@@ -217,8 +225,16 @@ def test_what_gguf_cannot_hold(tmp_path: Path) -> None:
     refused({"w": lb.QuantArray({**uneven.fields, "zero": zero}, uneven.type)}, tmp_path, message)
     whole = array("Q4_0", 32, 2)
     parts = lb.QuantType(whole.type.dims, "f32", whole.type.format, splits=(("scale", "n", 1),))
-    message = "'w' is uniform(bits=4, group=32, scale_dtype=float16) and has parts of its own that train: fold or merge"
-    refused({"w": lb.QuantArray(whole.fields, parts)}, tmp_path, message)
+    message = "; GGUF has no adapters, parts that train or products in int8: fold or drop them"
+    refused({"w": lb.QuantArray(whole.fields, parts)}, tmp_path, f"'w' is {whole.type.format}{message}")
+    in_int8 = lb.QuantArray(whole.fields, replace(whole.type, numerics="int8"))
+    refused({"w": in_int8}, tmp_path, f"'w' is {whole.type.format} in int8{message}")
+    endless = {**whole.fields, "scale": whole.fields["scale"].at[0, 0].set(np.inf)}
+    refused({"w": lb.QuantArray(endless, whole.type)}, tmp_path, "'w' has NaN or inf in 'scale': quantize the weight")
+    deep = lb.QuantArray({field: a[None, None, None] for field, a in whole.fields.items()}, whole.type)
+    refused({"w": deep}, tmp_path, "'w' is a stack [1, 1, 1] of matrices, and GGUF has 4 dims at most: export slices")
+    refused({"w" * 64: whole}, tmp_path, f"'{'w' * 64}' has 64 bytes, and ggml reads names of up to 63: shorten it")
+    refused({1: whole}, tmp_path, "an entry's name must be a string, not 1", TypeError)
     message = "'w' is uint8[2]; GGUF holds 1 to 4 dims of float32, float16, "
     refused({"w": np.zeros(2, np.uint8)}, tmp_path, message, TypeError)
     refused({"w": np.float32(2) * np.ones(())}, tmp_path, "'w' is a float64; only numpy or jax", TypeError)
@@ -229,6 +245,9 @@ def test_metadata_that_is_refused(tmp_path: Path) -> None:
     w = {"w": np.ones(2, np.float32)}
     with pytest.raises(ValueError, match=r"^a GGUF file names its model: give metadata=\{\"general.architecture\""):
         lb.export_gguf(w, tmp_path / "w.gguf", {})
+    for value in (0, 24, "x", -1):
+        with pytest.raises(ValueError, match=r"^metadata 'general\.alignment' is .*: give a power of two"):
+            lb.export_gguf(w, tmp_path / "w.gguf", {**NAMED, "general.alignment": value})
     for value, message in [
         (-1, "metadata 'a' is -1: give strings, numpy scalars, bools, ints below 2**32 or floats"),
         (None, "metadata 'a' is None: give strings"),
@@ -254,6 +273,7 @@ def test_types_that_no_format_has(tmp_path: Path) -> None:
 
 
 DATA = (GOLDEN / "model.gguf").read_bytes()
+NESTED = struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", 9) + struct.pack("<IQ", 9, 1) * 10_000
 
 
 @pytest.mark.parametrize(
@@ -274,6 +294,7 @@ DATA = (GOLDEN / "model.gguf").read_bytes()
             DATA.replace(b"Q4_1.weight", b"Q4_0.weight"),
             "is no whole GGUF file (two of its tensors or keys have one name)",
         ),
+        (NESTED, "is no whole GGUF file (maximum recursion depth exceeded"),
         (DATA[:-20], "is truncated: it has 7788 bytes, and tensor 'output.weight' ends after 7792: get the file again"),
     ],
 )
@@ -282,6 +303,13 @@ def test_files_that_are_damaged(data: bytes, message: str, tmp_path: Path) -> No
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=f"^{re.escape(f'{path} {message}')}"):
         lb.read_checkpoint(path)
+
+
+def test_one_of_several_files(tmp_path: Path) -> None:
+    path = written(tmp_path, {"w": np.ones(2, np.float32)}, {**NAMED, "split.count": np.uint16(3)})
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))} is one of 3 files of a model: join them with"):
+        lb.read_checkpoint(path)
+    assert gguf_metadata(path)["split.count"] == 3
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lowbit.ir import (
     CallSpec,
     Cast,
     Concat,
+    Contract,
     Expr,
     Gather,
     Merge,
@@ -176,6 +177,7 @@ TWO, FEW = Slice(param("w", "u8", (1, 2), p=3, n=40), "n", 0, 39), const([100, 0
 TRITS = param("trits", "u8", (0, 2), p=2, n=3)
 INDEX = contract((x((0, 1)), param("y", "i32", (0, 3)) + -3), ()) + 3
 T_OF_N, ORDER = param("t", "f32", n=3, c=4), param("i", "u8", (0, 3), k=6)
+NOTHING = Contract((x((0, 1 << 29), k=6), param("y", "i32", (0, 0), n=3)), frozenset(), "real", "i32")
 OUTER = contract((x(m=2, k=6), param("y", "f32", m=2, n=3)), ("m",))
 # Terms that once broke a pass; whether it applies.
 EXAMPLES_OF: list[tuple[str, bool, Expr]] = [
@@ -194,6 +196,8 @@ EXAMPLES_OF: list[tuple[str, bool, Expr]] = [
     ("commute_bucket", False, Bucket(OUTER, ORDER, "m", 4, frozenset("k"))),
     ("commute_bucket", False, Bucket(OUTER, param("i", "u8", (0, 3), k=6, n=3), "c", 4, frozenset("k"))),
     ("commute_bucket", False, Bucket(OUTER, ORDER, "c", 4, frozenset(("k", "n")))),
+    # a factor that shrinks is what keeps the bucket sums within their type
+    ("commute_bucket", False, Bucket(NOTHING, ORDER, "c", 4, frozenset("k"))),
     # integers that would outgrow their type, or the index that they are
     ("hoist_slice", False, contract((Slice(param("w", "i32", (0, 1 << 28), k=8), "k", 0, 4),), ("k",))),
     ("distribute", False, contract((param("a", "i32", (0, 1 << 16)) + -(1 << 15), x((0, 1 << 15))), ())),
