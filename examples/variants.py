@@ -118,7 +118,7 @@ def awq(s: Subject, fmt: lb.Format) -> tuple[nnx.Module, nnx.Module]:
 
 
 def lwc(s: Subject, fmt: lb.Format) -> nnx.Module:
-    return lb.lwc(s.model, s.all_in(fmt), s.together, blocks=[s.blocks], call=of_tokens, epochs=10, rate=0.05)
+    return lb.lwc(s.model, s.all_in(fmt), s.together[:8], blocks=[s.blocks], call=of_tokens, epochs=10, rate=0.05)
 
 
 def q_rater(s: Subject, fmt: lb.Format) -> nnx.Module:
@@ -128,7 +128,7 @@ def q_rater(s: Subject, fmt: lb.Format) -> nnx.Module:
 
 def reconstructed(s: Subject, of: Variant) -> tuple[nnx.Module, nnx.Module]:
     dense, small = of.make(s)
-    return dense, lb.tune.reconstruct(small, dense, s.together, s.blocks, of_tokens, rate=1e-3)
+    return dense, lb.tune.reconstruct(small, dense, s.together[:9], s.blocks, of_tokens, rate=1e-3)
 
 
 def of_tokens(model: Any, tokens: jax.Array) -> jax.Array:
