@@ -94,6 +94,15 @@ def test_it_beats_rounding_to_nearest_and_the_largest_inputs_first_is_better() -
     assert ordered < plain < 0.6 * nearest
 
 
+def test_a_group_whose_scale_underflows_spoils_no_other() -> None:
+    zeros, tiny = W.copy(), W.copy()
+    zeros[:35, 0] = tiny[:35, 0] = 0
+    tiny[3, 0] = 1e-8  # a seventh of it is nothing in float16
+    fmt = lb.uniform(3, group=35, scale_dtype="float16")
+    a, b = (lb.dequantize(lb.quantize_array(w, fmt, lb.gptq(False), importance=GRAM)) for w in (zeros, tiny))
+    np.testing.assert_array_equal(a, b)
+
+
 # ---------------------------------------------------------------- LNQ
 
 
