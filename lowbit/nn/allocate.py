@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -17,9 +18,9 @@ from lowbit.array import dequantize
 from lowbit.formats import Format
 from lowbit.io.atomic import replacing
 from lowbit.nn.calibrate import LayerStats
-from lowbit.nn.importance import check_measured, importance, weighed
+from lowbit.nn.importance import check_measured, check_statistic, importance, weighed
 from lowbit.nn.kernel import expect_module
-from lowbit.nn.kinds import KINDS, dense_matrices, layers, refusal
+from lowbit.nn.kinds import KINDS, dense_matrices, layers, refusal, weight
 from lowbit.nn.linen import opened
 from lowbit.nn.rules import Rule
 from lowbit.quantizers import IneligibleError, Quantizer
@@ -46,6 +47,7 @@ class Candidate:
       weights: entries of its dense matrices.
       bits: stored for them, everything counted.
       harm: what its errors are estimated to do.
+      shared: paths of further layers with the same weight, which is stored once.
     """
 
     layer: str
@@ -53,6 +55,7 @@ class Candidate:
     weights: int
     bits: int
     harm: float
+    shared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Allocation:
     @property
     def rules(self) -> list[Rule]:
         """One for each layer."""
-        return [c.rule for c in self.chosen]
+        return [replace(c.rule, path=path) for c in self.chosen for path in (c.layer, *c.shared)]
 
     @property
     def bytes(self) -> int:
@@ -87,9 +90,8 @@ class Allocation:
         return sum(c.harm for c in self.chosen)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: the rules, and what they come to."""
-        formats = [(r.path, r.format) for r in self.rules if r.format is not None]
-        rules = [{"path": path, "format": fmt.name, "options": dict(fmt.options)} for path, fmt in formats]
+        """Plain data: the rules, of quantizers that were given what they are called, and what all come to."""
+        rules = [_plain(rule) for rule in self.rules]
         return {"rules": rules, "bits_per_weight": self.bits_per_weight, "bytes": self.bytes, "harm": self.harm}
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -137,7 +139,8 @@ def allocate(
     """The format of each measured layer, so that all stay within a budget and the estimated harm is least.
 
     Every layer is quantized in every format, one at a time; which of them each layer gets is an integer program that is
-    solved exactly. The harm of layers is taken to add up. With D the error of a weight:
+    solved exactly. The harm of layers is taken to add up. Those that share a weight get one format, by the statistics
+    of the first. With D the error of a weight:
 
     - by "loss": sum F D^2, F the mean squared gradients of the loss, as SqueezeLLM estimates what it costs the loss;
     - by "trace": mean(F) sum D^2, HAWQ-V2's average trace (Dong et al., NeurIPS 2020), F's in place of the Hessian's;
@@ -147,14 +150,15 @@ def allocate(
     Args:
       model: left as it is.
       stats: what `lb.calibrate` measured: `gradient_square`, or for "output" `gram` or `second_moment`. Layers that it
-        does not have are left out, and get no rule.
+        does not have are left out, and get no rule. A logged warning names those of which it has only zeros.
       formats: such as `lb.bcq(3, group=128)`, or (format, quantizer).
       bits: the budget per weight, scales and padding counted.
       bytes: instead, the budget of all these layers together.
       by: the estimate.
 
-    Raises ValueError for no budget or two, for one below the smallest formats (both sizes are named), for a layer that
-    no format can hold, and where a statistic was not measured.
+    Raises TypeError for `formats` that are no list of formats; ValueError for no budget or two, for one below the
+    smallest formats (both sizes are named), for a layer that no format can hold, and where a statistic was not
+    measured, is of another shape, NaN, inf or negative.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb
@@ -165,23 +169,56 @@ def allocate(
     (['bcq(bits=2)', 'bcq(bits=4)'], True)
     """
     expect_module(model, "allocate")
-    if (bits is None) == (bytes is None):
-        raise ValueError(f"bits={bits!r} and bytes={bytes!r}: give one budget, bits per weight or bytes for all layers")
-    if by not in get_args(By):
-        raise ValueError(f"by={by!r} must be one of {', '.join(get_args(By))}")
-    found = layers(opened(model))
+    _check(formats, bits, bytes, by)
     every: list[Candidate] = []
-    for path in (p for p in found if p in stats):
-        if reason := refusal(found[path]):
+    for path, (layer, *shared) in _shared(opened(model), stats).items():
+        if reason := refusal(layer):
             raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
-        made = _candidates(path, found[path], stats, formats, by)
+        made = _candidates(path, layer, stats, formats, by)
         if not made:
             raise ValueError(f"layer {path!r} fits none of {', '.join(map(str, formats))}: add a format that it fits")
-        every += made
+        every += [replace(c, shared=tuple(shared)) for c in made]
     if not every:
         raise ValueError("stats has no layer of this model: there is nothing to allocate")
+    if dead := [path for path, of in _by_layer(every).items() if not any(c.harm for c in of)]:
+        logging.warning("lowbit: by what stats has, no format does harm to %s: each gets any", ", ".join(dead))
     weights = sum(of[0].weights for of in _by_layer(every).values())
-    return _solve(tuple(every), 8 * bytes if bytes is not None else weights * (bits or 0.0))
+    # A product such as 25 * (57 / 25) may be rounded to less than what it stands for.
+    return _solve(tuple(every), 8 * bytes if bits is None else weights * bits * (1 + 2**-51))  # type: ignore[operator]
+
+
+def _check(formats: Sequence[Choice], bits: float | None, bytes: float | None, by: str) -> None:
+    if (bits is None) == (bytes is None):
+        raise ValueError(f"bits={bits!r} and bytes={bytes!r}: give one budget, bits per weight or bytes for all layers")
+    if not (budget := bytes if bits is None else bits) > 0:  # type: ignore[operator]
+        raise ValueError(f"the budget is {budget!r}: it must be above 0")
+    if by not in get_args(By):
+        raise ValueError(f"by={by!r} must be one of {', '.join(get_args(By))}")
+    if isinstance(formats, Format) or not formats:
+        raise TypeError(f"formats={formats!r}: give a list of one or more, such as [lb.bcq(2), lb.bcq(4)]")
+    for choice in formats:
+        if not isinstance(choice[0] if isinstance(choice, tuple) else choice, Format):
+            raise TypeError(f"{choice!r} is neither a format such as lb.bcq(2) nor (format, quantizer)")
+
+
+def _shared(model: nnx.Module, stats: Mapping[str, LayerStats]) -> dict[str, list[Any]]:
+    """The measured layers of a model by path, each followed by the paths of those that would share what is stored."""
+    out: dict[str, list[Any]] = {}
+    first: dict[Any, str] = {}
+    for path, layer in layers(model).items():
+        if path in stats:
+            held = id(weight(layer)), None if refusal(layer) else KINDS[type(layer)].view(layer)
+            if (owner := first.setdefault(held, path)) == path:
+                out[path] = [layer]
+            else:
+                out[owner].append(path)
+    return out
+
+
+def _plain(rule: Rule) -> dict[str, Any]:
+    assert rule.format is not None
+    own = {} if rule.quantizer is None else {"quantizer": str(rule.quantizer)}
+    return {"path": rule.path, "format": rule.format.name, "options": dict(rule.format.options), **own}
 
 
 def _candidates(
@@ -211,6 +248,7 @@ def _harm(path: str, layer: Any, stats: Mapping[str, LayerStats], by: By) -> Cal
     if name is None:
         needs = " or ".join(NEEDS[by])
         raise ValueError(f"by={by!r} takes {needs}, which stats does not have of layer {path!r}: measure it")
+    check_statistic(stats, path, name, layer)
     dims, dense = KINDS[type(layer)].view(layer).dims, dense_matrices(layer).astype(jnp.float32)
     counts = weighed(stats, path, (name,), layer)
 
@@ -248,7 +286,7 @@ def _solve(candidates: tuple[Candidate, ...], budget: float) -> Allocation:
     harm = np.array([c.harm for c in candidates])
     one_each = np.array([[c.layer == path for c in candidates] for path in groups], float)
     found = milp(
-        harm / (harm.max() or 1.0),
+        1e6 * harm / (harm.max() or 1.0),  # it stops where it is 1e-6 from the best
         integrality=np.ones(len(candidates)),
         bounds=Bounds(0, 1),
         constraints=[
