@@ -114,7 +114,7 @@ def of_file(path: pathlib.Path, inputs: pathlib.Path | None) -> Subject:
     for name, w in matrices.items():
         if inputs and (name not in rows or rows[name].shape[1:] != w.shape[1:] or len(rows[name]) < 2):
             has = f"{list(rows[name].shape)}" if name in rows else "none"
-            raise SystemExit(f"{inputs}: {name!r} needs inputs [2 rows or more, {w.shape[1]}], and there is {has}")
+            raise SystemExit(f"{inputs}: {name!r} needs inputs [2 rows or more, {w.shape[1]}], and has {has}")
     first, second = ({n: jnp.asarray(half(a)) for n, a in rows.items()} for half in (_first, _second))
     noise = {n: jax.random.normal(jax.random.key(0), (64, w.shape[1])) for n, w in matrices.items()}
     return Subject(Layers(matrices), (), [first] if inputs else [], second if inputs else noise)

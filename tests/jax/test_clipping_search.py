@@ -233,7 +233,7 @@ NAN = jnp.full((2, 20), jnp.nan)
     (partial(lwc, NET, RULES, [], blocks=["head"]), "^no batches were given: there is nothing to learn from$"),
     (partial(lwc, NET, RULES, X, blocks=["head"], epochs=0), "^epochs must be a positive int, not 0$"),
     (partial(lwc, NET, RULES, X, blocks=["head"], rate=-1.0), "^rate must be above 0, not -1.0$"),
-    (partial(lwc, NET, RULES, X, blocks=["head"], call=lambda m, x: m.head(x) + m(x)), "^block 'head' runs more than o"),
+    (partial(lwc, NET, RULES, X, blocks=["head"], call=lambda m, x: m.head(x) + m(x)), "^block 'head' runs more than"),
     (partial(lwc, NET, RULES, [NAN], blocks=["head"]), "^the output of block 'head' is NaN or inf: give batches for"),
     (partial(lwc, TWO, FMT, [0 * X[0]], blocks=["block/a"], **CALL), "^the inputs of block 'block/a' are all zero: t"),
     (partial(lwc, TWO, FMT, X, blocks=["block"], **CALL), "^block 'block' returns a tuple: name blocks that return"),

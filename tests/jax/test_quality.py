@@ -109,9 +109,9 @@ def test_nothing_is_left_out_of_a_language_model(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("layers", "inputs", "message"), [
     ({"norm": jnp.ones(4)}, None, "has no float matrix but of zeros: name a file of linear layers"),
-    ({"a": jnp.ones((4, 8))}, {"b": jnp.ones((4, 8))}, r"'a' needs inputs \[2 rows or more, 8\], and there is none"),
-    ({"a": jnp.ones((4, 8))}, {"a": jnp.ones((4, 4))}, r"'a' needs inputs \[2 rows or more, 8\], and there is \[4, 4\]"),
-    ({"a": jnp.ones((4, 8))}, {"a": jnp.ones((1, 8))}, r"'a' needs inputs \[2 rows or more, 8\], and there is \[1, 8\]"),
+    ({"a": jnp.ones((4, 8))}, {"b": jnp.ones((4, 8))}, r"'a' needs inputs \[2 rows or more, 8\], and has none"),
+    ({"a": jnp.ones((4, 8))}, {"a": jnp.ones((4, 4))}, r"'a' needs inputs \[2 rows or more, 8\], and has \[4, 4\]"),
+    ({"a": jnp.ones((4, 8))}, {"a": jnp.ones((1, 8))}, r"'a' needs inputs \[2 rows or more, 8\], and has \[1, 8\]"),
 ])  # fmt: skip
 def test_files_that_do_not_fit(
     layers: dict[str, jax.Array], inputs: dict[str, jax.Array] | None, message: str, tmp_path: Path
