@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from flax import nnx
 
 import lowbit as lb
-from lowbit.nn.allocate import Allocation, Candidate, _solve
+from lowbit.nn.allocation import Allocation, Candidate, solve
 from lowbit.nn.calibrate import LayerStats
 
 RNG = np.random.default_rng(0)
@@ -86,7 +87,7 @@ def test_the_choice_is_the_best_of_all(seed: int) -> None:
     groups = [every[3 * i : 3 * i + 3] for i in range(5)]
     sums = [(sum(c.bits for c in of), sum(c.harm for c in of)) for of in itertools.product(*groups)]
     for budget in (min(b for b, _ in sums), 90, 130, 1000):
-        found = _solve(every, budget)
+        found = solve(every, budget)
         assert sum(c.bits for c in found.chosen) <= budget
         assert found.harm == pytest.approx(min(h for b, h in sums if b <= budget))
 
@@ -103,7 +104,7 @@ def test_harms_of_all_sizes_count(seed: int) -> None:
         budget = sum(every[3 * i + j].bits for i, j in enumerate(picked))
         choices = itertools.product(*(every[3 * i : 3 * i + 3] for i in range(6)))
         best = min(sum(c.harm for c in of) for of in choices if sum(c.bits for c in of) <= budget)
-        assert _solve(every, budget).harm == pytest.approx(best, rel=1e-12)
+        assert solve(every, budget).harm == pytest.approx(best, rel=1e-12)
 
 
 def test_a_budget_that_is_just_a_choice_allows_it() -> None:
@@ -113,6 +114,30 @@ def test_a_budget_that_is_just_a_choice_allows_it() -> None:
     for bits in {c.bits for c in ask(bits=64).candidates}:
         assert 8 * ask(bits=bits / 25).bytes == bits
         assert ask(bytes=bits // 8).bits_per_weight == bits / 25
+
+
+def test_a_killed_run_goes_on_and_quantize_finds_what_was_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, made = sys.modules["lowbit.nn.allocate"], []
+
+    def counted(*args: Any, **more: Any) -> Any:
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.append(args)
+        return lb.quantize_array(*args, **more)
+
+    ask = partial(lb.allocate, MODEL, STATS, formats=[lb.bcq(1), (lb.bcq(2), lb.greedy())], bits=5.5)
+    want = ask()
+    monkeypatch.setattr(module, "quantize_array", counted)
+    with pytest.raises(KeyboardInterrupt):
+        ask(resume=tmp_path)
+    made.clear()
+    found = ask(resume=tmp_path, progress=True)
+    assert len(made) == 2 and "allocating" in capsys.readouterr().err
+    assert found == want and len({c.rule.format for c in found.chosen}) == 2
+    monkeypatch.setattr(sys.modules["lowbit.nn.quantize"], "quantize_array", None)
+    lb.quantize(MODEL, found.rules, stats=STATS, resume=tmp_path)
 
 
 def test_layers_that_share_a_weight_get_one_format_and_count_once() -> None:
