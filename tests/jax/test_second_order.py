@@ -270,6 +270,14 @@ def test_guided_grams_weigh_rows_by_what_errors_of_a_chunk_cost() -> None:
     np.testing.assert_allclose(found.output_gradient, np.square(dy).mean(0), rtol=gamma(60, "f32"))
 
 
+def test_a_batch_without_rows_counts_for_nothing() -> None:
+    model, x = nnx.Dict(a=nnx.Linear(3, 4, rngs=nnx.Rngs(0))), jnp.asarray(RNG.standard_normal((5, 3)), jnp.float32)
+    measure = partial(lb.calibrate, statistics=["guided_gram"], loss=lambda m, x: jnp.square(m.a(x)).sum(), chunks=2)
+    found, plain = measure(model, [x, x[:0]])["a"], measure(model, [x])["a"]
+    assert found.rows == 5
+    np.testing.assert_array_equal(found.guided_gram, plain.guided_gram)
+
+
 def test_rules_measure_what_the_quantizer_weighs_by() -> None:
     model = nnx.Dict(a=nnx.Linear(6, 4, rngs=nnx.Rngs(0)), b=nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
     rules = [lb.Rule("a", ALIKE, lb.lnq(1, 1, weighs_by=("guided_gram",))), lb.Rule("b", lb.uniform(3), lb.gptq())]
