@@ -5,8 +5,8 @@
 
 Without `--model` it is the tiny language model: what quantizers know of its inputs and gradients comes from 256 windows
 of its training text, and what is lost is measured on text that it never saw. Of another file every float matrix
-[out, in] is a linear layer, and `--inputs` has rows [rows, in] under the same names: the first half is to calibrate on,
-and on the second is measured.
+[out, in] that is not all zero is a linear layer, and `--inputs` has rows [rows, in] under the same names: the first
+half is to calibrate on, and on the second is measured.
 
 Writes quality.json, quality.md and quality.png. Exits with 1 where an order that is claimed does not hold.
 """
@@ -18,10 +18,9 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,22 +90,29 @@ def _sqnr(w: jax.Array, q: jax.Array) -> float:
     return float(10 * jnp.log10(jnp.square(w).sum() / jnp.square(q - w).sum()))
 
 
-def sweep(s: Subject, bits: Sequence[int], every: int, show: Any) -> list[Row]:
+def sweep(s: Subject, bits: Sequence[int], every: int, say: Callable[[str], None]) -> list[Row]:
+    """A row for each variant; matrices of a file may be such that a format cannot hold them, and it is said why."""
     rows = []
     for v in (v for b in bits for v in variants.every(s, b)):
-        rows.append(measure(s, v, every))
-        show(rows[-1])
+        try:
+            rows.append(measure(s, v, every))
+        except ValueError as err:
+            if s.text is not None:
+                raise
+            say(f"{v.method} at {v.bits} bits is left out: {err}")
+            continue
+        say(table(rows[-1:]).splitlines()[-1])
     return rows
 
 
 def broken(rows: list[Row]) -> list[str]:
     """The claims that do not hold, of those whose two sides were measured."""
-    loss = {(r.method, r.bits): r.bits_per_byte for r in rows}
+    loss = {(r.method, r.bits): r.bits_per_byte for r in rows if r.bits_per_byte is not None}
     pairs = [((better, b), (than, b)) for better, than, at in CLAIMS for b in at]
     return [
         f"at {a[1]} bits {a[0]} loses to {b[0]}: {loss[a]:.4f} bits a byte, {loss[b]:.4f}"
         for a, b in pairs
-        if a in loss and b in loss and loss[a] > loss[b]  # type: ignore[operator]
+        if a in loss and b in loss and not loss[a] <= loss[b]  # nor NaN
     ]
 
 
@@ -152,17 +158,21 @@ def main() -> None:
     parser.add_argument("--model", type=pathlib.Path, help="a safetensors file of linear layers")
     parser.add_argument("--inputs", type=pathlib.Path, help="its inputs, under the same names")
     given = parser.parse_args()
+    if given.inputs and not given.model:
+        parser.error("--inputs are those of the layers of a file: name it with --model")
     say = Console(width=120, markup=False, highlight=False).print
     s = (of_file(given.model, given.inputs) if given.model else tinylm()).calibrated()
     given.out.mkdir(parents=True, exist_ok=True)
-    rows = sweep(s, given.bits, given.every, lambda r: say(table([r]).splitlines()[-1]))
+    rows = sweep(s, given.bits, given.every, say)
+    if not rows:
+        raise SystemExit("no variant could be made: nothing was measured")
     base = None if s.text is None else bits_per_byte(s.model, s.text, every=given.every)  # type: ignore[arg-type]
     say(table(rows))
     result = {"machine": machine(), "float_bits_per_byte": base, "rows": [asdict(r) for r in rows]}
     (given.out / "quality.json").write_text(json.dumps(result, indent=1) + "\n")
     (given.out / "quality.md").write_text(table(rows))
     plot(rows, given.out / "quality.png")
-    say(f"float: {base} bits a byte; wrote {given.out}/quality.json, quality.md, quality.png")
+    say(("" if base is None else f"float: {base:.4f} bits a byte; ") + f"wrote quality.json, .md, .png in {given.out}")
     if wrong := broken(rows):
         raise SystemExit("\n".join(wrong))
 

@@ -107,14 +107,14 @@ class Layers(nnx.Module):
 
 def of_file(path: pathlib.Path, inputs: pathlib.Path | None) -> Subject:
     """The matrices of a safetensors file. Without inputs these are white noise, and no quantizer is told."""
-    matrices = {n.replace("/", "."): a for n, a in _arrays(path).items() if a.ndim == 2}
+    matrices = {n.replace("/", "."): a for n, a in _arrays(path).items() if a.ndim == 2 and a.any()}
     if not matrices:
-        raise SystemExit(f"{path} has no float matrix: name a file of linear layers, [out, in]")
+        raise SystemExit(f"{path} has no float matrix but of zeros: name a file of linear layers, [out, in]")
     rows = {n.replace("/", "."): a for n, a in _arrays(inputs).items()} if inputs else {}
     for name, w in matrices.items():
-        if inputs and (name not in rows or rows[name].ndim != 2 or rows[name].shape[1] != w.shape[1]):
+        if inputs and (name not in rows or rows[name].shape[1:] != w.shape[1:] or len(rows[name]) < 2):
             has = f"{list(rows[name].shape)}" if name in rows else "none"
-            raise SystemExit(f"{inputs}: {name!r} needs inputs [rows, {w.shape[1]}], and there is {has}")
+            raise SystemExit(f"{inputs}: {name!r} needs inputs [2 rows or more, {w.shape[1]}], and has {has}")
     first, second = ({n: jnp.asarray(half(a)) for n, a in rows.items()} for half in (_first, _second))
     noise = {n: jax.random.normal(jax.random.key(0), (64, w.shape[1])) for n, w in matrices.items()}
     return Subject(Layers(matrices), (), [first] if inputs else [], second if inputs else noise)

@@ -1,7 +1,7 @@
 """Quantized Flax NNX layers, and the functions that put them into a model."""
 
-from lowbit.nn.allocate import Allocation as Allocation
 from lowbit.nn.allocate import allocate as allocate
+from lowbit.nn.allocation import Allocation as Allocation
 from lowbit.nn.awq import awq as awq
 from lowbit.nn.calibrate import LayerStats as LayerStats
 from lowbit.nn.calibrate import calibrate as calibrate

@@ -63,9 +63,9 @@ def awq(
     The inputs of folded layers are others now: calibrate the result again for quantizers that take statistics.
     The paper measures the output of the attention or MLP block that the layers are in; here it is their own, summed.
 
-    Raises ValueError for folds that change what the model computes or do not fit it, for a layer that calibration never
-    reached or saw only zeros of, for statistics that lack `magnitude` or `gram` or hold NaN or inf, and for formats
-    that are not uniform.
+    Raises TypeError for `folds` that are no list of them; ValueError for folds that change what the model computes or
+    do not fit it, for a layer that calibration never reached or saw only zeros of, for statistics that lack `magnitude`
+    or `gram` or hold NaN or inf, and for formats that are not uniform.
 
     >>> from flax import nnx
     >>> import jax, jax.numpy as jnp, lowbit as lb

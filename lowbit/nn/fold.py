@@ -82,6 +82,8 @@ class Placed:
 
 def placed(folds: Sequence[Fold], model: nnx.Module) -> list[Placed]:
     """Each fold wherever its patterns match. Raises ValueError for one that fits nowhere, or whose sizes differ."""
+    if isinstance(folds, Fold) or not all(isinstance(fold, Fold) for fold in folds):
+        raise TypeError(f"folds={folds!r}: give a list of lb.Fold(source, into)")
     modules = {joined(path): m for path, m in nnx.iter_modules(model)}
     out = [p for fold in folds for p in _matched(fold, modules, layers(model))]
     taken: dict[str, Placed] = {}

@@ -105,9 +105,9 @@ def lwc(
 
     OmniQuant also learns scales and shifts of activations, which this leaves to `lb.awq`.
 
-    Raises ValueError for blocks that hold no layer with a format, lie within each other or never run, for outputs that
-    are NaN or inf, for inputs that are all zero, for no batches, and for formats that are not uniform; TypeError for a
-    block that does not return one array.
+    Raises ValueError for blocks that hold no layer with a format, lie within each other or do not run exactly once for
+    a batch, for outputs that are NaN or inf, for inputs that are all zero, for no batches, for a rate that is not above
+    0, and for formats that are not uniform; TypeError for a block that does not return one array.
 
     >>> from flax import nnx
     >>> import jax, jax.numpy as jnp, lowbit as lb
@@ -126,6 +126,8 @@ def lwc(
         raise ValueError("no batches were given: there is nothing to learn from")
     if type(epochs) is not int or epochs < 1:
         raise ValueError(f"epochs must be a positive int, not {epochs!r}")
+    if not rate > 0:
+        raise ValueError(f"rate must be above 0, not {rate!r}")
     held = _blocks(model, blocks, targets, run, given[0])
     job = _Job(model, nnx.clone(model), run, given, epochs, rate)
     folder = None if resume is None else Folder(resume)
@@ -173,7 +175,10 @@ def _blocks(
             if q.startswith(f"{p}/"):
                 raise ValueError(f"block {q!r} lies within block {p!r}: name one of them")
     in_order(model, [t for parts in taken.values() for t in parts.values()], call, batch)
-    return {p: taken[p] for p in in_order(model, taken, call, batch)}
+    ran = in_order(model, taken, call, batch)
+    if often := [p for p, times in ran.items() if times > 1]:
+        raise ValueError(f"block {often[0]!r} runs more than once for a batch: it has no one input; leave it out")
+    return {p: taken[p] for p in ran}
 
 
 @dataclass(frozen=True)

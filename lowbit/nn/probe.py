@@ -40,7 +40,7 @@ def _tap_bwd(
         out["output_gradient"] = jnp.square(each).sum(-2)
     if "guided_gram" in sinks:
         chunks = sinks["guided_gram"].shape[-3]
-        costs = jnp.square(1e3 * each).reshape(*each.shape[:-1], chunks, -1).mean(-1)
+        costs = jnp.square(1e3 * each).reshape(*each.shape[:-1], chunks, each.shape[-1] // chunks).mean(-1)
         weighed = x.mT[..., None, :, :] * costs.mT[..., None, :]
         out["guided_gram"] = jnp.matmul(weighed, x[..., None, :, :], precision=jax.lax.Precision.HIGHEST)
     return dy, jnp.zeros_like(x), out

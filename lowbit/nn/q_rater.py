@@ -148,7 +148,7 @@ class _Search:
                 raise ValueError(f"the loss of the rounded model is {value} on batch {i}: give others")
 
     def value(self) -> float:
-        return float(np.mean([self.loss(nnx.state(self.model), batch) for batch in self.batches]))
+        return float(np.mean([float(self.loss(nnx.state(self.model), batch)) for batch in self.batches]))
 
     def best(
         self, path: str, rows: jax.Array, fmt: Format, clips: Sequence[float], shifts: Sequence[float]

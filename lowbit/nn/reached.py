@@ -36,17 +36,17 @@ class _ReachedError(Exception):
     """A block was reached: what comes after it need not run."""
 
 
-def in_order(model: nnx.Module, paths: Iterable[str], call: Call, batch: Any) -> list[str]:
-    """These modules of a model in the order in which they first run; nothing is computed.
+def in_order(model: nnx.Module, paths: Iterable[str], call: Call, batch: Any) -> dict[str, int]:
+    """How often each of these modules of a model runs, in the order in which they first do; nothing is computed.
 
     Raises ValueError for one that never runs.
     """
-    wanted, seen = set(paths), dict[str, None]()
-    noted = _noted(model, wanted, lambda path, _: seen.setdefault(path))
+    wanted, seen = set(paths), dict[str, int]()
+    noted = _noted(model, wanted, lambda path, _: seen.update({path: seen.get(path, 0) + 1}))
     nnx.eval_shape(call, noted, batch)
     if missing := sorted(wanted - seen.keys()):
         raise ValueError(f"{missing[0]!r} never runs on the first batch: leave it out, or give one that reaches it")
-    return list(seen)
+    return seen
 
 
 def arguments(model: nnx.Module, path: str, call: Call, batch: Any) -> Arguments:

@@ -125,7 +125,8 @@ def _round(top: int, factor: jax.Array, w: jax.Array, scale: jax.Array, zero: ja
     def one(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         rest, codes, errors = state
         s, z = scale[i], zero[i]
-        code = jnp.clip(jnp.round(rest[i] / s) + z, 0, top)
+        steps = jnp.where(s > 0, rest[i] / s, 0.0)  # a scale may underflow where others of the weight do not
+        code = jnp.clip(jnp.round(steps) + z, 0, top)
         error = (rest[i] - s * (code - z)) / factor[i, i]
         rest = rest - factor[i][:, None] * error[None]
         return rest, codes.at[i].set(code.astype(jnp.uint8)), errors.at[i].set(error)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 RIDGE = 1e-7
-"""Of the mean second moment: the change of a table costs so much. A code that no weight has keeps its entry."""
+"""Of the sum of second moments: the change of a table costs so much. A code that no weight has keeps its entry."""
 _AT_ONCE = 1 << 24
 """Entries of one-hot matrices that are held at a time."""
 

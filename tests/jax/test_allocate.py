@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from flax import nnx
 
 import lowbit as lb
-from lowbit.nn.allocate import Allocation, Candidate, _solve
+from lowbit.nn.allocation import Allocation, Candidate, solve
 from lowbit.nn.calibrate import LayerStats
 
 RNG = np.random.default_rng(0)
@@ -85,9 +87,67 @@ def test_the_choice_is_the_best_of_all(seed: int) -> None:
     groups = [every[3 * i : 3 * i + 3] for i in range(5)]
     sums = [(sum(c.bits for c in of), sum(c.harm for c in of)) for of in itertools.product(*groups)]
     for budget in (min(b for b, _ in sums), 90, 130, 1000):
-        found = _solve(every, budget)
+        found = solve(every, budget)
         assert sum(c.bits for c in found.chosen) <= budget
         assert found.harm == pytest.approx(min(h for b, h in sums if b <= budget))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_harms_of_all_sizes_count(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes, harms = rng.integers(1e6, 1e8, 6), 10.0 ** -np.arange(0, 12, 2)
+    every = tuple(
+        Candidate(str(i), lb.Rule(str(i), fmt), 10, int(sizes[i]) * b, harms[i] * 4.0**-b * rng.uniform(0.5, 1))
+        for i in range(6) for b, fmt in enumerate(FORMATS, 2)
+    )  # fmt: skip
+    for picked in rng.integers(3, size=(4, 6)):
+        budget = sum(every[3 * i + j].bits for i, j in enumerate(picked))
+        choices = itertools.product(*(every[3 * i : 3 * i + 3] for i in range(6)))
+        best = min(sum(c.harm for c in of) for of in choices if sum(c.bits for c in of) <= budget)
+        assert solve(every, budget).harm == pytest.approx(best, rel=1e-12)
+
+
+def test_a_budget_that_is_just_a_choice_allows_it() -> None:
+    own = nnx.Dict(a=nnx.Linear(25, 1, rngs=nnx.Rngs(0)))
+    seen = {"a": LayerStats(jnp.ones(25), None, 1)}
+    ask = partial(lb.allocate, own, seen, formats=[lb.bcq(1, scale_dtype="float16"), lb.bcq(2)], by="output")
+    for bits in {c.bits for c in ask(bits=64).candidates}:
+        assert 8 * ask(bits=bits / 25).bytes == bits
+        assert ask(bytes=bits // 8).bits_per_weight == bits / 25
+
+
+def test_a_killed_run_goes_on_and_quantize_finds_what_was_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, made = sys.modules["lowbit.nn.allocate"], []
+
+    def counted(*args: Any, **more: Any) -> Any:
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.append(args)
+        return lb.quantize_array(*args, **more)
+
+    ask = partial(lb.allocate, MODEL, STATS, formats=[lb.bcq(1), (lb.bcq(2), lb.greedy())], bits=5.5)
+    want = ask()
+    monkeypatch.setattr(module, "quantize_array", counted)
+    with pytest.raises(KeyboardInterrupt):
+        ask(resume=tmp_path)
+    made.clear()
+    found = ask(resume=tmp_path, progress=True)
+    assert len(made) == 2 and "allocating" in capsys.readouterr().err
+    assert found == want and len({c.rule.format for c in found.chosen}) == 2
+    monkeypatch.setattr(sys.modules["lowbit.nn.quantize"], "quantize_array", None)
+    lb.quantize(MODEL, found.rules, stats=STATS, resume=tmp_path)
+
+
+def test_layers_that_share_a_weight_get_one_format_and_count_once() -> None:
+    tied = nnx.Dict(a=nnx.Linear(32, 8, rngs=nnx.Rngs(0)), b=nnx.Linear(32, 8, rngs=nnx.Rngs(1)))
+    tied.b.kernel = tied.a.kernel
+    seen = {path: LayerStats(jnp.ones(32), None, 1) for path in "ab"}
+    found = lb.allocate(tied, seen, formats=[(lb.bcq(2), lb.greedy()), lb.bcq(3)], bits=4, by="output")
+    assert [(r.path, r.format) for r in found.rules] == [("a", lb.bcq(2)), ("b", lb.bcq(2))]
+    small = lb.quantize(tied, found.rules)
+    assert small.a.kernel is small.b.kernel and found.bytes == small.a.kernel.array.type.bits // 8
 
 
 def test_budgets_are_kept_and_more_is_never_worse() -> None:
@@ -114,6 +174,9 @@ def test_what_is_written(tmp_path: Path) -> None:
         rule["path"] == "b"
         and lb.Format(rule["format"], tuple(sorted(rule["options"].items()))) == found.rules[0].format
     )
+    assert "quantizer" not in rule
+    greedy = lb.allocate(MODEL, {"b": STATS["b"]}, formats=[(lb.bcq(2), lb.greedy())], bits=64)
+    assert greedy.to_dict()["rules"][0]["quantizer"] == str(lb.greedy())
     assert str(found).splitlines()[-1].startswith("together: ")
     found.plot(tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 1000
@@ -131,6 +194,7 @@ def test_a_format_that_a_layer_cannot_have_is_no_candidate() -> None:
 @pytest.mark.parametrize(("options", "message"), [
     ({}, "bits=None and bytes=None: give one budget"),
     ({"bits": 3.0, "bytes": 9}, "bits=3.0 and bytes=9: give one budget"),
+    ({"bits": float("nan")}, "the budget is nan: it must be above 0"),
     ({"bits": 3.0, "by": "luck"}, "by='luck' must be one of loss, trace, output"),
     ({"bits": 1.0}, "the budget is 64 bytes, 1 bits per weight, and the smallest formats need 192 bytes, 3 bits"),
 ])  # fmt: skip
@@ -139,9 +203,35 @@ def test_what_is_refused(options: Any, message: str) -> None:
         lb.allocate(MODEL, STATS, formats=FORMATS, **options)
 
 
+@pytest.mark.parametrize(("formats", "message"), [
+    (lb.bcq(2), "give a list of one or more"),
+    ([], "give a list of one or more"),
+    ([lb.bcq(2), None], "None is neither a format such as"),
+])  # fmt: skip
+def test_what_are_no_formats(formats: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        lb.allocate(MODEL, STATS, formats=formats, bits=3)
+
+
 def test_statistics_that_are_missing() -> None:
     with pytest.raises(ValueError, match="by='loss' takes gradient_square, which stats does not have of layer 'a'"):
         lb.allocate(MODEL, {"a": LayerStats(jnp.ones(32), None, 1)}, formats=FORMATS, bits=3)
     with pytest.raises(ValueError, match="stats has no layer of this model"):
         lb.allocate(MODEL, {}, formats=FORMATS, bits=3)
     assert isinstance(lb.allocate(MODEL, {"a": STATS["a"]}, formats=FORMATS, bits=9), Allocation)
+
+
+@pytest.mark.parametrize(("seen", "by", "message"), [
+    ({"gradient_square": np.full((32, 8), np.nan, np.float32)}, "loss", "'gradient_square' of layer 'a' .* 256 NaN"),
+    ({"gradient_square": np.ones((8, 32), np.float32)}, "trace", r"the shape \(8, 32\), but the weight's is \(32, 8\)"),
+    ({"gram": jnp.eye(31)}, "output", r"'gram' of layer 'a' with the shape \(31, 31\)"),
+])  # fmt: skip
+def test_statistics_that_do_not_fit(seen: Any, by: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lb.allocate(MODEL, {"a": LayerStats(jnp.ones(32), None, 1, **seen)}, formats=FORMATS, bits=3, by=by)
+
+
+def test_a_layer_of_which_all_is_zero_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    zeros = LayerStats(jnp.ones(32), None, 1, gradient_square=np.zeros((32, 8), np.float32))
+    lb.allocate(MODEL, {"a": zeros}, formats=FORMATS, bits=9)
+    assert "by what stats has, no format does harm to a: each gets any" in caplog.text

@@ -289,6 +289,8 @@ STACK = nnx.Dict(
 @pytest.mark.parametrize(("call", "message"), [
     (awq([lb.Fold("norm", "gate")]), "^the fold of 'norm' into 'gate' changes what the model computes: outputs diff"),
     (awq([lb.Fold("gate", "down")]), "^the fold of 'gate' into 'down' changes what the model computes: .* name every "),
+    (awq(NORM), r"^folds=Fold\(source='norm', into=\('gate', 'up'\)\): give a list of lb.Fold\(source, into\)$"),
+    (awq(["norm"]), r"^folds=\['norm'\]: give a list of lb.Fold\(source, into\)$"),
     (awq([NORM], batch=None), "^folds are tried before they are used: give batch="),
     (awq([NORM], batch=jnp.full((2, 24), jnp.nan)), "^the model's outputs on the batch are all zero, or NaN: they"),
     (awq([lb.Fold("nom", "up")]), "^the fold of 'nom' has no source: it is none of the 5 such as 'norm'"),

@@ -202,6 +202,12 @@ def test_bars_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "searching by the loss" in capsys.readouterr().err
 
 
+def test_a_loss_in_half_floats() -> None:
+    own = nnx.Linear(20, 4, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    found = lb.q_rater(own, FMT, X, lambda m, x: jnp.square(m(x)).mean().astype(jnp.bfloat16), clips=(0.5,), shifts=())
+    assert float(jnp.abs(found.kernel.get_value()).max()) < float(jnp.abs(own.kernel.get_value()).max())
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -226,6 +232,8 @@ NAN = jnp.full((2, 20), jnp.nan)
     (partial(lwc, NET, FMT, X, blocks=["spare"]), "^'spare' never runs on the first batch: leave it out, or give"),
     (partial(lwc, NET, RULES, [], blocks=["head"]), "^no batches were given: there is nothing to learn from$"),
     (partial(lwc, NET, RULES, X, blocks=["head"], epochs=0), "^epochs must be a positive int, not 0$"),
+    (partial(lwc, NET, RULES, X, blocks=["head"], rate=-1.0), "^rate must be above 0, not -1.0$"),
+    (partial(lwc, NET, RULES, X, blocks=["head"], call=lambda m, x: m.head(x) + m(x)), "^block 'head' runs more than"),
     (partial(lwc, NET, RULES, [NAN], blocks=["head"]), "^the output of block 'head' is NaN or inf: give batches for"),
     (partial(lwc, TWO, FMT, [0 * X[0]], blocks=["block/a"], **CALL), "^the inputs of block 'block/a' are all zero: t"),
     (partial(lwc, TWO, FMT, X, blocks=["block"], **CALL), "^block 'block' returns a tuple: name blocks that return"),

@@ -94,6 +94,15 @@ def test_it_beats_rounding_to_nearest_and_the_largest_inputs_first_is_better() -
     assert ordered < plain < 0.6 * nearest
 
 
+def test_a_group_whose_scale_underflows_spoils_no_other() -> None:
+    zeros, tiny = W.copy(), W.copy()
+    zeros[:35, 0] = tiny[:35, 0] = 0
+    tiny[3, 0] = 1e-8  # a seventh of it is nothing in float16
+    fmt = lb.uniform(3, group=35, scale_dtype="float16")
+    a, b = (lb.dequantize(lb.quantize_array(w, fmt, lb.gptq(False), importance=GRAM)) for w in (zeros, tiny))
+    np.testing.assert_array_equal(a, b)
+
+
 # ---------------------------------------------------------------- LNQ
 
 
@@ -259,6 +268,14 @@ def test_guided_grams_weigh_rows_by_what_errors_of_a_chunk_cost() -> None:
     bound = gamma(60, "f32") * np.einsum("rc,rk,rl->ckl", costs, abs(x), abs(x)) / 10
     assert (np.abs(np.asarray(found.guided_gram) - expected) <= bound).all()
     np.testing.assert_allclose(found.output_gradient, np.square(dy).mean(0), rtol=gamma(60, "f32"))
+
+
+def test_a_batch_without_rows_counts_for_nothing() -> None:
+    model, x = nnx.Dict(a=nnx.Linear(3, 4, rngs=nnx.Rngs(0))), jnp.asarray(RNG.standard_normal((5, 3)), jnp.float32)
+    measure = partial(lb.calibrate, statistics=["guided_gram"], loss=lambda m, x: jnp.square(m.a(x)).sum(), chunks=2)
+    found, plain = measure(model, [x, x[:0]])["a"], measure(model, [x])["a"]
+    assert found.rows == 5
+    np.testing.assert_array_equal(found.guided_gram, plain.guided_gram)
 
 
 def test_rules_measure_what_the_quantizer_weighs_by() -> None:
