@@ -178,7 +178,7 @@ def test_a_statistic_that_was_not_measured() -> None:
     [
         (
             {"statistics": ["moment"]},
-            r"statistics=\('moment',\) must be some of second_moment, largest, gradient_square, ",
+            r"statistics=\('moment',\) must be some of second_moment, largest, magnitude, gradient_square, ",
         ),
         ({"statistics": []}, r"statistics=\(\) must be some of second_moment"),
         ({"statistics": ["largest"], "rules": lb.bcq(2)}, "both statistics= and rules= were given: leave one out"),
