@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from os import PathLike
 from typing import Any, TypeVar
 
 import jax
@@ -26,7 +27,9 @@ from lowbit.nn.fold import Fold, Placed, check_folds, placed
 from lowbit.nn.importance import check_statistic, weighed
 from lowbit.nn.linen import opened
 from lowbit.nn.progress import bar
+from lowbit.nn.resume import Folder
 from lowbit.nn.rules import Rule, Rules
+from lowbit.nn.running import digest_of
 
 M = TypeVar("M", bound=nnx.Module)
 RATIOS = tuple(i / 20 for i in range(20))
@@ -43,6 +46,7 @@ def awq(
     call: Callable[[Any, Any], Any] | None = None,
     clip: Sequence[str] = ("**",),
     progress: bool | None = None,
+    resume: str | PathLike[str] | None = None,
 ) -> M:
     """A copy of a model whose weights lose less by rounding to the formats of `rules`; without clipping the same model.
 
@@ -59,6 +63,8 @@ def awq(
       call: `call(model, batch)`; `model(batch)` by default.
       clip: paths of the layers to clip, patterns as in rules. The paper leaves out queries and keys.
       progress: show a progress bar; by default when standard error is a terminal.
+      resume: a folder that the scales of each fold and the clipped rows of each layer are written to. A run that was
+        killed, started again with the same folder, goes on after them and ends with the same bits.
 
     The inputs of folded layers are others now: calibrate the result again for quantizers that take statistics.
     The paper measures the output of the attention or MLP block that the layers are in; here it is their own, summed.
@@ -90,18 +96,32 @@ def awq(
         raise ValueError("folds are tried before they are used: give batch=, what the model is called with")
     if scaled:
         check_folds(out, scaled, batch, call)
+    told = [str(fold) for fold in scaled], [(path, str(fmt)) for path, (_, fmt) in targets.items()]
+    found = _kept(resume, model, {path: (stats[path].magnitude, gram) for path, gram in grams.items()}, told)
     with bar(progress, len(scaled) + len(clipped), "AWQ") as advance:
-        for fold in scaled:
-            s = _scales(fold, targets, stats, grams)
+        for at, fold in enumerate(scaled):
+            s = found(f"fold {at}", partial(_scales, fold, targets, stats, grams))
             fold.apply(s)
             for path in fold.into.keys() & grams.keys():
                 grams[path] /= s[:, None] * s[None]
             advance()
         for path in clipped:
             layer, fmt = targets[path]
-            set_rows(layer, _clip(fmt, rows_of(layer), grams[path].reshape(-1, *grams[path].shape[-2:])))
+            gram = grams[path].reshape(-1, *grams[path].shape[-2:])
+            set_rows(layer, found(f"clipped {path}", partial(_clip, fmt, rows_of(layer), gram)))
             advance()
     return out
+
+
+Found = Callable[[str, Callable[[], jax.Array]], jax.Array]
+
+
+def _kept(resume: str | PathLike[str] | None, model: nnx.Module, measured: Any, told: object) -> Found:
+    """What gives an array by its name: from a folder if there is one and it has it."""
+    if resume is None:
+        return lambda name, solve: solve()
+    folder, of = Folder(resume), digest_of(model, [measured], told)
+    return lambda name, solve: jnp.asarray(folder.entries(name, {"of": of}, lambda: {"found": solve()})["found"])
 
 
 def _clipped(patterns: Sequence[str], targets: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -16,6 +16,7 @@ from lowbit.nn.kernel import expect_module, joined
 from lowbit.nn.kinds import KINDS, NAMES, layers, refusal, statistic_shape
 from lowbit.nn.linen import opened
 from lowbit.nn.probe import TAPPED, Probe, probes
+from lowbit.nn.progress import bar
 from lowbit.nn.rules import STATISTICS, Rules, Statistic, as_rules, assign, needed
 from lowbit.nn.running import Running
 
@@ -68,6 +69,7 @@ def calibrate(
     rules: Rules | None = None,
     loss: Callable[[Any, Any], jax.Array] | None = None,
     chunks: int = 1,
+    progress: bool | None = None,
     resume: str | PathLike[str] | None = None,
 ) -> dict[str, LayerStats]:
     """Run a model on sample data, once, and measure every layer that `lb.quantize` could quantize.
@@ -82,6 +84,7 @@ def calibrate(
         by, and layers whose quantizer needs nothing get none.
       loss: instead of `call`, `loss(model, batch)`, a scalar; statistics of gradients need it.
       chunks: of the outputs that `guided_gram` tells apart; they must divide those of every layer that has it.
+      progress: show a progress bar; by default when standard error is a terminal.
       resume: a folder that holds everything measured so far after each batch. A run that was killed, started again with
         the same folder and the same batches, skips what it had counted and ends with the same bits. What `call` or
         `loss` computes cannot be told: after changing it, give another folder.
@@ -109,29 +112,28 @@ def calibrate(
     (8, 4)
     """
     expect_module(model, "calibrate")
-    model = opened(model)
-    found = layers(model)
-    if not found:
+    if not (found := layers(model := opened(model))):
         raise ValueError(f"{type(model).__name__} holds no {NAMES}: there is nothing to calibrate")
     wanted = _wanted(found, statistics, rules)
-    gradients = {name for names in wanted.values() for name in names} & OF_GRADIENTS
-    _check_runs(gradients, call, loss)
+    gradients = _of_gradients(wanted, call, loss)
     _check_chunks(chunks, found, wanted)
     probed = _probed(model, wanted, chunks)
     owners, watched = _owners(probed), probes(probed)
     running = None if resume is None else Running(resume, model, wanted, chunks)
-    shapes = {owner: watched[owner].weight.shape for path, owner in owners.items() if "gradient_square" in wanted[path]}
-    means = Means(shapes, running.folder if running else None)
+    squared = {owner for path, owner in owners.items() if "gradient_square" in wanted[path]}
+    means = Means({path: watched[path].weight.shape for path in squared}, running.folder if running else None)
     run = loss or call or (lambda m, batch: m(batch))
     step = nnx.jit(differentiated(run, means) if gradients else run)
     if running:
         running.restore(probed, means)
-    for batch in running.new(batches) if running else batches:
-        step(probed, batch)
-        jax.effects_barrier()
-        means.finish()
-        if running:
-            running.keep(probed, means)
+    with bar(progress, len(batches) if isinstance(batches, Sized) else None, "calibrating") as advance:
+        for batch in running.new(batches) if running else batches:
+            step(probed, batch)
+            jax.effects_barrier()
+            means.finish()
+            if running:
+                running.keep(probed, means)
+            advance()
     if not means.count:
         raise ValueError("no batches were given: nothing was measured")
     return {path: _stats(p, means, owners[path]) for path, p in watched.items() if p.rows.get_value().any()}
@@ -162,11 +164,14 @@ def _wanted(
     return {path: names for path, names in needs.items() if names}
 
 
-def _check_runs(gradients: set[str], call: Any, loss: Any) -> None:
+def _of_gradients(wanted: Mapping[str, frozenset[str]], call: Any, loss: Any) -> set[str]:
+    """What is wanted of gradients."""
+    gradients = {name for names in wanted.values() for name in names} & OF_GRADIENTS
     if loss is not None and call is not None:
         raise ValueError("both call= and loss= were given: leave out call, the loss runs the model")
     if gradients and loss is None:
         raise ValueError(f"{min(gradients)!r} is of gradients: give loss=, a function of (model, batch)")
+    return gradients
 
 
 def _check_chunks(chunks: int, found: Mapping[str, Any], wanted: Mapping[str, frozenset[str]]) -> None:

@@ -11,8 +11,8 @@ from rich.progress import Progress
 
 
 @contextmanager
-def bar(progress: bool | None, total: int, what: str) -> Iterator[Callable[[], None]]:
-    """What to call after each of `total` parts; with None it shows when standard error is a terminal."""
+def bar(progress: bool | None, total: int | None, what: str) -> Iterator[Callable[[], None]]:
+    """What to call after each of `total` parts; with None for `progress` it shows when standard error is a terminal."""
     if not (sys.stderr.isatty() if progress is None else progress):
         yield lambda: None
         return

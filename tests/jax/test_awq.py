@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from lowbit.nn.awq import RATIOS
 from lowbit.nn.clipping import nearest, rounded, rows_of, set_rows
 from lowbit.nn.fold import check_folds, placed
 from lowbit.nn.kinds import layers, weight
+from lowbit.nn.resume import Folder
 from lowbit.testing.tolerance import gamma
 from tests.models import arrays, assert_same
 
@@ -55,6 +57,29 @@ def measured(x: jax.Array) -> LayerStats:
 
 Y = NET.norm(X)
 STATS = {"gate": measured(Y), "up": measured(Y), "down": measured(nnx.silu(NET.gate(Y)) * NET.up(Y))}
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = partial(lb.awq, NET, FMT, STATS, folds=[NORM, UP], batch=X, resume=tmp_path)
+    want = lb.awq(NET, FMT, STATS, folds=[NORM, UP], batch=X)
+    solved: list[str] = []
+
+    def stop(self: Any, name: str, key: Any, solve: Any) -> Any:
+        if len(solved) == 3:
+            raise KeyboardInterrupt
+        return kept(self, name, key, lambda: (solved.append(name), solve())[1])
+
+    kept = Folder.entries
+    monkeypatch.setattr(Folder, "entries", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    first, solved[:] = solved[:], []
+    monkeypatch.setattr(Folder, "entries", lambda *a: kept(*a[:3], lambda: (solved.append(a[1]), a[3]())[1]))
+    assert_same(arrays(run()), arrays(want))
+    assert first + solved == ["fold 0", "fold 1", "clipped down", "clipped gate", "clipped up"]
+    solved.clear()
+    lb.awq(NET, FMT, {**STATS, "up": measured(2 * Y)}, folds=[NORM, UP], batch=X, resume=tmp_path)
+    assert len(solved) == 5, "what other statistics gave is not taken"
 
 
 # ---------------------------------------------------------------- what rounds

@@ -198,3 +198,8 @@ def test_no_layer_that_can_be_quantized() -> None:
         ValueError, match=r"^there is nothing to calibrate: layer 'down' cannot be quantized: its weight is abstract;"
     ):
         lb.calibrate(abstract, [rows(8)], up_alone)
+
+
+def test_a_bar_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    lb.calibrate(pair(), iter([rows(3)]), up_alone, progress=True)
+    assert "calibrating" in capsys.readouterr().err
