@@ -120,7 +120,7 @@ def calibrate(
     probed = _probed(model, wanted, chunks)
     owners, watched = _owners(probed), probes(probed)
     running = None if resume is None else Running(resume, model, wanted, chunks)
-    squared = {owner for path, owner in owners.items() if "gradient_square" in wanted[path]}
+    squared = [owner for path, owner in owners.items() if "gradient_square" in wanted[path]]
     means = Means({path: watched[path].weight.shape for path in squared}, running.folder if running else None)
     run = loss or call or (lambda m, batch: m(batch))
     step = nnx.jit(differentiated(run, means) if gradients else run)
