@@ -31,6 +31,7 @@ def bits(model: TinyLM) -> dict[str, float]:
     return {"fp32": demo.on_sample(model, TEXT, "code"), **measured}
 
 
+@pytest.mark.slow
 def test_alternating_beats_greedy_and_rounding_at_3_bits(bits: dict[str, float]) -> None:
     assert bits["bcq alternating 3-bit"] < bits["bcq greedy 3-bit"]
     assert bits["bcq alternating 3-bit"] < bits["RTN 3-bit"]
@@ -55,6 +56,7 @@ def test_weighing_errors_by_calibration_helps_at_2_bits(model: TinyLM) -> None:
     assert demo.on_sample(weighed, TEXT, "code") < demo.on_sample(plain, TEXT, "code")
 
 
+@pytest.mark.slow
 def test_4_bits_are_close_to_float(bits: dict[str, float]) -> None:
     assert bits["bcq alternating 4-bit"] < bits["fp32"] + 0.05
 

@@ -172,7 +172,9 @@ def test_every_weight_takes_its_nearest_level():
 # --- Every group gives a usable code ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bits", "offset"), [(1, False), (1, True), (3, False), (3, True), (8, True)])
+@pytest.mark.parametrize(("bits", "offset"), [
+    (1, False), (1, True), (3, False), (3, True), pytest.param(8, True, marks=pytest.mark.slow)
+])  # fmt: skip
 def test_degenerate_groups(bits: int, offset: bool):
     w = zoo()
     by_rounds = [
