@@ -17,7 +17,6 @@ import argparse
 import json
 import pathlib
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
@@ -60,7 +59,6 @@ class Row:
       sqnr_db: of the weights, the mean over layers.
       output_error: of each layer's output, relative, the mean over layers, with all layers before it quantized too.
       bits_per_byte: of held-out text; None for a model that is not of language.
-      seconds: to quantize, without calibration.
     """
 
     method: str
@@ -69,21 +67,17 @@ class Row:
     sqnr_db: float
     output_error: float
     bits_per_byte: float | None
-    seconds: float
 
 
 def measure(s: Subject, v: variants.Variant, every: int) -> Row:
-    start = time.perf_counter()
     reference, small = v.make(s)
-    jax.block_until_ready(nnx.state(small))
-    seconds = time.perf_counter() - start
     kernels = lb.nn.kernels(small)
     dense = {"/".join(map(str, at)): v.get_value() for at, v in nnx.to_flat_state(nnx.state(reference, nnx.Param))}
     decibels = [_sqnr(dense[path], lb.dequantize(k.array)) for path, k in kernels.items()]
     bits = 8 * sum(cost(k.type.decode).bytes for k in kernels.values()) / sum(prod(k.shape) for k in kernels.values())
     errors = [r.relative_error for r in lb.compare(reference, small, s.held).rows[:-1]]
     loss = None if s.text is None else bits_per_byte(small, s.text, every=every)  # type: ignore[arg-type]
-    return Row(v.method, v.bits, bits, float(np.mean(decibels)), float(np.mean(errors)), loss, seconds)
+    return Row(v.method, v.bits, bits, float(np.mean(decibels)), float(np.mean(errors)), loss)
 
 
 def _sqnr(w: jax.Array, q: jax.Array) -> float:
@@ -119,12 +113,12 @@ def broken(rows: list[Row]) -> list[str]:
 def table(rows: list[Row]) -> str:
     """As Markdown."""
     lines = [
-        "| method | bits | bits/weight | SQNR dB | output error | bits/byte | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| method | bits | bits/weight | SQNR dB | output error | bits/byte |",
+        "|---|---|---|---|---|---|",
     ]
     for r in rows:
         loss = "" if r.bits_per_byte is None else f"{r.bits_per_byte:.4f}"
-        figures = f"{r.bits_per_weight:.3f} | {r.sqnr_db:.1f} | {r.output_error:.4f} | {loss} | {r.seconds:.1f}"
+        figures = f"{r.bits_per_weight:.3f} | {r.sqnr_db:.1f} | {r.output_error:.4f} | {loss}"
         lines.append(f"| {r.method} | {r.bits} | {figures} |")
     return "\n".join(lines) + "\n"
 

@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--examples", type=int, default=30, help="random examples for each property (default 30)")
+    parser.addoption("--examples", type=int, default=60, help="random examples for each property (default 60)")
     parser.addoption("--update-golden", action="store_true", help="write the golden texts instead of comparing")
 
 

@@ -57,6 +57,7 @@ def test_solver_is_as_good_as_the_published_one() -> None:
     assert found["bcq3_greedy_mse"]["ratio"] > 1
 
 
+@pytest.mark.slow
 def test_additive_codebooks_are_better_than_what_they_start_from() -> None:
     found = named(list(quantize_speed.additive()))
     assert found["m2v8_kmeans_error"]["ratio"] > 1

@@ -21,7 +21,7 @@ RNG = np.random.default_rng(0)
 
 
 def row(method: str, bits: int, loss: float | None) -> Row:
-    return Row(method, bits, 3.25, 12.34, 0.05678, loss, 1.0)
+    return Row(method, bits, 3.25, 12.34, 0.05678, loss)
 
 
 def test_claims_are_about_rows_that_were_measured() -> None:
@@ -37,10 +37,10 @@ def test_claims_are_about_rows_that_were_measured() -> None:
 def test_tables() -> None:
     text = table([row("RTN", 3, None), row("GPTQ", 3, 1.23456)]).splitlines()
     assert text[2:] == [
-        "| RTN | 3 | 3.250 | 12.3 | 0.0568 |  | 1.0 |",
-        "| GPTQ | 3 | 3.250 | 12.3 | 0.0568 | 1.2346 | 1.0 |",
+        "| RTN | 3 | 3.250 | 12.3 | 0.0568 |  |",
+        "| GPTQ | 3 | 3.250 | 12.3 | 0.0568 | 1.2346 |",
     ]
-    assert {line.count("|") for line in text} == {8}
+    assert {line.count("|") for line in text} == {7}
 
 
 def _of_everything() -> Subject:

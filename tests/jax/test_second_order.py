@@ -278,6 +278,7 @@ def test_a_batch_without_rows_counts_for_nothing() -> None:
     np.testing.assert_array_equal(found.guided_gram, plain.guided_gram)
 
 
+@pytest.mark.slow
 def test_rules_measure_what_the_quantizer_weighs_by() -> None:
     model = nnx.Dict(a=nnx.Linear(6, 4, rngs=nnx.Rngs(0)), b=nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
     rules = [lb.Rule("a", ALIKE, lb.lnq(1, 1, weighs_by=("guided_gram",))), lb.Rule("b", lb.uniform(3), lb.gptq())]

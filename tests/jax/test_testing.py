@@ -558,6 +558,7 @@ def test_the_plugin_shows_sizes_that_a_format_refuses(plugin):
     run.assert_outcomes(passed=1, skipped=1)
 
 
+@pytest.mark.slow
 def test_a_lowering_that_a_test_does_not_have(plugin, pytester):
     pytester.makepyfile(
         """

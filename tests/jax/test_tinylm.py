@@ -166,6 +166,7 @@ def test_cached_decode_equals_the_full_forward() -> None:
         np.testing.assert_allclose(logits, full[:, pos], rtol=0, atol=bound)
 
 
+@pytest.mark.slow
 def test_generation_continues_what_the_forward_predicts() -> None:
     model, prompt = small(), b"def f("
     text = prompt
