@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,14 @@ RNG = np.random.default_rng(0)
 
 def row(method: str, bits: int, loss: float | None) -> Row:
     return Row(method, bits, 3.25, 12.34, 0.05678, loss)
+
+
+def test_the_page_has_the_table_of_the_results() -> None:
+    root = Path(__file__).parents[2]
+    for file in root.glob("benchmarks/results/*/quality.json"):
+        rows = [Row(**of) for of in json.loads(file.read_text())["rows"]]
+        assert table(rows) in (root / "docs/quality.md").read_text()
+        assert not broken(rows)
 
 
 def test_claims_are_about_rows_that_were_measured() -> None:
