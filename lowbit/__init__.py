@@ -12,6 +12,7 @@ from absl import flags as _flags
 
 if TYPE_CHECKING:
     from lowbit import autotuning as autotuning
+    from lowbit import models as models
     from lowbit import nn as nn
     from lowbit import testing as testing
     from lowbit import tune as tune
@@ -88,7 +89,7 @@ _HOME = {
     "quantize_array": "quantizers", "residual_kmeans": "quantizers", "round_to_nearest": "quantizers",
     "set_default_quantizer": "quantizers", "to_bcq": "quantizers",
 }  # fmt: skip
-_MODULES = ("autotuning", "nn", "testing", "tune")
+_MODULES = ("autotuning", "models", "nn", "testing", "tune")
 __all__ = [*_HOME, *_MODULES]
 
 _flags.DEFINE_enum(  # here, so that it is known before a command line is parsed
