@@ -31,8 +31,8 @@ def model(name: str) -> Any:
     stated = config(name)
     made = transformers.AutoConfig.for_model(**stated)
     torch.manual_seed(sorted(CASES).index(SHARED.get(name, name)))
-    kind = transformers.BertForPreTraining if stated["model_type"] == "bert" else transformers.AutoModelForCausalLM
-    create = kind if stated["model_type"] == "bert" else kind.from_config
+    encoder = stated["model_type"] == "bert"
+    create = transformers.BertForPreTraining if encoder else transformers.AutoModelForCausalLM.from_config
     made._attn_implementation = made._experts_implementation = "eager"  # the only one with soft caps
     new = create(made).eval()
     zero_based = stated["model_type"].startswith("gemma")
