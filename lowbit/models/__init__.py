@@ -5,4 +5,5 @@ from lowbit.models.cache import DenseCache as DenseCache
 from lowbit.models.cache import DenseKV as DenseKV
 from lowbit.models.config import Config as Config
 from lowbit.models.decoder import Decoder as Decoder
+from lowbit.models.encoder import Encoder as Encoder
 from lowbit.models.rope import Rope as Rope
