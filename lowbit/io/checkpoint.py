@@ -93,7 +93,9 @@ class Weights:
         method, self._options = _method(path, self.shards.config)
         self._layouts = {layer: _layout(self.shards, layer, keys, method) for layer, keys in self._layers.items()}
         if method is not None and path.is_dir() and not any(self._layouts.values()):
-            raise CheckpointError(f"{path}: {CONFIG} states {method!r}, but no layer has its tensors: get the file again")
+            raise CheckpointError(
+                f"{path}: {CONFIG} states {method!r}, but no layer has its tensors: get the file again"
+            )
         self.quantized = {_named(layer, "weight"): layer for layer, layout in self._layouts.items() if layout}
         self.dense = [_named(layer, key) for layer in self._layers for key in self._beside(layer)]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lowbit.io.error import CheckpointError
 
-PATTERNS = ("*.json", "*.safetensors")
-NO_PATTERNS = ("*/*", "consolidated*")
+PATTERNS = ["*.json", "*.safetensors"]
+NO_PATTERNS = ["*/*", "consolidated*"]
 """Folders, and what some projects keep beside the same weights."""
 TIMEOUT = 10.0
 """Seconds that the hub may take to answer."""

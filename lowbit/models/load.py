@@ -204,13 +204,15 @@ class _Filling:
             )
         array = self.weights.weight(self.weights.quantized[name])
         if array.shape != (shape := layer.kernel.get_value().shape):
-            raise CheckpointError(f"{what} is {list(array.shape)}, but config.json makes it {list(shape)}: get both anew")
+            raise CheckpointError(
+                f"{what} is {list(array.shape)}, but config.json makes it {list(shape)}: get both anew"
+            )
         self.weights.shards.forget()
         return KINDS[nnx.Linear].make(layer, Kernel(array, jnp.full(2, jnp.nan)))
 
 
 def _cast(name: str, array: Array, dtype: Any) -> jax.Array:
-    """A copy on the device: of its own, for the file may change, and aligned, so that jax on a CPU takes it as it is."""
+    """A copy on the device; aligned, so that jax on a CPU makes no second one."""
     memory = np.empty(array.size * dtype.itemsize + LINE, np.uint8)
     start = -memory.ctypes.data % LINE
     out = memory[start : start + array.size * dtype.itemsize].view(dtype).reshape(array.shape)

@@ -99,7 +99,9 @@ def _check_target(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(f"{str(folder)!r} exists: choose another name, or say overwrite=True")
     if not (folder / "config.json").exists() or not is_saved(read_json(folder / "config.json")):
-        raise FileExistsError(f"{str(folder)!r} is no folder that lowbit saved: choose another name, or delete it yourself")
+        raise FileExistsError(
+            f"{str(folder)!r} is no folder that lowbit saved: choose another name, or delete it yourself"
+        )
 
 
 def is_saved(j: Mapping[str, Any]) -> bool:

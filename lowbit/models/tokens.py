@@ -52,6 +52,8 @@ def stop_tokens(path: str | os.PathLike[str], revision: str | None = None) -> tu
         if (folder / name).exists() and (stated := read_json(folder / name).get("eos_token_id")) is not None:
             tokens = stated if isinstance(stated, list) else [stated]
             if not all(type(token) is int for token in tokens):
-                raise CheckpointError(f"{folder / name} states eos_token_id = {stated!r}: give an int or a list of them")
+                raise CheckpointError(
+                    f"{folder / name} states eos_token_id = {stated!r}: give an int or a list of them"
+                )
             return tuple(tokens)
     return ()

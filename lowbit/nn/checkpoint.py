@@ -141,8 +141,7 @@ def _match(path: Any, entries: dict[str, Any], into: nnx.Module, variables: dict
     missing, extra = variables.keys() - values.keys(), values.keys() - variables.keys()
     if missing or extra:
         raise CheckpointError(
-            f"{path} does not fit {type(into).__name__}: "
-            f"the file lacks {some(missing)}; the model lacks {some(extra)}"
+            f"{path} does not fit {type(into).__name__}: the file lacks {some(missing)}; the model lacks {some(extra)}"
         )
     return values
 

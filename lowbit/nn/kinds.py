@@ -111,7 +111,7 @@ def statistic_shape(layer: Any, dims: str, chunks: int = 1) -> tuple[int, ...]:
 
 
 def refusal(layer: Any, *, filled: bool = True) -> str | None:
-    """Why a layer cannot be quantized and what to do, or None if it can. Only a layer that is `filled` needs a weight."""
+    """Why a layer cannot be quantized and what to do, or None. Only one that is `filled` needs a weight."""
     usual = inspect.signature(type(layer).__init__).parameters
     for name in OPTIONS:
         if name in usual and getattr(layer, name) is not usual[name].default:

@@ -102,8 +102,7 @@ def quantized(
     assigned = assign(as_rules(rules), list(found), _hints(model, found, rest))
     chosen = {p: r for p, r in assigned.items() if r.format is not None}
     _check(model, found, chosen, stats, filled=fill is None)
-    finished = None if resume is None else Finished(resume, chosen.values())
-    job = _Job(_holders(model) if donate else None, stats, finished)
+    job = _Job(_holders(model) if donate else None, stats, Finished(resume, chosen.values()) if resume else None)
     with bar(progress, len(chosen), "quantizing") as advance:
 
         def replace(path: tuple[Any, ...], node: Any) -> Any:
@@ -114,10 +113,7 @@ def quantized(
                 job.holders = Counter([id(weight(node).get_value())])
             if (rule := chosen.get(joined(path))) is None:
                 return node
-            try:
-                node = job.quantized(node, rule, joined(path))
-            except IneligibleError as err:
-                logging.warning("lowbit: %s", err)
+            node = job.replaced(node, rule, joined(path))
             advance()
             return node
 
@@ -219,6 +215,14 @@ class _Job:
         self.stats = stats
         self.finished = finished
         self.made: dict[Any, Kernel] = {}
+
+    def replaced(self, layer: nnx.Module, rule: Rule, path: str) -> nnx.Module:
+        """The quantized layer, or the dense one where a format cannot hold its weight."""
+        try:
+            return self.quantized(layer, rule, path)
+        except IneligibleError as err:
+            logging.warning("lowbit: %s", err)
+            return layer
 
     def quantized(self, layer: Any, rule: Rule, path: str) -> nnx.Module:
         kind, variable = KINDS[type(layer)], weight(layer)

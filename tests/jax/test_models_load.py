@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from safetensors.numpy import save_file
 
 import lowbit as lb
 from lowbit.io.shards import INDEX
-from lowbit.nn.checkpoint import held
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from lowbit.io.error import CheckpointError
 from lowbit.models.config import Config
@@ -65,13 +66,28 @@ def _llama_places(c: Config) -> Iterator[tuple[str, Where]]:
             yield from _linear(f"{at}/mlp/{name}", f"{stored}.mlp.{name}_proj", False)
 
 
+def _qwen3(j: Json) -> Config:
+    return replace(_llama(j), qk_norm=True)
+
+
+def _qwen3_places(c: Config) -> Iterator[tuple[str, Where]]:
+    yield from _llama_places(c)
+    for i in range(c.layers):
+        for name in "qk":
+            stored = f"model.layers.{i}.self_attn.{name}_norm.weight"
+            yield f"layers/{i}/attn/{name}_norm/scale", Where((stored,))
+
+
 def _linear(path: str, tensor: str, bias: bool) -> Iterator[tuple[str, Where]]:
     yield f"{path}/kernel", Where((f"{tensor}.weight",), transposed=True)
     if bias:
         yield f"{path}/bias", Where((f"{tensor}.bias",))
 
 
-FAMILIES: Mapping[str, Family] = {"llama": Family(_llama, _llama_places, ("rotary_emb.inv_freq",))}
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(_llama, _llama_places, ("rotary_emb.inv_freq",)),
+    "qwen3": Family(_qwen3, _qwen3_places),
+}
 """By config.json's `model_type`."""
 
 
