@@ -5,4 +5,7 @@ from lowbit.models.cache import DenseCache as DenseCache
 from lowbit.models.cache import DenseKV as DenseKV
 from lowbit.models.config import Config as Config
 from lowbit.models.decoder import Decoder as Decoder
+from lowbit.models.generate import generate as generate
+from lowbit.models.generate import stream as stream
 from lowbit.models.rope import Rope as Rope
+from lowbit.models.sampling import Sampling as Sampling
