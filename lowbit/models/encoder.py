@@ -24,6 +24,7 @@ class TokenHead(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
+        """What the embedding's table multiplies: [..., width] -> the same shape."""
         return self.norm(ACTIVATIONS[self.activation](self.dense(hidden)))
 
 
@@ -83,7 +84,8 @@ class Encoder(nnx.Module):
         """Of what each token is, for a config with `token_head`: [..., width] -> float32 [..., vocab]."""
         if not self.config.token_head:
             raise ValueError("this encoder has no head over tokens: its config states token_head = False")
-        return self.embed.attend(self.head(hidden)).astype(jnp.float32) + self.head.bias.get_value()
+        out = self.embed.attend(self.head(hidden)).astype(jnp.float32)
+        return out + self.head.bias.get_value().reshape((1,) * (out.ndim - 1) + (-1,))
 
     def pooled(self, hidden: jax.Array) -> jax.Array:
         """Of a sequence, from its first token, for a config with `pooler`: [B, T, width] -> [B, width].

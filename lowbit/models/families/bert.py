@@ -72,19 +72,13 @@ def _name(name: str) -> str:
     return f"bert.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
 
 
+_HEADS = ("pooler.dense", "seq_relationship", "transform.dense", "transform.LayerNorm", "cls.predictions.decoder")
+_UNUSED = ("embeddings.position_ids", "cls.predictions.bias")
 FAMILIES = {
     "bert": Family(
         reader(_bert),
         _places,
-        (
-            "embeddings.position_ids",
-            "pooler.dense.weight",
-            "pooler.dense.bias",
-            "seq_relationship.weight",
-            "seq_relationship.bias",
-            "cls.predictions.decoder.weight",
-            "cls.predictions.decoder.bias",
-        ),
+        (*_UNUSED, *(f"{head}.{kind}" for head in _HEADS for kind in ("weight", "bias"))),  # of heads not asked for
         rename=_name,
         model=Encoder,
     )
