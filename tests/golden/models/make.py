@@ -1,7 +1,7 @@
 """Makes the golden models with `transformers`: random checkpoints of every family and what they compute in float32.
 
     pip install torch==2.13.0 transformers==5.23.0 safetensors
-    python tests/golden/models/make.py [CASE ...]
+    python -m tests.golden.models.make [CASE ...]
 
 A golden is a folder: config.json and model.safetensors as `save_pretrained` writes them, and expected.safetensors:
 `tokens` and `mask` [3, T], whose sequences are whole, padded at the left and padded at the right, and `logits`
@@ -18,19 +18,20 @@ from typing import Any
 
 import torch
 import transformers
-from cases import CASES, SHARED, config
 from safetensors.torch import save_file
+
+from tests.golden.models.cases import CASES, SHARED, config
 
 HERE = Path(__file__).parent
 LENGTH = 10
 PADDING = 3
 
 
-def model(name: str) -> Any:
+def model(name: str, seed: int | None = None, **changes: Any) -> Any:
     """Random weights in which every term matters: norms far from 1, biases far from 0, logits of several units."""
-    stated = config(name)
+    stated = config(name) | changes
     made = transformers.AutoConfig.for_model(**stated)
-    torch.manual_seed(sorted(CASES).index(SHARED.get(name, name)))
+    torch.manual_seed(sorted(CASES).index(SHARED.get(name, name)) if seed is None else seed)
     encoder = stated["model_type"] == "bert"
     create = transformers.BertForPreTraining if encoder else transformers.AutoModelForCausalLM.from_config
     made._attn_implementation = made._experts_implementation = "eager"  # the only one with soft caps

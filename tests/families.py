@@ -1,0 +1,58 @@
+"""What tests of model families share: a model filled from a checkpoint's arrays, and steps with a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lowbit.models import Decoder, DenseCache
+from lowbit.models.decoder import positions
+from lowbit.models.families import family, value
+
+GOLDEN = Path(__file__).parent / "golden/models"
+TOLERANCE = 1e-4
+"""Relative to the largest logit: 2 layers of float32 in another order; a wrong term is off by far more."""
+PREFILLED = 5
+
+
+def filled(j: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Any:
+    """The model of a config, with every parameter from the checkpoint."""
+    chosen = family(j)
+    config = chosen.config(j)
+    model = nnx.eval_shape(lambda: chosen.model(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    flat = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    renamed = {chosen.rename(name): array for name, array in tensors.items()}
+    used = set()
+    for path, where in chosen.places(config):
+        given = value(where, renamed.__getitem__)
+        assert given.shape == flat[path].get_value().shape, path
+        flat.pop(path).set_value(jnp.asarray(given))
+        used.update(where.tensors)
+    assert not flat, "parameters without a place"
+    assert not [name for name in renamed.keys() - used if not name.endswith(chosen.unused)]
+    return nnx.merge(graph, state)
+
+
+def error(got: Any, want: np.ndarray, mask: np.ndarray) -> float:
+    """The largest difference where there are tokens, as a part of the largest value."""
+    return float(np.abs(np.asarray(got) - want)[mask].max() / np.abs(want[mask]).max())
+
+
+def stepwise(model: Decoder, tokens: np.ndarray, mask: np.ndarray) -> jax.Array:
+    """Logits through a cache: of the first tokens at once, then of one after the other."""
+    c, given, at = model.config, jnp.asarray(tokens), positions(jnp.asarray(tokens), jnp.asarray(mask))
+    caches = (DenseCache.empty(*given.shape, c.kv_heads, c.head, jnp.float32),) * c.layers
+    first = jnp.arange(given.shape[1])[None] < PREFILLED  # of as many places as the full pass: less to compile
+    hidden, caches = model.hidden(given, jnp.where(first, at, -1), caches)
+    parts = [model.logits(hidden)[:, :PREFILLED]]
+    for i in range(PREFILLED, given.shape[1]):
+        hidden, caches = model.hidden(given[:, i : i + 1], at[:, i : i + 1], caches)
+        parts.append(model.logits(hidden))
+    return jnp.concatenate(parts, axis=1)
