@@ -54,7 +54,7 @@ class Encoder(nnx.Module):
         embed = partial(nnx.Embed, features=config.width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
         self.embed, self.positions, self.types = (
-            embed(rows) for rows in (config.vocab, config.context, config.token_types)
+            embed(rows) for rows in (config.vocab, config.context + config.position_offset, config.token_types)
         )
         self.embed_norm = norm(config, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([Block(config, i, causal=False, **kinds) for i in range(config.layers)])
@@ -74,7 +74,7 @@ class Encoder(nnx.Module):
         Returns [B, T, width]; what stands where there is no token means nothing.
         """
         at = positions(tokens, mask)
-        x = self.embed(tokens) + self.positions(jnp.maximum(at, 0))
+        x = self.embed(tokens) + self.positions(jnp.maximum(at, 0) + self.config.position_offset)
         x = self.embed_norm(x + self.types(jnp.zeros_like(tokens) if types is None else types))
         for block in self.layers:
             x, _ = block(x, at)

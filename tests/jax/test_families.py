@@ -17,12 +17,12 @@ from safetensors.numpy import load_file
 import lowbit as lb
 from lowbit.io.error import CheckpointError
 from lowbit.models import Config, Rope
-from lowbit.models.families import Where, family, value
+from lowbit.models.families import FAMILIES, Where, family, value
 from lowbit.models.rope import Yarn
-from tests.families import GOLDEN, TOLERANCE, error, filled, stepwise
-from tests.golden.models.cases import CASES, SHARED
+from tests.families import GOLDEN, TOLERANCE, assert_same_encoder, error, filled, stepwise
+from tests.golden.models.cases import CASES, ENCODERS, SHARED
 
-DECODERS = [name for name in CASES if name != "bert"]
+DECODERS = [name for name in CASES if name not in ENCODERS]
 
 
 def stated(name: str) -> dict[str, Any]:
@@ -47,12 +47,9 @@ def test_prefill_and_cached_steps_are_the_full_pass(name):
     assert error(stepwise(model, want["tokens"], want["mask"]), want["logits"], want["mask"]) < TOLERANCE
 
 
-def test_an_encoder_is_that_of_transformers():
-    model, want = model_of("bert"), load_file(GOLDEN / "bert" / "expected.safetensors")
-    hidden = model(*(jnp.asarray(want[key]) for key in ("tokens", "mask", "types")))
-    assert error(hidden, want["hidden"], want["mask"]) < TOLERANCE
-    assert error(model.logits(hidden), want["logits"], want["mask"]) < TOLERANCE
-    assert error(model.pooled(hidden), want["pooled"], want["mask"][:, 0]) < TOLERANCE
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_is_that_of_transformers(name):
+    assert_same_encoder(model_of(name), load_file(GOLDEN / name / "expected.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -138,6 +135,7 @@ def test_a_missing_key_is_named(name, key):
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
         ("bert", {"is_decoder": True}, "is_decoder = True"),
         ("bert", {"tie_word_embeddings": False}, "tie_word_embeddings = False"),
+        ("roberta", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(name, change, message):
@@ -149,6 +147,13 @@ def test_what_is_not_computed_is_refused_by_name(name, change, message):
 def test_an_unknown_family_is_refused():
     with pytest.raises(CheckpointError, match=r"model_type = 'mamba'; this library loads llama, .*lb.quantize"):
         family({"model_type": "mamba"})
+
+
+def test_the_page_lists_every_family():
+    page = (GOLDEN.parents[2] / "docs/models.md").read_text("utf-8")
+    rows = {line.split("|")[2].strip(" `") for line in page.splitlines() if line.startswith("| ")}
+    assert rows == {"model_type", *FAMILIES}
+    assert {case["model_type"] for case in CASES.values()} == set(FAMILIES)
 
 
 def older(name: str, drop: Iterable[str], **keys: Any) -> Config:
