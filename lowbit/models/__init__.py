@@ -5,11 +5,8 @@ from lowbit.models.cache import DenseCache as DenseCache
 from lowbit.models.cache import DenseKV as DenseKV
 from lowbit.models.config import Config as Config
 from lowbit.models.decoder import Decoder as Decoder
-<<<<<<< HEAD
-from lowbit.models.load import load as load
-=======
 from lowbit.models.encoder import Encoder as Encoder
->>>>>>> m_fam
+from lowbit.models.load import load as load
 from lowbit.models.rope import Rope as Rope
 from lowbit.models.save import save as save
 from lowbit.models.tokens import stop_tokens as stop_tokens
