@@ -12,6 +12,11 @@ from lowbit.tune.board import tensorboard as tensorboard
 from lowbit.tune.reconstruction import reconstruct as reconstruct
 from lowbit.tune.run import Trained as Trained
 from lowbit.tune.run import train as train
+from lowbit.tune.task import Storage as Storage
+from lowbit.tune.task import Task as Task
+from lowbit.tune.task import apply as apply
+from lowbit.tune.task import extract as extract
+from lowbit.tune.task import storage as storage
 from lowbit.tune.text import TextBatches as TextBatches
 from lowbit.tune.text import next_token_loss as next_token_loss
 from lowbit.tune.text import text_batches as text_batches

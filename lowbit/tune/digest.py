@@ -16,9 +16,9 @@ _KNOWN: dict[int, str] = {}
 """Of jax arrays that are alive, by id. They never change, and those of a large model take seconds."""
 
 
-def digest(named: Mapping[str, Any]) -> str:
-    """32 hex digits, of arrays by name."""
-    whole = hashlib.sha256()
+def digest(named: Mapping[str, Any], told: str = "") -> str:
+    """32 hex digits, of arrays by name and of what else is told."""
+    whole = hashlib.sha256(told.encode())
     for name in sorted(named):
         value = named[name]
         whole.update(repr((name, str(value.dtype), tuple(value.shape), _bits(name, value))).encode())
