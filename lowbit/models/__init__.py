@@ -1,5 +1,6 @@
 """Language models: load a checkpoint, quantize it, generate."""
 
+from lowbit.models import kvzip as kvzip
 from lowbit.models.cache import DenseCache as DenseCache
 from lowbit.models.config import Config as Config
 from lowbit.models.decoder import Decoder as Decoder

@@ -93,6 +93,9 @@ class QuantCache:
         return jnp.broadcast_to(e.settled(self.length), like.shape[:2])
 
 
+_appended = jax.jit(QuantCache.append)
+
+
 class QuantKV(ABC):
     """A `lowbit.models.cache.CacheKind` of two encodings. A kind of your own is a frozen dataclass that has them."""
 
@@ -116,7 +119,7 @@ class QuantKV(ABC):
         for c in cache:
             batch, _, kv_heads, head = c.k.shape
             empty = self._layer(batch, slots, kv_heads, head, c.positions.shape[1], c.k.dtype)
-            out.append(empty.append(c.k, c.v, c.positions))
+            out.append(_appended(empty, c.k, c.v, c.positions))
         return tuple(out)
 
     def _layer(self, batch: int, slots: int, kv_heads: int, head: int, lanes: int, dtype: Any) -> QuantCache:
