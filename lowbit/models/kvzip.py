@@ -29,6 +29,7 @@ from flax import nnx
 from lowbit.models.attention import BLOCK, Dense, How
 from lowbit.models.cache import DenseCache
 from lowbit.models.decoder import Decoder
+from lowbit.models.kv import expect_dense
 
 Array = np.ndarray[Any, Any]
 Scores = tuple[jax.Array | None, ...]
@@ -155,17 +156,28 @@ def importance(model: Decoder, cache: Sequence[DenseCache], prompts: Iterable[Re
       sink: the first tokens, which every part is scored beside and which stay.
 
     Scores are float32, also where the model computes in fewer bits, and made for at most BLOCK queries at once. The
-    work is about that of reading the context once more.
+    work is about that of reading the context once more. Repetitions take the positions after the context.
+
+    Raises TypeError for a cache that is not dense, ValueError where learned positions end before a repetition does.
     """
-    following = 1 + cache[0].positions.max(axis=(1, 2))[:, None]
+    following = 1 + expect_dense(cache)[0].positions.max(axis=(1, 2))[:, None]
     scores = [jnp.full(entry.k.shape[:3], -1, jnp.float32).swapaxes(1, 2) for entry in cache]
     for prompt in prompts:
         mask = jnp.asarray(prompt.mask)
+        _check_positions(model, int((following + mask.sum(axis=1, keepdims=True)).max()))
         positions = jnp.where(mask, following + jnp.cumsum(mask, axis=1) - 1, -1)
         span = jnp.array([sink, prompt.start, prompt.stop])
         entries = tuple(_Scored(entry, s, span) for entry, s in zip(cache, scores, strict=True))
         scores = _forward(model, jnp.asarray(prompt.tokens), positions, entries)
     return tuple(s if model.config.window(i) is None else None for i, s in enumerate(scores))
+
+
+def _check_positions(model: Decoder, needed: int) -> None:
+    if model.config.ropes is None and needed > model.config.context:
+        have = f"the model has learned {model.config.context} of them"
+        raise ValueError(
+            f"the context and its repetition take {needed} positions, but {have}: repeat in smaller chunks"
+        )
 
 
 def keep_pairs(scores: Scores, ratio: float) -> Kept:
@@ -246,7 +258,7 @@ def evict(cache: Sequence[DenseCache], kept: Kept) -> tuple[DenseCache, ...]:
     """
     return tuple(
         entry if mask is None else replace(entry, positions=jnp.where(jnp.asarray(mask), entry.positions, -1))
-        for entry, mask in zip(cache, kept, strict=True)
+        for entry, mask in zip(expect_dense(cache), kept, strict=True)
     )
 
 
@@ -256,7 +268,7 @@ def compact(cache: Sequence[DenseCache], spare: int) -> tuple[DenseCache, ...]:
     A layer has as many slots as the fullest of its heads needs, so it waits for the numbers and is not for `jax.jit`.
     """
     out = []
-    for entry in cache:
+    for entry in expect_dense(cache):
         held = entry.positions >= 0
         order = jnp.argsort(~held, axis=-1, stable=True)
         length = held.sum(axis=-1, dtype=jnp.int32).max(axis=1)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import lowbit as lb
-from lowbit.models import Config, DenseCache, Fp8KV, Int8KV, Kivi
+from lowbit.models import Config, DenseCache, Fp8KV, Int8KV, Kivi, Rope
 from lowbit.models.attention import Dense, How
 from lowbit.models.kv import QuantCache, QuantKV
 from lowbit.models.kv_store import Encoding, Store
@@ -20,7 +20,7 @@ from lowbit.quantizers import MinMax
 from lowbit.testing.tolerance import assert_within, gamma, unit
 
 Array = np.ndarray[Any, Any]
-CONFIG = Config(vocab=32, width=24, layers=1, heads=4, kv_heads=2, head=6, hidden=32, context=64)
+CONFIG = Config(vocab=32, width=24, layers=1, heads=4, kv_heads=2, head=6, hidden=32, context=64, ropes=(Rope(1e4, 6),))
 LENGTHS = np.array([0, 5, 8, 16, 21, 24])
 """Of the sequences of a batch: none, fewer than the residual, as many, twice that, odd, more than there are slots."""
 SLOTS, RESIDUAL, GROUP, CHUNK = 22, 8, 4, 24

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from flax import nnx
 
 import lowbit as lb
-from lowbit.models import Config, DenseCache, Kivi, kvzip
+from lowbit.models import Config, DenseCache, Kivi, Rope, kvzip
 from lowbit.models.attention import How
 from lowbit.models.kv import QuantCache
 from lowbit.testing.tolerance import assert_within, gamma
@@ -20,7 +21,16 @@ from lowbit.testing.tolerance import assert_within, gamma
 Array = np.ndarray[Any, Any]
 HEADS, SLOTS, HEAD, SPARE = 2, 14, 4, 4
 CONFIG = Config(
-    vocab=32, width=16, layers=2, heads=4, kv_heads=HEADS, head=HEAD, hidden=16, context=64, windows=(3, None)
+    vocab=32,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=HEADS,
+    head=HEAD,
+    hidden=16,
+    context=64,
+    ropes=(Rope(1e4, HEAD),) * 2,
+    windows=(3, None),
 )
 LENGTHS = np.array([12, 9])
 PLACES = np.where(np.arange(SLOTS) < LENGTHS[:, None], np.arange(SLOTS), -1)
@@ -240,3 +250,21 @@ def test_heads_that_count_most_keep_everything() -> None:
 def test_refusals(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_quantized_cache_is_not_evicted_from() -> None:
+    cache: Any = Kivi(2, 2, 4).empty(CONFIG, 1, 8, jnp.float32)
+    for use in (
+        lambda: kvzip.importance(lb.models.Decoder(CONFIG, rngs=nnx.Rngs(0)), cache, []),
+        lambda: kvzip.evict(cache, (None, None)),
+        lambda: kvzip.compact(cache, 1),
+        lambda: Kivi().of(cache, 8),
+    ):
+        with pytest.raises(TypeError, match="layer 0 has a QuantCache: fill a dense cache"):
+            use()
+
+
+def test_learned_positions_that_end_too_early() -> None:
+    model = lb.models.Decoder(replace(CONFIG, ropes=None, context=16), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="repetition take 18 positions, but the model has learned 16 of them"):
+        kvzip.importance(model, [dense()] * 2, kvzip.repeats(CONTEXT[:, :4], first=[1, 2], later=[]))
