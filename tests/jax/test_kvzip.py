@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,12 +14,13 @@ import pytest
 from flax import nnx
 
 import lowbit as lb
-from lowbit.models import Config, DenseCache, Kivi, Rope, kvzip
+from lowbit.models import Config, DenseCache, DenseKV, Kivi, Rope, kvzip
 from lowbit.models.attention import How
 from lowbit.models.kv import QuantCache
 from lowbit.testing.tolerance import assert_within, gamma
 
 Array = np.ndarray[Any, Any]
+ROOT = Path(__file__).parents[2]
 HEADS, SLOTS, HEAD, SPARE = 2, 14, 4, 4
 CONFIG = Config(
     vocab=32,
@@ -268,3 +270,29 @@ def test_learned_positions_that_end_too_early() -> None:
     model = lb.models.Decoder(replace(CONFIG, ropes=None, context=16), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="repetition take 18 positions, but the model has learned 16 of them"):
         kvzip.importance(model, [dense()] * 2, kvzip.repeats(CONTEXT[:, :4], first=[1, 2], later=[]))
+
+
+@pytest.mark.slow
+def test_a_trained_model_does_without_what_counts_least() -> None:
+    """With a third of the pairs it repeats its context, and goes on after it, as well as with all; not so at random."""
+    model = lb.models.load(ROOT / "examples/tinylm/model", dtype=jnp.float32)
+    text = (
+        np.frombuffer((ROOT / "LICENSE").read_bytes()[1000 : 1000 + 8 * 256], np.uint8).astype(np.int32).reshape(8, 256)
+    )
+    size, positions = 128, jnp.broadcast_to(jnp.arange(256), (8, 256))
+    step = nnx.jit(lambda m, ids, at, cache: (lambda x, after: (m.logits(x), after))(*m.hidden(ids, at, cache)))
+    cache: Any = DenseKV().empty(model.config, 8, size, jnp.float32)
+    _, cache = step(model, text[:, :size], positions[:, :size], cache)
+    scores = kvzip.importance(model, cache, kvzip.repeats(text[:, :size], first=[10], later=[], chunk=size))
+    guesses = tuple(random(8, 4, size, seed=i) ** 2 for i in range(model.config.layers))
+
+    def loss(kept: kvzip.Kept, ids: Array) -> float:
+        left = tuple(pad(entry, size) for entry in kvzip.evict(cache, kept))
+        logits = step(model, ids, positions[:, size:], left)[0]
+        return float(-jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), jnp.asarray(ids)[:, 1:, None], -1).mean())
+
+    for ids in (text[:, :size], text[:, size:]):
+        whole, chosen, guessed = (
+            loss(kvzip.keep_pairs(s, r), ids) for s, r in ((scores, 1), (scores, 0.3), (guesses, 0.3))
+        )
+        assert chosen - whole < 0.1 * (guessed - whole), (whole, chosen, guessed)
