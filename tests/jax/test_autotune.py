@@ -39,7 +39,6 @@ HERE = jax.devices()[0].device_kind
 
 FAULTY = (sys.executable, "-c", """
 import json, sys, time
-from tests.forgetting import forget
 print("{}", flush=True)
 for line in sys.stdin:
     lowering = json.loads(line)["candidate"]["lowering"]
@@ -148,9 +147,9 @@ def test_operands_repeat_a_part_for_every_way_to_store(fmt: lb.Format) -> None:
 def test_a_candidate_that_hangs_crashes_or_raises_is_recorded_and_the_rest_is_timed() -> None:
     names = [c.lowering for c in candidates(M, TYPE, "f32", "cpu")]
     assert {"decode", "join", "bucket"} < set(names)
-    with Worker(timeout=3, command=FAULTY) as worker:  # a process starts within it on a busy machine too
+    with Worker(timeout=0.5, command=FAULTY) as worker:
         found = tune(M, TYPE, "f32", worker)
-    assert found.tried["decode"] == "it took more than 3 s"
+    assert found.tried["decode"] == "it took more than 0.5 s"
     assert found.tried["bucket"] == "ValueError: no"
     assert found.tried["join"] == "its process ended with 1: out of registers"
     assert all(found.tried[n] == len(n) for n in names if n not in ("decode", "join", "bucket"))
