@@ -248,8 +248,8 @@ def loading(size: int) -> Iterator[Row]:
     yield row("load_time", seconds, "s", "a copy of the files", copy)
     yield row("load_rate", stored / seconds, "bytes/s", "a copy of the files", stored / copy)
     if anonymous > kept + 8 * dense + FIXED:
-        limit = f"the model's {kept} and two layers may take {8 * dense + FIXED}"
-        raise SystemExit(f"load: {anonymous} bytes of anonymous memory, and beside {limit}")
+        may = f"beside the model's {kept} two layers may take {8 * dense + FIXED}"
+        raise SystemExit(f"load: {anonymous} bytes of anonymous memory, and {may}")
 
 
 if __name__ == "__main__":
