@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -13,11 +14,12 @@ from lowbit.models.attention import Dense, How, LayerCache
 from lowbit.models.config import Config
 
 
-class CacheKind(Protocol):
+class CacheKind(Hashable, Protocol):
     """How keys and values are stored. Hashable, so that what is compiled for one kind is found again."""
 
     def empty(self, config: Config, batch: int, slots: int, dtype: Any) -> tuple[LayerCache, ...]:
-        """The caches of all layers for `batch` sequences of up to `slots` tokens that are computed in `dtype`."""
+        """The caches of all layers for `batch` sequences, axis 0 of each of their arrays, of up to `slots` tokens that
+        are computed in `dtype`."""
         ...
 
 
@@ -37,7 +39,7 @@ class DenseCache:
 
     Attributes:
       k, v: [B, S, kv_heads, D].
-      positions: int32 [B, 1, S], of each slot, -1 where it holds nothing.
+      positions: int32 [B, 1, S], of each slot, -1 where it holds nothing; [B, kv_heads, S] where heads differ in that.
       length: int32 [B], slots of each sequence in use: the first ones.
     """
 
@@ -60,7 +62,7 @@ class DenseCache:
         return DenseCache(
             self.k.at[row, slot].set(k.astype(self.k.dtype), mode="drop"),
             self.v.at[row, slot].set(v.astype(self.v.dtype), mode="drop"),
-            self.positions.at[row, 0, slot].set(positions, mode="drop"),
+            self.positions.at[row, :, slot].set(positions[..., None], mode="drop"),
             self.length + taken.sum(axis=1, dtype=jnp.int32),
         )
 
