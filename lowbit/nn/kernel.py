@@ -101,20 +101,41 @@ class Kernel(nnx.Module):
         )
 
 
-@jax.jit
+_AT_ONCE = 1 << 22
+"""Weights whose errors are summed at once: XLA on a CPU makes float32 copies of them."""
+
+
 def error_stats(w: jax.Array, array: QuantArray) -> jax.Array:
     """(sum (w - decoded)^2, sum w^2) in float32 for each slice, in units of the largest |w|, so that squares stay in
     range. One slice is decoded at a time."""
-    largest = jnp.abs(w).max().astype(jnp.float32)
-    unit = jnp.where(largest > 0, largest, 1.0)
+    if array.stack or w.size <= _AT_ONCE or isinstance(w, jax.core.Tracer):
+        return _error_stats(w, array)
+    unit, decoded, rows = _unit(w), dequantize(array), max(1, _AT_ONCE // w.shape[1])
+    parts = [slice(at, at + rows) for at in range(0, len(w), rows)]
+    return jnp.sum(jnp.stack([jax.block_until_ready(_sums(w[part], decoded[part], unit)) for part in parts]), axis=0)
+
+
+@jax.jit
+def _error_stats(w: jax.Array, array: QuantArray) -> jax.Array:
+    unit = _unit(w)
 
     def one(pair: tuple[jax.Array, QuantArray]) -> jax.Array:
-        dense, decoded = (a.astype(jnp.float32) / unit for a in (pair[0], dequantize(pair[1])))
-        return jnp.stack([jnp.sum((dense - decoded) ** 2), jnp.sum(dense**2)])
+        return _sums(pair[0], dequantize(pair[1]), unit)
 
     for _ in array.stack:
         one = partial(jax.lax.map, one)
     return one((w, array))
+
+
+def _unit(w: jax.Array) -> jax.Array:
+    largest = jnp.maximum(w.max(), -w.min()).astype(jnp.float32)
+    return jnp.where(largest > 0, largest, 1.0)
+
+
+@jax.jit
+def _sums(w: jax.Array, decoded: jax.Array, unit: jax.Array) -> jax.Array:
+    dense, decoded = (a.astype(jnp.float32) / unit for a in (w, decoded))
+    return jnp.stack([jnp.sum((dense - decoded) ** 2), jnp.sum(dense**2)])
 
 
 def expect_module(model: Any, what: str) -> None:

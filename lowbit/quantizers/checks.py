@@ -102,8 +102,9 @@ def check_weight(w: jax.Array, name: str) -> None:
         raise TypeError(f"{name} is {w.dtype}{list(w.shape)}: cast it to a floating type, {dense}")
     if w.ndim < 2 or w.size == 0:
         raise ValueError(f"{name} has shape {w.shape}: give a matrix with at least one entry, {dense}")
-    bad = (~jnp.isfinite(w)).sum()
-    if not isinstance(bad, jax.core.Tracer) and bad:
+    finite = jnp.isfinite(w)
+    if not isinstance(finite, jax.core.Tracer) and not finite.all():  # counted only then: that takes more memory
+        bad = (~finite).sum()
         raise ValueError(f"{name} has {bad} NaN or inf among its {w.size} entries: repair it, {dense}")
 
 

@@ -63,17 +63,32 @@ class RoundToNearest:
 
     def __call__(self, w: jax.Array, fmt: Format) -> Fields:
         expect_format(fmt, ("uniform", "bcq"), self)
-        values, mask = _groups(w, fmt)
-        code = rtn(values.reshape(-1, values.shape[2]), fmt["bits"], mask)
-        binary = to_binary(code, fmt["bits"])
-        if fmt.name == "bcq":
-            if not fmt["offset"]:
-                raise ValueError(f"{self} gives levels that are not symmetric about zero: use bcq(..., offset=True)")
-            return _binary_fields(binary, fmt, values.shape)
-        n, g, _ = values.shape
-        scale = _to_scale_dtype(code.scale, fmt)
-        planes = pack(binary.bits, values.shape)
-        return {"planes": planes, "scale": scale.reshape(n, g), "zero": code.zero.reshape(n, g)}
+        if fmt.name == "bcq" and not fmt["offset"]:
+            raise ValueError(f"{self} gives levels that are not symmetric about zero: use bcq(..., offset=True)")
+        rows = max(1, _AT_ONCE // w.shape[1])
+        if isinstance(w, jax.core.Tracer) or len(w) <= rows:
+            return _rounded(w, fmt)
+        # Each part is waited for, or its scratch memory would be taken while those before are still at work.
+        parts = [jax.block_until_ready(_rounded(w[at : at + rows], fmt)) for at in range(0, len(w), rows)]
+        axis = {name: int(part.ndim > 2) for name, part in parts[0].items()}  # planes come first where there are any
+        return {name: jnp.concatenate([part[name] for part in parts], at) for name, at in axis.items()}
+
+
+_AT_ONCE = 1 << 22
+"""Weights that are rounded at once, which bounds the scratch memory."""
+
+
+@partial(jax.jit, static_argnums=1)
+def _rounded(w: jax.Array, fmt: Format) -> Fields:
+    values, mask = _groups(w, fmt)
+    code = rtn(values.reshape(-1, values.shape[2]), fmt["bits"], mask)
+    binary = to_binary(code, fmt["bits"])
+    if fmt.name == "bcq":
+        return _binary_fields(binary, fmt, values.shape)
+    n, g, _ = values.shape
+    scale = _to_scale_dtype(code.scale, fmt)
+    planes = pack(binary.bits, values.shape)
+    return {"planes": planes, "scale": scale.reshape(n, g), "zero": code.zero.reshape(n, g)}
 
 
 def greedy() -> BinarySolver:

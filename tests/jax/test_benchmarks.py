@@ -89,12 +89,26 @@ def test_a_conversion_takes_one_layer(layout: str, monkeypatch: pytest.MonkeyPat
     if layout == "gguf":
         pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'lowbit[gguf]'")
     monkeypatch.setattr(load_memory, "LAYOUTS", {layout: load_memory.LAYOUTS[layout]})
+    monkeypatch.setattr(load_memory, "loading", lambda size: [])
     found = named(list(load_memory.measure(2_000_000)))
     assert set(found) == {f"{layout}_{what}" for what in ("anonymous", "resident", "time", "rate")}
     assert found[f"{layout}_rate"]["value"] == pytest.approx(2_000_000 / found[f"{layout}_time"]["value"], rel=0.05)
     monkeypatch.setattr(load_memory, "FIXED", -(1 << 40))
     with pytest.raises(SystemExit, match=rf"^{layout}: \d+ bytes of anonymous memory, and one layer may take -\d+$"):
         list(load_memory.measure(2_000_000))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_a_load_takes_the_model_and_two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = named(list(load_memory.loading(4_000_000)))
+    assert set(found) == {f"load_{what}" for what in ("anonymous", "beside_the_model", "resident", "time", "rate")}
+    assert found["load_resident"]["value"] > found["load_anonymous"]["value"] > 0
+    monkeypatch.setattr(load_memory, "FIXED", -(1 << 40))
+    with pytest.raises(
+        SystemExit, match=r"^load: \d+ bytes of anonymous memory, and beside the model's \d+ two layers may"
+    ):
+        list(load_memory.loading(4_000_000))
 
 
 def test_options_of_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
