@@ -43,7 +43,7 @@ def likeliest(model: Decoder, texts: Sequence[Sequence[int]]) -> list[list[int]]
 def test_greedy_tokens_are_the_likeliest_of_the_whole_model(quantized: bool) -> None:
     model = tiny(quantized)
     new = generate(model, PROMPTS, 6, chunk=CHUNK)
-    assert [len(tokens) for tokens in new] == [6, 6, 6] and all(len(set(tokens)) > 1 for tokens in new)
+    assert [len(tokens) for tokens in new] == [6, 6, 6] and len({t for tokens in new for t in tokens}) > 4
     texts = [[*prompt, *tokens] for prompt, tokens in zip(PROMPTS, new, strict=True)]
     for prompt, text, after in zip(PROMPTS, texts, likeliest(model, texts), strict=True):
         assert after[len(prompt) - 1 : -1] == text[len(prompt) :]
@@ -116,7 +116,7 @@ def test_buckets(size: int, want: int) -> None:
         (
             [[1], [1] * 30],
             {"slots": 32},
-            "prompt 1 has 30 tokens, and with n = 4 new ones takes 33 slots of a cache that has 32: give slots=33, or less",
+            "prompt 1 has 30 tokens, and with n = 4 new ones takes 33 slots of a cache that has 32: give slots=33",
         ),
     ],
 )
