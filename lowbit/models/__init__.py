@@ -9,3 +9,5 @@ from lowbit.models.generate import generate as generate
 from lowbit.models.generate import stream as stream
 from lowbit.models.rope import Rope as Rope
 from lowbit.models.sampling import Sampling as Sampling
+from lowbit.models.serving import Batcher as Batcher
+from lowbit.models.serving import New as New
