@@ -90,7 +90,7 @@ class Rope:
         if not isinstance(self.scaling, Yarn):
             return 1.0
         given = self.scaling.attention
-        return 0.1 * log(self.scaling.factor) + 1.0 if given is None else given
+        return 0.1 * log(max(self.scaling.factor, 1.0)) + 1.0 if given is None else given
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotate [B, T, H, D] by the positions int [B, T]: entry i pairs with i + size / 2. The dtype of `x`."""
