@@ -2,8 +2,8 @@
 
     python benchmarks/generate.py [--smoke] [--json out.json]
 
-A random model, shaped as Llama's are, is timed in each format and with each kind of cache in turn, in one run. `--smoke`
-takes a tiny one, to see that all runs.
+A random model, shaped as those of Llama are, is timed in each format and with each kind of cache in turn, in one run.
+`--smoke` takes a tiny one, to see that all runs.
 """
 
 from __future__ import annotations

@@ -67,6 +67,22 @@ def test_requests_that_join_and_leave_get_what_each_gets_alone(arrivals: list[in
     assert counts[2] == 1
 
 
+def test_the_rows_of_a_quantized_cache() -> None:
+    kind = lb.models.Kivi(4, group=8, residual=16)
+    batcher = Batcher(tiny(), rows=3, slots=SLOTS, budget=16, cache=kind)
+    picked = {0: 2, 1: 4, 2: 2}  # read in the pieces that `generate` reads them in
+    for request in picked.values():
+        batcher.add(*REQUESTS[request])
+    found: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    while batcher.busy:
+        for new in batcher.step():
+            assert new.token is not None
+            found[new.request].append(new.token)
+    for i, request in picked.items():
+        prompt, n = REQUESTS[request]
+        assert found[i] == generate(tiny(), [prompt], n, slots=SLOTS, chunk=16, cache=kind)[0]
+
+
 def test_a_step_reads_no_more_than_its_budget_and_others_run_meanwhile() -> None:
     scheduled: list[int] = []
     batcher = Batcher(nested(), rows=3, slots=SLOTS, budget=16, width=lambda tokens: scheduled.append(tokens) or 16)
