@@ -42,7 +42,7 @@ class Sizes:
     layers: int = 4
     vocab: int = 8192
     batch: int = 4
-    prompt: int = 512
+    prompt: int = 256
     new: int = 128
 
 

@@ -139,8 +139,9 @@ def compared(
         for mode, width in modes.items():
             server = Server(model, rows, budget, width)
             ttft, tpot, _ = served(server.batcher, trace, arrivals)
-            figures = [1e3 * float(np.percentile(t, p)) for t in (ttft, tpot) for p in (50, 95)]
-            out.append(Result(name, mode, *figures, float(np.mean(np.equal(server.widths, 8)))))
+            (a, b), (c, d) = (1e3 * np.percentile(seconds, (50, 95)) for seconds in (ttft, tpot))
+            share = float(np.mean(np.equal(server.widths, 8)))
+            out.append(Result(name, mode, float(a), float(b), float(c), float(d), share))
     return out
 
 
