@@ -1,16 +1,17 @@
 """Tokens a second and bytes a token of generation, dense and quantized.
 
-    python benchmarks/generate.py [--smoke] [--json out.json]
+    python benchmarks/generate.py [--batch 1] [--smoke] [--json out.json]
 
 A random model, shaped as those of Llama are, is timed in each format and with each kind of cache in turn, in one run.
-`--smoke` takes a tiny one, to see that all runs.
+Prompts are read as generation reads them, without logits: of the last layer that is keys and values alone. `--smoke`
+takes a tiny model, to see that all runs.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,12 @@ class Sizes:
     hidden: int = 2816
     layers: int = 4
     vocab: int = 8192
-    batch: int = 4
-    prompt: int = 256
+    batch: int = 1
+    prompt: int = 512
     new: int = 128
 
 
-SMOKE = Sizes(width=128, hidden=128, layers=1, vocab=64, batch=2, prompt=16, new=2)
+SMOKE = Sizes(width=128, hidden=128, layers=1, vocab=64, prompt=16, new=2)
 
 
 def dense(s: Sizes) -> Decoder:
@@ -92,8 +93,8 @@ class Timed:
         return tokens
 
 
-def measure(smoke: bool = False) -> Iterator[Row]:
-    s = SMOKE if smoke else Sizes()
+def measure(batch: int, smoke: bool = False) -> Iterator[Row]:
+    s = replace(SMOKE if smoke else Sizes(), batch=batch)
     model = dense(s)
     timed = {"dense": Timed(model, DenseKV(), s)}
     timed |= {name: Timed(quantized(model, fmt), DenseKV(), s) for name, fmt in FORMATS.items()}
@@ -108,4 +109,9 @@ def measure(smoke: bool = False) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    main("Generation on this machine's default device", lambda smoke: list(measure(smoke)), smoke=False)
+    main(
+        "Generation on this machine's default device",
+        lambda batch, smoke: list(measure(batch, smoke)),
+        batch=1,
+        smoke=False,
+    )

@@ -16,6 +16,6 @@ from lowbit.models.rope import Rope as Rope
 from lowbit.models.sampling import Sampling as Sampling
 from lowbit.models.save import save as save
 from lowbit.models.serving import Batcher as Batcher
-from lowbit.models.serving import New as New
+from lowbit.models.serving import NewToken as NewToken
 from lowbit.models.tokens import stop_tokens as stop_tokens
 from lowbit.models.tokens import tokenizer as tokenizer

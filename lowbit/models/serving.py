@@ -18,7 +18,7 @@ from lowbit.models.steps import Runner
 from lowbit.nn.reading import at_width
 
 
-class New(NamedTuple):
+class NewToken(NamedTuple):
     """What a step gave one request: its next token, None for a stop token; and whether that was the last one."""
 
     request: int
@@ -121,7 +121,7 @@ class Batcher:
         """Whether a request waits or runs."""
         return bool(self.waiting) or any(self.rows)
 
-    def step(self) -> list[New]:
+    def step(self) -> list[NewToken]:
         """One step for all: what is new, by row. Raises FloatingPointError where a request's logits are not finite."""
         for row, held in enumerate(self.rows):
             if held is None and self.waiting:
@@ -161,7 +161,7 @@ class Batcher:
             self.cache = self.runner.program.join(self.cache, s.cache, np.int32(row))
             s.cache, s.joined = (), True
 
-    def _next(self, run: list[int], width: np.int32 | None) -> list[New]:
+    def _next(self, run: list[int], width: np.int32 | None) -> list[NewToken]:
         """One token of the sequences in these rows."""
         tokens, positions = np.zeros(len(self.rows), np.int32), np.full(len(self.rows), -1, np.int32)
         seeds = np.zeros(len(self.rows), np.uint32)
@@ -179,7 +179,7 @@ class Batcher:
             if not stopped:
                 s.text.append(token)
             done = stopped or len(s.text) == len(s.prompt) + s.n
-            found.append(New(s.request, None if stopped else token, done))
+            found.append(NewToken(s.request, None if stopped else token, done))
             if done:
                 self.rows[row] = None
         return found

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import lowbit as lb
-from lowbit.models import Batcher, Config, Decoder, New, Rope, Sampling, generate
+from lowbit.models import Batcher, Config, Decoder, NewToken, Rope, Sampling, generate
 
 CONFIG = Config(
     vocab=48, width=32, layers=1, heads=4, kv_heads=2, head=8, hidden=32, context=32, ropes=(Rope(10_000.0, 8),)
@@ -102,7 +102,7 @@ def test_a_stop_token_and_a_seed() -> None:
     batcher.add([5, 6, 7], 6, stop=(want[3],), seed=3)
     steps = [[new for new in batcher.step() if new.request == 1] for _ in range(4)]
     assert want[3] not in want[:3]
-    assert steps == [*([New(1, token, False)] for token in want[:3]), [New(1, None, True)]]
+    assert steps == [*([NewToken(1, token, False)] for token in want[:3]), [NewToken(1, None, True)]]
     assert batcher.rows[1] is None
 
 
