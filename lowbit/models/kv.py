@@ -60,7 +60,7 @@ class QuantCache:
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, how: How
     ) -> tuple[jax.Array, QuantCache]:
-        """See `lowbit.models.attention.LayerCache`. NewToken tokens are seen as they are: they are quantized after that."""
+        """See `lowbit.models.attention.LayerCache`. New tokens are seen as they are: they are quantized after that."""
         out = how.attend(q, positions, [self, Dense(k, v, positions[:, None])])
         return out, self.append(k, v, positions[:, None])
 
