@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import index
 
 import numpy as np
 
@@ -67,8 +68,8 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """`generate`, token by token, as they come.
 
-    Two programs are compiled, one that reads prompts and one that takes a step, for each number of prompts, and each
-    power of two that lengths are rounded up to; not for a length, nor for a step. Weights of other models of the same
+    Two programs are compiled, one that reads prompts and one that takes a step, for each number of prompts, `sampling`,
+    kind of cache and power of two that lengths are rounded up to; none for a length or a step. Other models of the same
     structure run in the same programs.
 
     Args:
@@ -181,7 +182,7 @@ def checked_length(size: int, n: int, config: Config, slots: int | None, what: s
 
 def checked_seeds(seed: int | Sequence[int], count: int) -> np.ndarray:
     """uint32 [count]."""
-    seeds = list(seed) if isinstance(seed, Sequence) else [seed + i for i in range(count)]
+    seeds = [index(s) for s in seed] if isinstance(seed, Sequence) else [index(seed) + i for i in range(count)]
     if len(seeds) != count:
         raise ValueError(f"seed has {len(seeds)} numbers for {count} prompts: give one for each, or one integer")
     if bad := [s for s in seeds if not 0 <= s < 2**32]:

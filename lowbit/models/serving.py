@@ -122,7 +122,10 @@ class Batcher:
         return bool(self.waiting) or any(self.rows)
 
     def step(self) -> list[NewToken]:
-        """One step for all: what is new, by row. Raises FloatingPointError where a request's logits are not finite."""
+        """One step for all: what is new, by row.
+
+        Raises FloatingPointError where a request's logits are not finite; the batcher cannot go on after that.
+        """
         for row, held in enumerate(self.rows):
             if held is None and self.waiting:
                 self.rows[row] = self.waiting.popleft()
