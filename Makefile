@@ -52,7 +52,7 @@ lint:  ## ruff, mypy, import floors, names, sizes
 
 bench:  ## time everything in benchmarks/ on this machine; writes benchmarks/results/
 	@tools/venv.sh $(VENV) bench
-	@for name in cpu_matmul gradient_memory quantize_speed; do \
+	@for name in cpu_matmul gradient_memory quantize_speed generate; do \
 		$(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; done
 
 # An environment of its own: where jax finds its CUDA plugin and no driver, it says so at each start.

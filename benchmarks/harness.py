@@ -60,7 +60,10 @@ def main(title: str, measure: Callable[..., list[Row]], **options: Any) -> None:
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--json", type=pathlib.Path, help="file to write the rows to")
     for name, default in options.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help="%(type)s, %(default)s if not given")
+        if default is False:
+            parser.add_argument(f"--{name}", action="store_true")
+        else:
+            parser.add_argument(f"--{name}", type=type(default), default=default, help="%(type)s, or %(default)s")
     given = vars(parser.parse_args())
     target = given.pop("json")
     rows = measure(**given)

@@ -16,5 +16,7 @@ from lowbit.models.load import load as load
 from lowbit.models.rope import Rope as Rope
 from lowbit.models.sampling import Sampling as Sampling
 from lowbit.models.save import save as save
+from lowbit.models.serving import Batcher as Batcher
+from lowbit.models.serving import NewToken as NewToken
 from lowbit.models.tokens import stop_tokens as stop_tokens
 from lowbit.models.tokens import tokenizer as tokenizer

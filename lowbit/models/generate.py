@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from operator import index
 
 import numpy as np
 
@@ -17,16 +17,22 @@ from lowbit.models.steps import Runner, bucket
 Prompt = Sequence[int] | np.ndarray
 
 
-def generate(model: Decoder, prompts: Sequence[Prompt], n: int, **options: Any) -> list[list[int]]:
+def generate(
+    model: Decoder,
+    prompts: Sequence[Prompt],
+    n: int,
+    *,
+    sampling: Sampling = Sampling(),  # noqa: B008, it is frozen
+    stop: Sequence[int] = (),
+    seed: int | Sequence[int] = 0,
+    cache: CacheKind = DenseKV(),  # noqa: B008
+    slots: int | None = None,
+    chunk: int = 512,
+) -> list[list[int]]:
     """Continuations of prompts, all at once.
 
-    Args:
-      model: quantized or not.
-      prompts: the tokens of each, of any lengths.
-      n: the most tokens to add to each.
-      options: those of `stream`.
-
-    Returns the new tokens of each prompt, up to its first stop token, which is left out. Raises as `stream` does.
+    Takes what `stream` takes and raises what it raises. Returns the new tokens of each prompt, up to its first stop
+    token, which is left out.
 
     >>> from flax import nnx
     >>> import lowbit as lb
@@ -39,7 +45,9 @@ def generate(model: Decoder, prompts: Sequence[Prompt], n: int, **options: Any) 
     [5, 5]
     """
     out: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(model, prompts, n, **options):
+    for tokens in stream(
+        model, prompts, n, sampling=sampling, stop=stop, seed=seed, cache=cache, slots=slots, chunk=chunk
+    ):
         for new, token in zip(out, tokens.tolist(), strict=True):
             if token >= 0:
                 new.append(token)
@@ -60,12 +68,14 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """`generate`, token by token, as they come.
 
-    Two programs are compiled, one that reads prompts and one that takes a step, for each number of prompts, and each
-    power of two that lengths are rounded up to; not for a length, nor for a step. Weights of other models of the same
+    Two programs are compiled, one that reads prompts and one that takes a step, for each number of prompts, `sampling`,
+    kind of cache and power of two that lengths are rounded up to; none for a length or a step. Other models of the same
     structure run in the same programs.
 
     Args:
-      model, prompts, n: as in `generate`.
+      model: quantized or not.
+      prompts: the tokens of each, of any lengths.
+      n: the most tokens to add to each.
       sampling: how tokens are drawn; the likeliest one by default.
       stop: tokens that end a sequence.
       seed: one for each prompt, from 0 to 2**32 - 1, or that of the first, and the next ones count on. A sequence
@@ -133,16 +143,17 @@ def _stream(
 
 
 def checked_prompt(prompt: Prompt, config: Config, what: str) -> np.ndarray:
-    """int32 [tokens]."""
-    if not len(prompt):
+    """int32 [tokens], at least one."""
+    tokens = checked_tokens(prompt, config, what)
+    if not tokens.size:
         raise ValueError(f"{what} is empty: give at least one token, such as the one that begins a text")
-    return checked_tokens(prompt, config, what)
+    return tokens
 
 
 def checked_tokens(tokens: Prompt, config: Config, what: str) -> np.ndarray:
     """int32 [tokens], all of which the model knows."""
-    found = np.asarray(tokens, None if len(tokens) else np.int32)
-    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
+    found = np.asarray(tokens)
+    if found.ndim != 1 or (found.size and not np.issubdtype(found.dtype, np.integer)):
         raise TypeError(f"{what} is {found.dtype}{list(found.shape)}: give a sequence of integers, the tokens")
     if (bad := np.flatnonzero((found < 0) | (found >= config.vocab))).size:
         raise ValueError(
@@ -171,7 +182,7 @@ def checked_length(size: int, n: int, config: Config, slots: int | None, what: s
 
 def checked_seeds(seed: int | Sequence[int], count: int) -> np.ndarray:
     """uint32 [count]."""
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    seeds = [index(s) for s in seed] if isinstance(seed, Sequence) else [index(seed) + i for i in range(count)]
     if len(seeds) != count:
         raise ValueError(f"seed has {len(seeds)} numbers for {count} prompts: give one for each, or one integer")
     if bad := [s for s in seeds if not 0 <= s < 2**32]:

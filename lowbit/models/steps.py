@@ -92,7 +92,7 @@ class Program:
         """(cache of B sequences, cache of one, row) -> the first with the second as that row."""
 
         def join(cache: Cache, one: Cache, row: jax.Array) -> Cache:
-            return jax.tree.map(lambda whole, new: whole.at[row].set(new[0].astype(whole.dtype)), cache, one)
+            return jax.tree.map(lambda whole, new: whole.at[row].set(new[0]), cache, one)
 
         return jax.jit(join, donate_argnums=0)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu_matmul, gradient_memory, harness, load_memory, quantize_speed
+import lowbit as lb
+from benchmarks import cpu_matmul, generate, gradient_memory, harness, load_memory, quantize_speed
 
 
 @pytest.fixture(autouse=True)
@@ -111,11 +112,28 @@ def test_a_load_takes_the_model_and_two_layers(monkeypatch: pytest.MonkeyPatch) 
         list(load_memory.loading(4_000_000))
 
 
+def test_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "CACHES", {"kivi4": lb.models.Kivi(4, group=8, residual=8)})
+    found = named(list(generate.measure(batch=2, smoke=True)))
+    kinds = {"dense", "uniform4", "bcq3", "dense_kivi4_cache"}
+    assert set(found) == {f"{kind}_{what}" for kind in kinds for what in ("prefill", "decode", "read")}
+    assert all(r["value"] > 0 for r in found.values())
+    s = generate.SMOKE
+    weights = s.width * (3 * s.hidden + s.vocab) + s.width * 64 * 2 * (2 + 1) + 3 * s.width
+    cache = (s.prompt + s.new) * (2 * 64 + 1) * 4 + 4  # of each sequence: keys, values, positions and a length
+    assert found["dense_read"]["value"] == 4 * weights / 2 + cache
+    assert found["bcq3_read"]["ratio"] < found["uniform4_read"]["ratio"] < 0.3
+    assert found["dense_kivi4_cache_read"]["ratio"] < 1
+
+
 def test_options_of_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmark", "--size", "7"])
     given: list[int] = []
     harness.main("title", lambda size: given.append(size) or [], size=3)
     assert given == [7]
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--quick"])
+    harness.main("title", lambda quick: given.append(quick) or [], quick=False)
+    assert given == [7, True]
 
 
 def test_rows_are_written_where_json_says(

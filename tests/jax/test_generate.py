@@ -43,7 +43,7 @@ def likeliest(model: Decoder, texts: Sequence[Sequence[int]]) -> list[list[int]]
 def test_greedy_tokens_are_the_likeliest_of_the_whole_model(quantized: bool) -> None:
     model = tiny(quantized)
     new = generate(model, PROMPTS, 6, chunk=CHUNK)
-    assert [len(tokens) for tokens in new] == [6, 6, 6] and all(len(set(tokens)) > 1 for tokens in new)
+    assert [len(tokens) for tokens in new] == [6, 6, 6] and len({t for tokens in new for t in tokens}) > 4
     texts = [[*prompt, *tokens] for prompt, tokens in zip(PROMPTS, new, strict=True)]
     for prompt, text, after in zip(PROMPTS, texts, likeliest(model, texts), strict=True):
         assert after[len(prompt) - 1 : -1] == text[len(prompt) :]
@@ -78,7 +78,7 @@ def test_a_sequence_follows_from_its_prompt_and_seed() -> None:
 
 
 def test_nothing_is_compiled_for_a_length_or_a_step() -> None:
-    model = Decoder(replace(CONFIG, layers=1, ropes=CONFIG.ropes[:1]), rngs=nnx.Rngs(0))
+    model = Decoder(replace(CONFIG, vocab=40, layers=1, ropes=CONFIG.ropes[:1]), rngs=nnx.Rngs(0))
     compiled = Runner(model, DenseKV(), Sampling()).program
 
     def run(sizes: Sequence[int], n: int) -> tuple[int, int]:
@@ -116,7 +116,7 @@ def test_buckets(size: int, want: int) -> None:
         (
             [[1], [1] * 30],
             {"slots": 32},
-            "prompt 1 has 30 tokens, and with n = 4 new ones takes 33 slots of a cache that has 32: give slots=33, or less",
+            "prompt 1 has 30 tokens, and with n = 4 new ones takes 33 slots of a cache that has 32: give slots=33",
         ),
     ],
 )
@@ -138,6 +138,10 @@ def test_what_is_no_token_and_no_model() -> None:
         generate(tiny(), [[0.5]], 4)  # type: ignore[list-item]
     with pytest.raises(TypeError, match=r"^prompt 0 is int64\[1, 1\]: give a sequence"):
         generate(tiny(), [np.ones((1, 1), np.int64)], 4)
+    with pytest.raises(TypeError, match=r"^prompt 0 is int64\[\]: give a sequence"):
+        generate(tiny(), [1, 2], 4)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"^prompt 0 is <U3\[\]: give a sequence of integers, the tokens"):
+        generate(tiny(), ["def"], 4)  # type: ignore[list-item]
     with pytest.raises(TypeError, match=r"^cannot generate with a Linear: give an lb.models.Decoder"):
         generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [[1]], 4)  # type: ignore[arg-type]
 
