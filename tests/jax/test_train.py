@@ -275,6 +275,22 @@ def test_what_was_logged_after_the_checkpoint_is_done_again(tmp_path: Path) -> N
     assert losses(trained) == losses(lb.tune.train(dropped(), X, steps=4, tx=ADAM, loss=squares))
 
 
+def test_a_run_killed_in_its_first_steps_begins_again(tmp_path: Path) -> None:
+    given: Any = {"tx": ADAM, "loss": squares, "eval_data": X[6:], "folder": tmp_path, "steps": 2}
+    seen: list[Any] = []
+
+    def log(record: Any) -> None:
+        seen.append(record)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lb.tune.train(dropped(), X, log=log, **given)
+    trained = lb.tune.train(dropped(), X, **given)
+    assert [r["step"] for r in trained.records] == [0, 1, 2]
+    assert without_seconds(trained.records[:2]) == without_seconds(seen)
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     given = {"tx": ADAM, "loss": squares, "folder": tmp_path / "a", "steps": 1}
     lb.tune.train(dropped(), X, **given)
