@@ -75,7 +75,8 @@ class Kept:
             self.save(start)
         else:
             self.at = self._restored(start)
-            self.records = [record for record in _read(self.file) if record["step"] <= self.at.step]
+            found = _read(self.file) if self.at.step else []  # the first checkpoint is older than the first record
+            self.records = [record for record in found if record["step"] <= self.at.step]
         with replacing(self.file) as file:
             file.writelines(map(_line, self.records))
 

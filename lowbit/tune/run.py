@@ -171,14 +171,14 @@ class _Run:
 
     def keep(self, folder: str | PathLike[str], told: Mapping[str, Any]) -> None:
         """Begins in a folder, or goes on from what is in it."""
-        shapes = {name: jnp.zeros(0, a.dtype) for name, a in self.at.values.items()}
+        shapes = sorted((name, str(a.dtype), a.shape) for name, a in self.at.values.items())
         of = {
             "model": digest({name: jnp.asarray(v.get_value()) for name, v in variables(nnx.state(self.model)).items()}),
             "first batch": of_tree(self._batch(0)),
             "first evaluation batch": None if self.held is None else of_tree(self.held[0]),
             "accumulate": self.plan.accumulate,
             **told,
-            "what trains": digest(shapes),
+            "what trains": digest({}, repr(shapes)),
         }
         self.kept = Kept(folder, of, self.at, self.plan.keep)
         self.at, self.records = self.kept.at, self.kept.records

@@ -57,6 +57,29 @@ def test_what_trains(way: str) -> None:
     assert losses(trained)[-1] < losses(trained)[0]
 
 
+@pytest.mark.slow
+def test_a_decoder_of_the_library() -> None:
+    config = lb.models.Config(
+        vocab=256,
+        width=16,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        head=8,
+        hidden=32,
+        context=32,
+        ropes=(lb.models.Rope(1e4, 8),) * 2,
+    )
+    model = lb.quantize(lb.models.Decoder(config, rngs=nnx.Rngs(0)), fast({"layers/*/mlp/*": lb.bcq(2)}))
+    texts = [{"prompt": f"{i} and one is ", "completion": str(i + 1)} for i in range(20)]
+    data = lb.tune.text_batches(texts, str.encode, vocab=256, length=16, batch=4, end=0)
+    given: Any = {"tx": ADAM, "remat": "layers/*", "compute_dtype": "bfloat16", "accumulate": 2}
+    with jax.numpy_rank_promotion("allow"):  # the decoder's tables of angles
+        trained = lb.tune.train(lb.tune.alpha_tuning(model), data, steps=6, **given)
+    assert losses(trained)[-1] < losses(trained)[0]
+    assert trained.model.layers[0].mlp.up.dtype is None
+
+
 class Block(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         signs = lambda key, shape, dtype: jax.random.rademacher(key, shape, dtype)  # noqa: E731
@@ -162,9 +185,21 @@ def test_layers_compute_in_bfloat16_and_float32_trains() -> None:
     assert trained.model.layers[0].up.dtype is None
 
 
+def one_layer() -> Any:
+    return nnx.Linear(8, 2, use_bias=False, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+
+
+def test_gradients_of_an_alpha_tuning_are_divided_by_the_group_size() -> None:
+    tuning, batch = lb.tune.alpha_tuning(lb.quantize(one_layer(), fast(lb.bcq(1)))), exact_batch(4, 1, 0)
+    batch["y"] = batch["y"][:, :2] + 1
+    divided = lb.tune.train(tuning, [batch], tx=optax.sgd(2.0**-4), steps=1, loss=linear_loss)
+    plain = lb.tune.train(tuning.model, [batch], tx=optax.sgd(2.0**-7), steps=1, loss=linear_loss)
+    assert (divided.model.kernel.alpha_first[...] != 1).any()
+    assert_same(arrays(divided.model), arrays(plain.model))
+
+
 def test_updates_smaller_than_the_stored_dtype_add_up() -> None:
-    layer = nnx.Linear(8, 2, use_bias=False, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
-    small = lb.quantize(layer, fast(lb.bcq(1, scale_dtype="float16")))
+    small = lb.quantize(one_layer(), fast(lb.bcq(1, scale_dtype="float16")))
     batch = {"x": np.eye(1, 8, dtype=np.float32), "y": -np.ones((1, 2), np.float32), "weight": 1}
     alpha = {}
     for steps in (1, 4):  # of 2^-12, and float16 has 1 and 1 + 2^-10
@@ -238,6 +273,22 @@ def test_what_was_logged_after_the_checkpoint_is_done_again(tmp_path: Path) -> N
     trained = lb.tune.train(dropped(), X, steps=4, **given)
     assert [r["step"] for r in trained.records] == [1, 2, 3, 4]
     assert losses(trained) == losses(lb.tune.train(dropped(), X, steps=4, tx=ADAM, loss=squares))
+
+
+def test_a_run_killed_in_its_first_steps_begins_again(tmp_path: Path) -> None:
+    given: Any = {"tx": ADAM, "loss": squares, "eval_data": X[6:], "folder": tmp_path, "steps": 2}
+    seen: list[Any] = []
+
+    def log(record: Any) -> None:
+        seen.append(record)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lb.tune.train(dropped(), X, log=log, **given)
+    trained = lb.tune.train(dropped(), X, **given)
+    assert [r["step"] for r in trained.records] == [0, 1, 2]
+    assert without_seconds(trained.records[:2]) == without_seconds(seen)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
