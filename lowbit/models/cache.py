@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from lowbit.models.attention import Dense, How
+from lowbit.models.attention import Dense, How, LayerCache
+from lowbit.models.config import Config
+
+
+class CacheKind(Protocol):
+    """How keys and values are stored. Hashable, so that what is compiled for one kind is found again."""
+
+    def empty(self, config: Config, batch: int, slots: int, dtype: Any) -> tuple[LayerCache, ...]:
+        """The caches of all layers for `batch` sequences of up to `slots` tokens that are computed in `dtype`."""
+        ...
+
+
+@dataclass(frozen=True)
+class DenseKV:
+    """Keys and values as they are."""
+
+    def empty(self, config: Config, batch: int, slots: int, dtype: Any) -> tuple[LayerCache, ...]:
+        """See `CacheKind`."""
+        return tuple(DenseCache.empty(batch, slots, config.kv_heads, config.head, dtype) for _ in range(config.layers))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "positions", "length"], meta_fields=[])

@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from lowbit.io.error import CheckpointError
 from lowbit.models.config import Config
+from lowbit.models.families.place import Family as Family
+from lowbit.models.families.place import Json
+from lowbit.models.families.place import Where as Where
+from lowbit.models.families.place import value as value
 from lowbit.models.rope import Linear, Llama3, Rope, Yarn
-
-Json = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Where:
-    """Where the value of one of the model's parameters lies in a checkpoint.
-
-    Attributes:
-      tensors: their names; several are stacked along a new first axis, as the experts of a mixture are.
-      rows: of the outputs, which ones of a tensor that holds several parameters; all if None.
-      transposed: whether a tensor [outputs, inputs] holds a kernel [inputs, outputs].
-      plus: that is added in float32, for norms that store their scale less 1.
-    """
-
-    tensors: tuple[str, ...]
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
-    plus: float = 0.0
-
-
-@dataclass(frozen=True)
-class Family:
-    """How the checkpoints of one family are to be read.
-
-    Attributes:
-      config: from what config.json holds to what a model is made of. Raises KeyError for a key that is missing.
-      places: from a config to each parameter, by path as in "layers/0/attn/q/kernel", and where its value lies.
-      unused: endings of names of tensors that no model needs, such as tables that follow from config.json.
-    """
-
-    config: Callable[[Json], Config]
-    places: Callable[[Config], Iterator[tuple[str, Where]]]
-    unused: tuple[str, ...] = ()
 
 
 def _llama(j: Json) -> Config:
