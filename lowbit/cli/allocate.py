@@ -16,7 +16,6 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("plot", None, "Image file to draw harm against bits to.", flag_values=values)
     flags.DEFINE_string("resume", None, "Folder that finished layers are kept in.", flag_values=values)
     flags.DEFINE_bool("force", False, "Replace the file if there is one.", flag_values=values)
-    flags.mark_flag_as_required("bits", values)
     choosing.define(values)
 
 
@@ -39,4 +38,5 @@ COMMAND = Command(
     ("lowbit allocate examples/tinylm/model build/rules.json --bits 3.25 --plot build/rules.png",),
     _define,
     _run,
+    required=("bits",),
 )

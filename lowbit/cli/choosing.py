@@ -67,7 +67,9 @@ def allocated(
     formats = choices(given, bits)
     found = {path: layer for path, layer in layers(model).items() if Rule(given.layers, None).matches(path)}
     if not found:
-        raise ValueError(f"--layers={given.layers}: none of the layers of {folder}, such as {next(iter(layers(model)))}")
+        raise ValueError(
+            f"--layers={given.layers}: none of the layers of {folder}, such as {next(iter(layers(model)))}"
+        )
     if given.calibration is None:
         if given.by != "output":
             raise UsageError(f"--by={given.by} needs --calibration, a text to measure gradients with")

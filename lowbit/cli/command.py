@@ -22,6 +22,7 @@ class Command:
       summary: what it does, a sentence or two.
       examples: command lines that work in this repository.
       define: adds its flags.
+      required: names of those that must be given.
       run: does it, given the flags and the arguments.
     """
 
@@ -31,6 +32,7 @@ class Command:
     examples: tuple[str, ...]
     define: Callable[[flags.FlagValues], None]
     run: Callable[..., None]
+    required: tuple[str, ...] = ()
 
     @property
     def usage(self) -> str:
@@ -38,14 +40,15 @@ class Command:
 
     def help(self) -> str:
         """What `--help` prints."""
-        listed = self._flags().get_help().partition("\n-:\n")[2]  # flags that no module defines go by that name
+        listed = "\n".join(line for line in self._flags().get_help(include_special_flags=False).splitlines() if line.startswith("  "))
         shown = "\n".join(f"  {example}" for example in self.examples)
         return f"{self.usage}\n\n{self.summary}\n\nFlags:\n{listed}\n\nFor example:\n{shown}"
 
     def parse(self, argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
         """Flags and arguments. What the command does not define is looked for among the flags of the process.
 
-        Raises UsageError for an unknown flag, a value that does not fit, or another number of arguments.
+        Raises UsageError for an unknown flag, a value that does not fit, or another number of arguments,
+        or a flag that must be given.
         """
         own = self._flags()
         try:
@@ -56,6 +59,8 @@ class Command:
             raise UsageError(f"{err}; lowbit {self.name} --help lists the flags") from err
         if len(given) != len(self.arguments):
             raise UsageError(f"takes {len(self.arguments)} arguments, not {len(given)}: {self.usage}")
+        if missing := [f"--{name}" for name in self.required if own[name].value is None]:
+            raise UsageError(f"give {' and '.join(missing)}; lowbit {self.name} --help says what for")
         return own, given
 
     def _flags(self) -> flags.FlagValues:

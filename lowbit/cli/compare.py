@@ -19,7 +19,6 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("samples", 4, "Windows, at most.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("plot", None, "Image file to draw the errors to.", flag_values=values)
     flags.DEFINE_bool("json", False, "Print JSON in place of a table.", flag_values=values)
-    flags.mark_flag_as_required("text", values)
 
 
 def _run(given: flags.FlagValues, model: str, other: str) -> None:
@@ -39,4 +38,5 @@ COMMAND = Command(
     ("lowbit compare examples/tinylm/model build/q --text README.md",),
     _define,
     _run,
+    required=("text",),
 )

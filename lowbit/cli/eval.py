@@ -21,7 +21,6 @@ def _define(values: flags.FlagValues) -> None:
     )  # fmt: skip
     flags.DEFINE_integer("batch", 8, "Windows at a time.", lower_bound=1, flag_values=values)
     flags.DEFINE_bool("json", False, "Print JSON.", flag_values=values)
-    flags.mark_flag_as_required("text", values)
 
 
 def _run(given: flags.FlagValues, folder: str) -> None:
@@ -41,4 +40,5 @@ COMMAND = Command(
     ("lowbit eval build/q --text README.md",),
     _define,
     _run,
+    required=("text",),
 )

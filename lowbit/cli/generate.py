@@ -25,7 +25,6 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("min_p", None, "Of tokens with this share of the likeliest one's.", flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of the sampling.", flag_values=values)
     flags.DEFINE_enum("cache", "dense", list(CACHES), "How keys and values are stored.", flag_values=values)
-    flags.mark_flag_as_required("prompt", values)
 
 
 def _run(given: flags.FlagValues, folder: str) -> None:
@@ -53,4 +52,5 @@ COMMAND = Command(
     ("lowbit generate build/q --prompt 'def '",),
     _define,
     _run,
+    required=("prompt",),
 )

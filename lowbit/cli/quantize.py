@@ -48,7 +48,9 @@ def _quantized(given: flags.FlagValues, source: str, resume: Path) -> Decoder:
         return load(source, rules, resume=resume)
     wanted = {name for rule in rules if rule.format is not None for name in needed(rule)}
     if not wanted:
-        raise UsageError("--calibration: none of the quantizers takes statistics; name one, such as --quantizer='gptq()'")
+        raise UsageError(
+            "--calibration: none of the quantizers takes statistics; name one, such as --quantizer='gptq()'"
+        )
     dense = load(source)
     stats = choosing.statistics(given, source, dense, wanted, resume)
     return lb.quantize(dense, rules, stats=stats, donate=True, resume=resume)

@@ -95,4 +95,3 @@ def _format(name: str, options: Mapping[str, Any] | None) -> lb.Format:
         return format_of(name)
     definition(name)
     return lb.Format(name, tuple(sorted(options.items())))
-
