@@ -14,7 +14,7 @@ from flax import nnx
 
 import lowbit as lb
 from examples.subjects import Subject
-from lowbit.formats.planes import pack_planes
+from lowbit.formats.planes import code_planes
 
 GROUP = 128
 
@@ -148,6 +148,5 @@ def hqq(w: jax.Array, fmt: lb.Format) -> dict[str, jax.Array]:
     )  # fmt: skip
     scale, zero = (jnp.asarray(meta[name].float().numpy()).reshape(len(w), -1) for name in ("scale", "zero"))
     own = jnp.asarray(codes.numpy().astype(np.uint8)).reshape(len(w), -1, fmt["group"])
-    bits = (own >> jnp.arange(fmt["bits"], dtype=jnp.uint8)[:, None, None, None]) & jnp.uint8(1)
     floats = {"scale": scale, "min": scale * zero}
-    return {"planes": pack_planes(bits), **{name: a.astype(jnp.float16) for name, a in floats.items()}}
+    return {"planes": code_planes(own, fmt["bits"]), **{name: a.astype(jnp.float16) for name, a in floats.items()}}

@@ -82,7 +82,7 @@ def bits_per_byte(model: TinyLM, text: bytes, *, every: int = 1, batch: int = 16
 def main() -> None:
     """Prints the held-out bits per byte of the model and of xz, on code (A) and on prose (B)."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--weights", type=pathlib.Path, default=weights.WEIGHTS)
+    parser.add_argument("--weights", type=pathlib.Path, default=weights.MODEL)
     args = parser.parse_args()
     model = weights.load(args.weights)
     for label, domain in (("A (code)", "code"), ("B (prose)", "topics")):

@@ -191,7 +191,7 @@ def train(args: argparse.Namespace) -> None:
             record[f"heldout_{WATCHED >> 10}k_bits_per_byte"] = round(bits, 4)
         log(record | {"seconds": round(time.monotonic() - start, 1)})
     if last == args.steps:
-        weights.save(nnx.merge(plain, jax.device_get(params)), args.out / "weights.safetensors")
+        weights.save(nnx.merge(plain, jax.device_get(params)), args.out / "model")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lowbit.formats.format import register_format
-from lowbit.formats.planes import group_size, groups, pack_planes, scale_type
+from lowbit.formats.planes import code_planes, group_size, groups, scale_type
 from lowbit.ir.build import const, contract, merge, param, slice_
 from lowbit.ir.dtypes import DType
 from lowbit.ir.expr import Expr, Gather, Unpack
@@ -61,8 +61,7 @@ def pack_codes(codes: jax.Array, bits: int) -> dict[str, jax.Array]:
     """Codes [b, n, g, j], of any integer dtype, as they are stored."""
     if bits in _WORDS:
         return {"codes": codes.astype(jnp.dtype(f"uint{bits}"))}
-    planes = jnp.arange(bits).reshape(-1, 1, 1, 1, 1)
-    return {"planes": pack_planes(codes[None] >> planes & 1)}
+    return {"planes": code_planes(codes, bits)}
 
 
 def _code(m: int, bits: int, n: int, g: int, j: int) -> Expr:

@@ -80,3 +80,9 @@ def pack_planes(bits: jax.Array) -> jax.Array:
     padded = jnp.pad(bits.astype(jnp.uint8), [(0, 0)] * (bits.ndim - 1) + [(0, -t % 8)])
     fields = padded.reshape(*bits.shape[:-1], -1, 8) << jnp.arange(8, dtype=jnp.uint8).reshape([1] * bits.ndim + [8])
     return fields.sum(-1, dtype=jnp.uint8)
+
+
+def code_planes(codes: jax.Array, bits: int) -> jax.Array:
+    """Codes [..., n, g, t] of any integer dtype to the bytes of their planes, [bits, ..., n, g, ceil(t / 8)]."""
+    places = jnp.arange(bits, dtype=codes.dtype).reshape(-1, *[1] * codes.ndim)
+    return pack_planes(codes[None] >> places & 1)

@@ -1,9 +1,10 @@
-"""A file that appears whole or not at all."""
+"""A file, or a folder of files, that appears whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise OSError(f"cannot write {str(path)!r}: it is a device or a pipe, not a file; name a file")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {str(path)!r}: there is no folder {str(target.parent)!r}; make it first")
-    # In the same folder, for a rename is atomic only within a file system; cut, for names have a limit of bytes.
-    aside = target.with_name(f".{target.name[:40]}.{secrets.token_hex(6)}.tmp")
+    aside = _beside(target)
     try:
         fd = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # less the umask, as for any new file
     except OSError as err:
@@ -43,8 +43,42 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if isinstance(err, OSError):
             raise _named(path, err) from err
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        _sync_folder(target.parent)
+    _sync_folder(target.parent)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder beside `path` to make files in, with `replacing`; leaving the block renames it to `path`.
+
+    What is there is moved aside, and removed when the new folder is in its place. An exception in the block removes the
+    new folder and leaves `path` as it was. A killed process leaves hidden folders with names that end in `.tmp`.
+
+    Raises OSError when the folder cannot be made.
+    """
+    target = Path(path).resolve()
+    aside, old = _beside(target), _beside(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        yield aside
+        _sync_folder(aside)
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+    except BaseException as err:
+        if old.exists():
+            old.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(err, OSError):
+            raise _named(path, err.__cause__ if isinstance(err.__cause__, OSError) else err) from err
+        raise
+    _sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(target: Path) -> Path:
+    """A name in the same folder, for a rename is atomic only within a file system; cut, for names have a limit."""
+    return target.with_name(f".{target.name[:40]}.{secrets.token_hex(6)}.tmp")
 
 
 def _named(path: str | os.PathLike[str], err: OSError, advice: str = "") -> OSError:
@@ -53,6 +87,8 @@ def _named(path: str | os.PathLike[str], err: OSError, advice: str = "") -> OSEr
 
 
 def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # there a folder cannot be opened
+        return
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -74,26 +74,47 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Iterator[Named]:
     if not where.is_dir() and where.suffix != ".safetensors":
         known = ", ".join((".safetensors", *FILES))
         raise CheckpointError(f"{path} is neither a folder nor one of the files that can be read: {known}; name one")
-    shards = Shards(where)
-    layers = _layers(shards.file_of)
-    method, options = _method(where, shards.config)
-    layouts = {layer: _layout(shards, layer, keys, method) for layer, keys in layers.items()}
-    if method is not None and where.is_dir() and not any(layouts.values()):
-        raise CheckpointError(f"{path}: {CONFIG} states {method!r}, but no layer has its tensors: get the file again")
-    return _entries(shards, layers, layouts, options)
+    return Weights(where).entries()
 
 
-def _entries(
-    shards: Shards, layers: Mapping[str, Sequence[str]], layouts: Mapping[str, Layout | None], options: Options
-) -> Iterator[Named]:
-    for layer, keys in layers.items():
-        layout = layouts[layer]
-        if layout is not None:
-            yield _named(layer, "weight"), _quantized(shards, layer, keys, layout, options)
-        for key in keys:
-            if layout is None or key in BESIDE:
-                yield _named(layer, key), shards.array(_named(layer, key))
-        shards.forget()
+class Weights:
+    """The weights of a checkpoint, each read when it is asked for. All names are checked at once.
+
+    Attributes:
+      shards: the tensors as they are stored.
+      quantized: the layers that are, by the name that their dense weight would have.
+      dense: the names of all other tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises as `read_checkpoint` does."""
+        self.shards = Shards(path)
+        self._layers = _layers(self.shards.file_of)
+        method, self._options = _method(path, self.shards.config)
+        self._layouts = {layer: _layout(self.shards, layer, keys, method) for layer, keys in self._layers.items()}
+        if method is not None and path.is_dir() and not any(self._layouts.values()):
+            raise CheckpointError(
+                f"{path}: {CONFIG} states {method!r}, but no layer has its tensors: get the file again"
+            )
+        self.quantized = {_named(layer, "weight"): layer for layer, layout in self._layouts.items() if layout}
+        self.dense = [_named(layer, key) for layer in self._layers for key in self._beside(layer)]
+
+    def _beside(self, layer: str) -> list[str]:
+        return [key for key in self._layers[layer] if self._layouts[layer] is None or key in BESIDE]
+
+    def weight(self, layer: str) -> QuantArray:
+        """The weight of a quantized layer."""
+        layout = self._layouts[layer]
+        assert layout is not None
+        return _quantized(self.shards, layer, self._layers[layer], layout, self._options)
+
+    def entries(self) -> Iterator[Named]:
+        for layer, layout in self._layouts.items():
+            if layout is not None:
+                yield _named(layer, "weight"), self.weight(layer)
+            for key in self._beside(layer):
+                yield _named(layer, key), self.shards.array(_named(layer, key))
+            self.shards.forget()
 
 
 def _quantized(shards: Shards, layer: str, keys: Sequence[str], layout: Layout, options: Options) -> QuantArray:

@@ -30,7 +30,7 @@ class Shards:
 
     def __init__(self, path: Path) -> None:
         folder = path if path.is_dir() else path.parent
-        self.config = _json(folder / "config.json") if (folder / "config.json").exists() else {}
+        self.config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         index = _index(folder) if path.is_dir() else None
         paths = _files(path) if index is None else sorted({folder / file for file in index.values()})
         if index is not None and (missing := [p.name for p in paths if not p.exists()]):
@@ -79,7 +79,7 @@ def _index(folder: Path) -> dict[str, str] | None:
     path = folder / INDEX
     if not path.exists():
         return None
-    files = _json(path).get("weight_map")
+    files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
         raise CheckpointError(f"{path} has no weight_map from tensors to files of its folder: {AGAIN}")
     return files
@@ -111,7 +111,8 @@ def pickled(path: Path) -> CheckpointError:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises CheckpointError for what is none."""
     try:
         read = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as err:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -13,11 +14,12 @@ from lowbit.models.attention import Dense, How, LayerCache
 from lowbit.models.config import Config
 
 
-class CacheKind(Protocol):
+class CacheKind(Hashable, Protocol):
     """How keys and values are stored. Hashable, so that what is compiled for one kind is found again."""
 
     def empty(self, config: Config, batch: int, slots: int, dtype: Any) -> tuple[LayerCache, ...]:
-        """The caches of all layers for `batch` sequences of up to `slots` tokens that are computed in `dtype`."""
+        """The caches of all layers for `batch` sequences, axis 0 of each of their arrays, of up to `slots` tokens that
+        are computed in `dtype`."""
         ...
 
 

@@ -39,7 +39,8 @@ class Config:
       tied: whether the head is the embedding's table.
       experts, experts_per_token: of the MLP; 0 experts for a plain one.
       normalize_experts: whether the weights of a token's experts sum to 1.
-      token_types: rows of the table of token types, 0 for none.
+      token_types: rows of the table of token types, of an encoder.
+      token_head, pooler: which heads an encoder has: over the vocabulary, and of the first token.
     """
 
     vocab: int
@@ -73,6 +74,8 @@ class Config:
     experts_per_token: int = 0
     normalize_experts: bool = True
     token_types: int = 0
+    token_head: bool = False
+    pooler: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab", "width", "layers", "heads", "kv_heads", "head", "hidden", "context"):

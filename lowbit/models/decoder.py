@@ -19,7 +19,7 @@ Cache = tuple[LayerCache, ...]
 
 def norm(config: Config, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
     """Its parameters are float32 whatever the model's are: they are few, and Gemma's are sums with 1."""
-    kind = nnx.RMSNorm if config.norm == "rms" else nnx.LayerNorm
+    kind = nnx.RMSNorm if config.norm == "rms" else partial(nnx.LayerNorm, use_fast_variance=False)
     return kind(config.width, epsilon=config.eps, dtype=dtype, rngs=rngs)
 
 

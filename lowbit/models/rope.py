@@ -90,11 +90,11 @@ class Rope:
         if not isinstance(self.scaling, Yarn):
             return 1.0
         given = self.scaling.attention
-        return 0.1 * log(self.scaling.factor) + 1.0 if given is None else given
+        return 0.1 * log(max(self.scaling.factor, 1.0)) + 1.0 if given is None else given
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotate [B, T, H, D] by the positions int [B, T]: entry i pairs with i + size / 2. The dtype of `x`."""
-        angles = positions[..., None, None].astype(jnp.float32) * self.frequencies()
+        angles = positions[..., None, None].astype(jnp.float32) * self.frequencies().reshape(1, 1, 1, -1)
         cos, sin = (jnp.asarray(f(angles) * self.gain, x.dtype) for f in (jnp.cos, jnp.sin))
         a, b, rest = jnp.split(x, (self.size // 2, self.size), axis=-1)
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)

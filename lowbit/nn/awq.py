@@ -27,7 +27,7 @@ from lowbit.nn.fold import Fold, Placed, check_folds, placed
 from lowbit.nn.importance import check_statistic, weighed
 from lowbit.nn.linen import opened
 from lowbit.nn.progress import bar
-from lowbit.nn.resume import Folder
+from lowbit.nn.resume import Solve, steps
 from lowbit.nn.rules import Rule, Rules
 from lowbit.nn.running import digest_of
 
@@ -92,12 +92,13 @@ def awq(
     if not scaled and not clipped:
         raise ValueError("there are no folds and nothing to clip: give folds=, or leave clip= as it is")
     grams = {path: _gram(path, targets, stats, scaled) for path in _used(scaled, targets, clipped)}
-    if scaled and batch is None:
-        raise ValueError("folds are tried before they are used: give batch=, what the model is called with")
     if scaled:
+        if batch is None:
+            raise ValueError("folds are tried before they are used: give batch=, what the model is called with")
         check_folds(out, scaled, batch, call)
     told = [str(fold) for fold in scaled], [(path, str(fmt)) for path, (_, fmt) in targets.items()]
-    found = _kept(resume, model, {path: (stats[path].magnitude, gram) for path, gram in grams.items()}, told)
+    measured = [{path: (stats[path].magnitude, gram) for path, gram in grams.items()}]
+    found = _of_one(steps(resume, lambda: digest_of(model, measured, told)))
     with bar(progress, len(scaled) + len(clipped), "AWQ") as advance:
         for at, fold in enumerate(scaled):
             s = found(f"fold {at}", partial(_scales, fold, targets, stats, grams))
@@ -107,21 +108,14 @@ def awq(
             advance()
         for path in clipped:
             layer, fmt = targets[path]
-            gram = grams[path].reshape(-1, *grams[path].shape[-2:])
-            set_rows(layer, found(f"clipped {path}", partial(_clip, fmt, rows_of(layer), gram)))
+            set_rows(layer, found(f"clipped {path}", partial(_clip, fmt, rows_of(layer), grams[path])))
             advance()
     return out
 
 
-Found = Callable[[str, Callable[[], jax.Array]], jax.Array]
-
-
-def _kept(resume: str | PathLike[str] | None, model: nnx.Module, measured: Any, told: object) -> Found:
-    """What gives an array by its name: from a folder if there is one and it has it."""
-    if resume is None:
-        return lambda name, solve: solve()
-    folder, of = Folder(resume), digest_of(model, [measured], told)
-    return lambda name, solve: jnp.asarray(folder.entries(name, {"of": of}, lambda: {"found": solve()})["found"])
+def _of_one(step: Callable[[str, Solve], dict[str, Any]]) -> Callable[[str, Callable[[], jax.Array]], jax.Array]:
+    """Steps that give one array each."""
+    return lambda name, solve: jnp.asarray(step(name, lambda: {"found": solve()})["found"])
 
 
 def _clipped(patterns: Sequence[str], targets: Mapping[str, Any]) -> list[str]:
@@ -193,9 +187,10 @@ def _best_scales(
 
 @partial(jax.jit, static_argnums=0)
 def _clip(fmt: Format, rows: jax.Array, grams: jax.Array) -> jax.Array:
-    """Rows [s n, k] of s matrices, each group clipped where its own error is least under grams [s, k, k]; of shared
+    """Rows [s n, k] of s matrices, each group clipped where its own error is least under grams [*s, k, k]; of shared
     rows s is 1."""
     k = rows.shape[1]
+    grams = grams.reshape(-1, k, k)
     stack = len(grams)
 
     def of_matrix(pair: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from os import PathLike
 from typing import Any, TypeVar, overload
@@ -41,15 +41,18 @@ def save(model: nnx.Module, path: str | PathLike[str]) -> None:
     True
     """
     expect_module(model, "save")
-    quantized = kernels(model)
-    entries: dict[str, Any] = {name: k.array for name, k in quantized.items()}
-    fields = {f"{name}/{field}" for name, k in quantized.items() for field in k.type.fields}
-    for name, variable in variables(nnx.state(model)).items():
-        if name not in fields:
-            entries[name] = plain(name, variable.get_value())
+    entries = held(model)
     if not entries:
         raise ValueError(f"{type(model).__name__} holds no Variables: there is nothing to save")
-    write(path, entries)
+    write(path, {name: v if isinstance(v, QuantArray) else plain(name, v) for name, v in entries.items()})
+
+
+def held(model: nnx.Module) -> dict[str, Any]:
+    """Quantized weights, and what all other Variables hold, by name."""
+    quantized = kernels(model)
+    fields = {f"{name}/{field}" for name, k in quantized.items() for field in k.type.fields}
+    dense = {n: v.get_value() for n, v in variables(nnx.state(model)).items() if n not in fields}
+    return {name: k.array for name, k in quantized.items()} | dense
 
 
 @overload
@@ -76,9 +79,15 @@ def load(path: str | PathLike[str], into: nnx.Module | None = None) -> Any:
     entries = read(path)
     if into is None:
         return entries
+    return fitted(path, entries, into)
+
+
+def fitted(path: str | PathLike[str], entries: dict[str, Any], into: M) -> M:
+    """A model like `into` with what a file holds. Raises CheckpointError unless both hold the same things."""
     graph, state = nnx.split(into)
     values = _match(path, entries, into, variables(state))
-    return nnx.merge(graph, restored(path, state, values))
+    model: M = nnx.merge(graph, restored(path, state, values))
+    return model
 
 
 def restored(file: str | PathLike[str], state: Any, values: Mapping[str, Any]) -> Any:
@@ -132,13 +141,13 @@ def _match(path: Any, entries: dict[str, Any], into: nnx.Module, variables: dict
     missing, extra = variables.keys() - values.keys(), values.keys() - variables.keys()
     if missing or extra:
         raise CheckpointError(
-            f"{path} does not fit {type(into).__name__}: "
-            f"the file lacks {_some(missing)}; the model lacks {_some(extra)}"
+            f"{path} does not fit {type(into).__name__}: the file lacks {some(missing)}; the model lacks {some(extra)}"
         )
     return values
 
 
-def _some(names: set[str]) -> str:
+def some(names: Collection[str]) -> str:
+    """The first of several names."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(repr, sorted(names)[:3])) + more if names else "nothing"
 

@@ -110,14 +110,14 @@ def statistic_shape(layer: Any, dims: str, chunks: int = 1) -> tuple[int, ...]:
     )
 
 
-def refusal(layer: Any) -> str | None:
-    """Why a layer cannot be quantized and what to do, or None if it can."""
+def refusal(layer: Any, *, filled: bool = True) -> str | None:
+    """Why a layer cannot be quantized and what to do, or None. Only one that is `filled` needs a weight."""
     usual = inspect.signature(type(layer).__init__).parameters
     for name in OPTIONS:
         if name in usual and getattr(layer, name) is not usual[name].default:
             return f"its {name} is not the default one; leave it dense with a rule for its path with the format None"
     value = weight(layer).get_value()
-    if isinstance(value, jax.ShapeDtypeStruct):
+    if filled and isinstance(value, jax.ShapeDtypeStruct):
         return "its weight is abstract; nnx.eval_shape(lambda m: lb.quantize(m, rules), model) gives an abstract result"
     try:
         KINDS[type(layer)].view(layer).lead(value)

@@ -26,7 +26,7 @@ from lowbit.nn.kinds import layers
 from lowbit.nn.linen import opened
 from lowbit.nn.progress import bar
 from lowbit.nn.reached import Arguments, Call, arguments, in_order
-from lowbit.nn.resume import Folder
+from lowbit.nn.resume import steps
 from lowbit.nn.rules import Rule, Rules
 from lowbit.nn.running import digest_of
 
@@ -130,14 +130,12 @@ def lwc(
         raise ValueError(f"rate must be above 0, not {rate!r}")
     held = _blocks(model, blocks, targets, run, given[0])
     job = _Job(model, nnx.clone(model), run, given, epochs, rate)
-    folder = None if resume is None else Folder(resume)
     told = epochs, rate, list(held), [(path, str(fmt)) for path, (_, fmt) in targets.items()]
-    of = "" if folder is None else digest_of(model, given, told)
+    step = steps(resume, lambda: digest_of(model, given, told))
     with bar(progress, len(held), "learning to clip") as advance:
         for block, inner in held.items():
             formats = {part: targets[path][1] for part, path in inner.items()}
-            solve = partial(job.learned, block, formats)
-            found = solve() if folder is None else folder.entries(block, {"of": of}, solve)
+            found = step(block, partial(job.learned, block, formats))
             for part, path in inner.items():
                 layer, fmt = targets[path]
                 set_rows(layer, _clipped(rows_of(layer), fmt, (found[f"b/{part}"], found[f"g/{part}"])))

@@ -23,7 +23,7 @@ from lowbit.nn.kinds import layers
 from lowbit.nn.linen import opened
 from lowbit.nn.progress import bar
 from lowbit.nn.reached import in_order
-from lowbit.nn.resume import Folder
+from lowbit.nn.resume import steps
 from lowbit.nn.rules import Rules
 from lowbit.nn.running import digest_of
 
@@ -87,9 +87,8 @@ def q_rater(
     for path, (layer, fmt) in targets.items():
         search.put(path, rows_of(layer), fmt)
     search.start()
-    folder = None if resume is None else Folder(resume)
     told = tuple(clips), tuple(shifts), [(path, str(targets[path][1])) for path in order]
-    of = "" if folder is None else digest_of(model, given, told)
+    found = steps(resume, lambda: digest_of(model, given, told))
     with bar(progress, len(order), "searching by the loss") as advance:
         for path in order:
             layer, fmt = targets[path]
@@ -97,8 +96,8 @@ def q_rater(
             def solve(path: str = path, layer: Any = layer, fmt: Format = fmt) -> dict[str, Any]:
                 return {"clip and shift": np.array(search.best(path, rows_of(layer), fmt, clips, shifts))}
 
-            found = solve() if folder is None else folder.entries(path, {"of": of}, solve)
-            set_rows(layer, _shaped(rows_of(layer), fmt, *map(float, found["clip and shift"])))
+            numbers = found(path, solve)["clip and shift"]
+            set_rows(layer, _shaped(rows_of(layer), fmt, *map(float, numbers)))
             search.put(path, rows_of(layer), fmt)
             advance()
     return out

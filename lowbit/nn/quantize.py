@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -81,25 +81,39 @@ def quantize(
     (2, 8)
     """
     expect_module(model, "quantize")
-    model = opened(model)
+    return quantized(opened(model), rules, stats or {}, donate=donate, progress=progress, resume=resume)
+
+
+def quantized(
+    model: M,
+    rules: Rules,
+    stats: Mapping[str, LayerStats],
+    *,
+    fill: Callable[[str, Any], None] | None = None,
+    donate: bool = False,
+    progress: bool | None = None,
+    resume: str | PathLike[str] | None = None,
+) -> M:
+    """`quantize`. With `fill`, of a model whose layers are abstract: `fill(path, layer)` gives each its arrays when its
+    turn comes, and the weight of one that is quantized is freed before the next."""
     found, rest = layers(model), others(model)
     if not found:
         raise ValueError(f"{type(model).__name__} holds no {NAMES}: there is nothing to quantize")
     assigned = assign(as_rules(rules), list(found), _hints(model, found, rest))
     chosen = {p: r for p, r in assigned.items() if r.format is not None}
-    _check(model, found, chosen, stats or {})
-    finished = None if resume is None else Finished(resume, chosen.values())
-    job = _Job(_holders(model) if donate else None, stats or {}, finished)
+    _check(model, found, chosen, stats, filled=fill is None)
+    job = _Job(_holders(model) if donate else None, stats, Finished(resume, chosen.values()) if resume else None)
     with bar(progress, len(chosen), "quantizing") as advance:
 
         def replace(path: tuple[Any, ...], node: Any) -> Any:
-            rule = chosen.get(joined(path)) if type(node) in KINDS else None
-            if rule is None:
+            if type(node) not in KINDS:
                 return node
-            try:
-                node = job.quantized(node, rule, joined(path))
-            except IneligibleError as err:
-                logging.warning("lowbit: %s", err)
+            if fill is not None:
+                fill(joined(path), node)
+                job.holders = Counter([id(weight(node).get_value())])
+            if (rule := chosen.get(joined(path))) is None:
+                return node
+            node = job.replaced(node, rule, joined(path))
             advance()
             return node
 
@@ -112,17 +126,25 @@ def quantize(
 
 
 def _check(
-    model: nnx.Module, found: Mapping[str, Any], chosen: Mapping[str, Rule], stats: Mapping[str, LayerStats]
+    model: nnx.Module,
+    found: Mapping[str, Any],
+    chosen: Mapping[str, Rule],
+    stats: Mapping[str, LayerStats],
+    *,
+    filled: bool,
 ) -> None:
     """What can be wrong, before any layer is freed, or solved for minutes."""
     keys = {joined(keys): keys for keys, _ in nnx.iter_modules(model)}
     for path, rule in chosen.items():
         assert rule.format is not None
-        if reason := refusal(found[path]) or _fixed(model, keys[path]):
+        layer = found[path]
+        if reason := refusal(layer, filled=filled) or _fixed(model, keys[path]):
             raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
-        check_weight(dense := dense_matrices(found[path]), f"layer {path!r}")
-        dims = tuple(zip(KINDS[type(found[path])].view(found[path]).dims, dense.shape[-2:], strict=True))
+        if filled:
+            check_weight(dense_matrices(layer), f"layer {path!r}")
+        view = KINDS[type(layer)].view(layer)
         try:
+            dims = tuple((d, view.size(d)) for d in view.dims)
             check_products(QuantType(dims, "f32", rule.format, numerics=rule.numerics))
         except ValueError as err:
             raise ValueError(f"layer {path!r} cannot be quantized: {err}") from err
@@ -193,6 +215,14 @@ class _Job:
         self.stats = stats
         self.finished = finished
         self.made: dict[Any, Kernel] = {}
+
+    def replaced(self, layer: nnx.Module, rule: Rule, path: str) -> nnx.Module:
+        """The quantized layer, or the dense one where a format cannot hold its weight."""
+        try:
+            return self.quantized(layer, rule, path)
+        except IneligibleError as err:
+            logging.warning("lowbit: %s", err)
+            return layer
 
     def quantized(self, layer: Any, rule: Rule, path: str) -> nnx.Module:
         kind, variable = KINDS[type(layer)], weight(layer)

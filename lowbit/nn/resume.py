@@ -51,6 +51,17 @@ class Folder:
         return made
 
 
+Solve = Callable[[], dict[str, Any]]
+
+
+def steps(resume: str | PathLike[str] | None, of: Callable[[], object]) -> Callable[[str, Solve], dict[str, Any]]:
+    """What gives the arrays of a step by its name: solved, or with a folder from what it has under the digests `of`."""
+    if resume is None:
+        return lambda name, solve: solve()
+    folder, key = Folder(resume), {"of": of()}
+    return lambda name, solve: folder.entries(name, key, solve)
+
+
 class Finished:
     """A folder with one checked file a layer, named by a digest of all that determines the layer's arrays.
 

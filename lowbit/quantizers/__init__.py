@@ -12,6 +12,7 @@ from lowbit.quantizers.expansion import progressive as progressive
 from lowbit.quantizers.feedback import Gptq as Gptq
 from lowbit.quantizers.feedback import gptq as gptq
 from lowbit.quantizers.k_quant import TwoLevelRounding as TwoLevelRounding
+from lowbit.quantizers.min_max import MinMax as MinMax
 from lowbit.quantizers.nested import NestedKMeans as NestedKMeans
 from lowbit.quantizers.nested import nested_kmeans as nested_kmeans
 from lowbit.quantizers.nested import refit_tables as refit_tables

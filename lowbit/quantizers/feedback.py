@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowbit.formats.format import Format
-from lowbit.formats.planes import group_size
+from lowbit.formats.planes import code_planes, group_size
 from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.quantizers.chunks import by_chunk
 from lowbit.quantizers.groups import to_groups
-from lowbit.quantizers.quantizer import Fields, expect_format, pack
+from lowbit.quantizers.quantizer import Fields, expect_format
 from lowbit.quantizers.uniform import rtn
 
 BLOCK = 128
@@ -52,9 +52,8 @@ class Gptq:
         gram = jnp.eye(k) if importance is None else importance
         solve = partial(_solve, group, 2 ** fmt["bits"] - 1, self.act_order, self.damping)
         codes = by_chunk(solve, gram, w.astype(jnp.float32), scale.astype(jnp.float32), zero.astype(jnp.float32))
-        padded = jnp.pad(codes, ((0, 0), (0, values.shape[1] * group - k))).reshape(-1, 1, group)
-        bits = (padded >> jnp.arange(fmt["bits"], dtype=jnp.uint8)[None, :, None]) & jnp.uint8(1)
-        return {"planes": pack(bits, values.shape), "scale": scale, "zero": zero}
+        padded = jnp.pad(codes, ((0, 0), (0, values.shape[1] * group - k))).reshape(values.shape)
+        return {"planes": code_planes(padded, fmt["bits"]), "scale": scale, "zero": zero}
 
 
 def gptq(act_order: bool = True, damping: float = 0.01, weighs_by: tuple[str, ...] = ("gram",)) -> Gptq:

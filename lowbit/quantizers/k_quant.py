@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lowbit.formats.format import Format
-from lowbit.formats.planes import group_size, pack_planes
+from lowbit.formats.planes import code_planes, group_size
 from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.quantizers.groups import to_groups
 from lowbit.quantizers.quantizer import Fields, expect_format, set_default_quantizer
@@ -42,8 +42,7 @@ def _rounded(w: jax.Array, fmt: Format) -> Fields:
         fields, step = _level("scale", -_farthest(values) / middle, w.shape[1], fmt)
         zero = step * middle
     codes = jnp.round((values + zero[..., None]) / jnp.where(step == 0, 1, step)[..., None]).clip(0, top)
-    planes = codes.astype(jnp.uint8)[None] >> jnp.arange(fmt["bits"], dtype=jnp.uint8).reshape(-1, 1, 1, 1)
-    return {"planes": pack_planes(planes & 1), **fields}
+    return {"planes": code_planes(codes.astype(jnp.uint8), fmt["bits"]), **fields}
 
 
 def _level(name: str, each: jax.Array, k: int, fmt: Format) -> tuple[Fields, jax.Array]:

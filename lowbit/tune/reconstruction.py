@@ -19,7 +19,7 @@ from flax import nnx
 from lowbit.nn.checkpoint import plain, restored, variables
 from lowbit.nn.kernel import Codebook, Scale, expect_arrays, expect_module, kernels
 from lowbit.nn.progress import bar
-from lowbit.nn.resume import Folder
+from lowbit.nn.resume import steps
 from lowbit.nn.running import digest_of
 from lowbit.quant_type import type_to_json
 from lowbit.tune.alpha import check_tunable, fold
@@ -108,8 +108,7 @@ def reconstruct(
         raise ValueError(f"{len(data)} batches were given, and {held_out} are held out: give more, to train on")
     job = _Job(Stream(Cut(out, blocks, run), data), Stream(Cut(dense, blocks, run), data), wrt, training)
     order = job.checked(blocks)
-    if resume is not None:
-        job.keep(resume, out, dense)
+    job.step = steps(resume, lambda: job.digests(out, dense))
     with bar(progress, len(order), "reconstructing") as advance:
         for path in order:
             job.do(path)
@@ -124,7 +123,7 @@ class _Job:
         self.own, self.dense = own, dense
         self.wrt, self.training = wrt, training
         self.optimizer = training.optimizer(len(own.batches) - training.held_out)
-        self.finished: Folder | None = None
+        self.step = steps(None, object)
 
     def checked(self, blocks: str | Sequence[str]) -> list[str]:
         """The blocks in the order in which they run, after checking that both models run them alike."""
@@ -141,13 +140,12 @@ class _Job:
             raise ValueError(f"wrt={self.wrt!r} selects {', '.join(sorted(wrong))}: only floats can be trained")
         return order
 
-    def keep(self, folder: str | PathLike[str], out: nnx.Module, dense: nnx.Module) -> None:
-        """Keeps finished blocks in a folder, under what determines them all."""
+    def digests(self, out: nnx.Module, dense: nnx.Module) -> list[str]:
+        """Of what determines all finished blocks."""
         types = {path: type_to_json(kernel.type) for path, kernel in kernels(out).items()}
         names = {path: sorted(variables(nnx.state(b, self.wrt))) for path, b in self.own.cut.blocks.items()}
         told = astuple(self.training), json.dumps(types, sort_keys=True), names
-        self.of = [digest_of(model, self.own.batches, told) for model in (out, dense)]
-        self.finished = Folder(folder)
+        return [digest_of(model, self.own.batches, told) for model in (out, dense)]
 
     def do(self, path: str) -> None:
         """Tunes one block, in place, and goes on to what comes after it."""
@@ -168,8 +166,7 @@ class _Job:
                 found = tuned(own, path, self.wrt, examples, self.training, self.optimizer)
                 return {name: plain(name, v.get_value()) for name, v in variables(found).items()}
 
-            entries = self.finished.entries(path, {"of": self.of}, made) if self.finished else made()
-            nnx.update(own, restored("a finished block", state, entries))
+            nnx.update(own, restored("a finished block", state, self.step(path, made)))
         self.own.go_on(path, [returned(own, given) for given in inputs])
 
     def _mixable(self, path: str, own: Inputs, dense: Inputs) -> Inputs:

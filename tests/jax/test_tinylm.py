@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
+import lowbit as lb
 from examples.tinylm import corpus, weights
 from examples.tinylm.batches import Windows
 from examples.tinylm.evaluate import bits_per_byte, windows
@@ -246,8 +247,8 @@ def test_bits_per_byte_is_the_mean_of_the_log_likelihood() -> None:
 
 def test_weights_survive_the_file(tmp_path: pathlib.Path) -> None:
     model = small()
-    weights.save(model, tmp_path / "w.safetensors")
-    back = weights.load(tmp_path / "w.safetensors")
+    weights.save(model, tmp_path / "model")
+    back = weights.load(tmp_path / "model")
     assert back.config == SMALL
     for name, value in weights.named(model).items():
         loaded = weights.named(back)[name]
@@ -259,19 +260,41 @@ def test_weights_beyond_half_precision_are_refused(tmp_path: pathlib.Path) -> No
     model = small()
     model.norm.scale[...] = jnp.full_like(model.norm.scale[...], 1e6)
     with pytest.raises(ValueError, match=r"norm\.scale has values beyond fp16"), np.errstate(over="ignore"):
-        weights.save(model, tmp_path / "w.safetensors")
+        weights.save(model, tmp_path / "model")
+
+
+def test_the_shipped_folder_is_a_checkpoint_of_the_same_model() -> None:
+    mine, theirs = weights.load(), lb.models.load(weights.MODEL, dtype=jnp.float32)
+    every = jnp.arange(256)
+    # Rows are rounded to halves, by 2^-11 of an entry or half of the least half; before, their norms by some eps.
+    np.testing.assert_allclose(
+        theirs.embed(every), mine.embed_norm(mine.embed(every)), rtol=2**-11 + 8 * EPS, atol=2**-25
+    )
+    text = np.frombuffer(corpus.match_listed("code").text[:256], np.uint8)[None].astype(np.int32)
+    theirs.embed.embedding[...] = mine.embed_norm(mine.embed.embedding[...])
+    ours, other = mine(jnp.asarray(text)), theirs(jnp.asarray(text))
+    # With the very rows, what is left is the order of sums: of 768 terms at most, in 3 layers of 7 products.
+    assert np.abs(ours - other).max() <= 768 * EPS * 21 * np.abs(ours).max()
+
+
+def test_the_tokenizer_has_a_token_for_each_byte() -> None:
+    tokenizer = lb.models.tokenizer(weights.MODEL)
+    for text in ("def f():\n\treturn 'é ∞ 🙂'\r\n", "  two  spaces ", "\x00\x7f\u0080\uffff", "don't 12,345"):
+        assert bytes(tokens := tokenizer.encode(text).ids) == text.encode()
+        assert tokenizer.decode(tokens) == text
+    assert tokenizer.get_vocab_size() == 256 and lb.models.stop_tokens(weights.MODEL) == ()
 
 
 @pytest.mark.slow
 def test_shipped_weights_compress_code_better_than_xz() -> None:
-    assert weights.WEIGHTS.stat().st_size <= 8 * 2**20
+    assert (weights.MODEL / "model.safetensors").stat().st_size <= 8 * 2**20
     held = corpus.match_listed("code").text
     bits = bits_per_byte(weights.load(), held[: 1 << 16])
     assert bits < 0.9 * corpus.xz_bits(held)
 
 
 def test_the_log_says_how_the_weights_came_about() -> None:
-    log = weights.WEIGHTS.with_name("train_log.jsonl").read_text().splitlines()
+    log = weights.MODEL.with_name("train_log.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in log]
     parameters = sum(x.size for x in weights.named(weights.load()).values())
     assert all(head["parameters"] == parameters for head in records if "versions" in head)

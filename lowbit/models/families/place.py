@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from lowbit.models.config import Config
-
-Json = Mapping[str, Any]
+from lowbit.models.decoder import Decoder
+from lowbit.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,31 @@ class Where:
     plus: float = 0.0
 
 
+Places = Iterator[tuple[str, Where]]
+
+
+def as_is(name: str) -> str:
+    return name
+
+
 @dataclass(frozen=True)
 class Family:
     """How the checkpoints of one family are to be read.
 
     Attributes:
-      config: from what config.json holds to what a model is made of. Raises KeyError for a key that is missing.
+      config: from what config.json holds to what a model is made of. Raises CheckpointError, naming the key, for one
+        that is missing and for a value that asks for a computation this library does not have.
       places: from a config to each parameter, by path as in "layers/0/attn/q/kernel", and where its value lies.
       unused: endings of names of tensors that no model needs, such as tables that follow from config.json.
+      rename: from a tensor's name in any file to the one that `places` uses: older files leave out a prefix.
+      model: what is built from a config.
     """
 
-    config: Callable[[Json], Config]
-    places: Callable[[Config], Iterator[tuple[str, Where]]]
+    config: Callable[[Mapping[str, Any]], Config]
+    places: Callable[[Config], Places]
     unused: tuple[str, ...] = ()
+    rename: Callable[[str], str] = as_is
+    model: type[Decoder] | type[Encoder] = Decoder
 
 
 def value(where: Where, read: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -55,3 +67,15 @@ def value(where: Where, read: Callable[[str], np.ndarray]) -> np.ndarray:
 def _part(where: Where, array: np.ndarray) -> np.ndarray:
     array = array.T if where.transposed else array
     return array if where.rows is None else array[..., slice(*where.rows)]  # outputs are last, of kernels and biases
+
+
+def linear(path: str, tensor: str, bias: bool, rows: tuple[int, int] | None = None, transposed: bool = True) -> Places:
+    """A linear layer; in GPT-2's files kernels lie as they are."""
+    yield f"{path}/kernel", Where((f"{tensor}.weight",), rows, transposed)
+    if bias:
+        yield f"{path}/bias", Where((f"{tensor}.bias",), rows)
+
+
+def layer_norm(path: str, tensor: str) -> Places:
+    yield f"{path}/scale", Where((f"{tensor}.weight",))
+    yield f"{path}/bias", Where((f"{tensor}.bias",))

@@ -1,0 +1,154 @@
+"""`lb.models.save`: a model in a folder of lowbit's own, which `lb.models.load` opens."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lowbit.array import QuantArray
+from lowbit.io import CheckpointError, read
+from lowbit.io.atomic import replacing, replacing_folder
+from lowbit.io.error import AGAIN
+from lowbit.io.shards import SINGLE, read_json
+from lowbit.models.config import Config
+from lowbit.models.decoder import Decoder
+from lowbit.models.families import family
+from lowbit.models.hub import local
+from lowbit.nn.checkpoint import fitted, held, some
+from lowbit.nn.checkpoint import save as save_model
+from lowbit.nn.kernel import Kernel, joined
+from lowbit.nn.kinds import KINDS
+
+METHOD, VERSION = "lowbit", 1
+"""In `quantization_config` of config.json."""
+BESIDE = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
+)  # fmt: skip
+"""Files that a model needs to read and write text."""
+
+
+def save(
+    model: Decoder, folder: str | os.PathLike[str], source: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """Write a model, quantized or not, to a folder that `lb.models.load` opens.
+
+    In it are model.safetensors, as `lb.save` writes it; the config.json of `source`, which now says that lowbit wrote
+    the weights; and the files of its tokenizer. The folder appears whole or not at all: a save that fails or is killed
+    leaves the old one.
+
+    Args:
+      model: what `lb.models.load` gave, or `lb.quantize`, fine-tuning and so on made of it.
+      folder: a new one.
+      source: the folder, or name on the hub, that the model was loaded from.
+      overwrite: replace a folder that lowbit saved.
+
+    Raises FileExistsError for a folder that exists, ValueError for a model that the config.json of `source` does not
+    describe or that has other Variables than a loaded one, OSError when the folder cannot be written, TypeError for
+    what is no Decoder.
+
+    >>> import os, tempfile
+    >>> import lowbit as lb
+    >>> small = lb.models.load("examples/tinylm/model", lb.uniform(4, group=128))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lb.models.save(small, os.path.join(folder, "small"), "examples/tinylm/model")
+    ...     again = lb.models.load(os.path.join(folder, "small"))
+    >>> bool((again.layers[0].mlp.up.kernel.planes[...] == small.layers[0].mlp.up.kernel.planes[...]).all())
+    True
+    """
+    if not isinstance(model, Decoder):
+        raise TypeError(f"cannot save a {type(model).__name__} as a folder: give an lb.models.Decoder, or use lb.save")
+    origin = local(source)
+    j = read_json(origin / "config.json")
+    if family(j).config(j) != model.config:
+        raise ValueError(f"{origin / 'config.json'} describes another model: name the folder that this one came from")
+    dtype = model.layers[0].attn.q.dtype
+    _check(model, dtype)
+    _check_target(Path(folder), overwrite)
+    stated = {"quant_method": METHOD, "version": VERSION, "dtype": None if dtype is None else jnp.dtype(dtype).name}
+    with replacing_folder(folder) as new:
+        for name in BESIDE:
+            if (origin / name).exists():
+                with replacing(new / name) as file, open(origin / name, "rb") as old:
+                    shutil.copyfileobj(old, file)
+        save_model(model, new / SINGLE)
+        with replacing(new / "config.json") as file:
+            file.write(json.dumps({**j, "quantization_config": stated}, indent=2).encode() + b"\n")
+
+
+def _check(model: Decoder, dtype: Any) -> None:
+    """Raises ValueError unless `reopened` would make a model of the same Variables."""
+    has = held(model)
+    made = held(_like(model.config, {n: v for n, v in has.items() if isinstance(v, QuantArray)}, dtype, jnp.float32))
+    if has.keys() != made.keys():
+        odd = some(has.keys() ^ made.keys())
+        raise ValueError(f"the model is not as one that is loaded, in {odd}: write it with lb.save")
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{str(folder)!r} exists: choose another name, or say overwrite=True")
+    if not (folder / "config.json").exists() or not is_saved(read_json(folder / "config.json")):
+        raise FileExistsError(
+            f"{str(folder)!r} is no folder that lowbit saved: choose another name, or delete it yourself"
+        )
+
+
+def is_saved(j: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one of ours."""
+    stated = j.get("quantization_config")
+    return isinstance(stated, Mapping) and stated.get("quant_method") == METHOD
+
+
+def reopened(folder: Path, j: Mapping[str, Any], config: Config, dtype: Any) -> Decoder:
+    """What `save` wrote, bit for bit; layers compute in `dtype`, or what they did if None."""
+    stated, file = j["quantization_config"], folder / SINGLE
+    if stated.get("version") != VERSION:
+        raise CheckpointError(
+            f"{folder / 'config.json'} states version {stated.get('version')!r} of lowbit's folders, and this library "
+            f"reads {VERSION}: upgrade lowbit"
+        )
+    if not file.exists():
+        raise CheckpointError(f"{folder} holds no {SINGLE}: {AGAIN}")
+    entries = read(file)
+    arrays = {name: value for name, value in entries.items() if isinstance(value, QuantArray)}
+    table = entries.get("embed/embedding")
+    model = _like(config, arrays, dtype or stated.get("dtype"), jnp.float32 if table is None else table.dtype)
+    for path, module in nnx.iter_modules(model):
+        for name, variable in vars(module).items():
+            stored = entries.get(f"{joined(path)}/{name}")
+            if isinstance(variable, nnx.Variable) and stored is not None:
+                variable.set_value(jax.ShapeDtypeStruct(variable.get_value().shape, stored.dtype))
+    return fitted(file, entries, model)
+
+
+def _like(config: Config, quantized: Mapping[str, QuantArray], dtype: Any, param_dtype: Any) -> Decoder:
+    """A model without arrays, with these quantized weights."""
+
+    def replace(path: tuple[Any, ...], node: Any) -> Any:
+        array = quantized.get(f"{joined(path)}/{KINDS[type(node)].attribute}") if type(node) in KINDS else None
+        if array is None:
+            return node
+        stats = jax.ShapeDtypeStruct((*array.stack, 2), jnp.float32)
+        return KINDS[type(node)].make(node, Kernel(array, stats))  # type: ignore[arg-type]
+
+    model: Decoder = nnx.recursive_map(replace, abstract(config, dtype, param_dtype))
+    return model
+
+
+def abstract(config: Config, dtype: Any, param_dtype: Any) -> Decoder:
+    """A model without arrays."""
+    model: Decoder = nnx.eval_shape(
+        lambda: Decoder(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)),
+    )
+    return model
