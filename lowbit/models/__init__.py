@@ -5,16 +5,13 @@ from lowbit.models.cache import DenseCache as DenseCache
 from lowbit.models.cache import DenseKV as DenseKV
 from lowbit.models.config import Config as Config
 from lowbit.models.decoder import Decoder as Decoder
-<<<<<<< HEAD
 from lowbit.models.encoder import Encoder as Encoder
 from lowbit.models.generate import generate as generate
 from lowbit.models.generate import stream as stream
-from lowbit.models.load import load as load
-=======
 from lowbit.models.kv import Fp8KV as Fp8KV
 from lowbit.models.kv import Int8KV as Int8KV
 from lowbit.models.kv import Kivi as Kivi
->>>>>>> m_kv
+from lowbit.models.load import load as load
 from lowbit.models.rope import Rope as Rope
 from lowbit.models.sampling import Sampling as Sampling
 from lowbit.models.save import save as save
