@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from absl import flags
 
 import lowbit as lb
@@ -21,6 +20,7 @@ from lowbit.nn.allocation import Allocation
 from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.kinds import layers
 from lowbit.nn.rules import Rule, needed
+from lowbit.tune import next_token_loss
 
 GROUP = 128
 """Of the formats that a budget is spent on when none are named."""
@@ -98,12 +98,12 @@ def statistics(
         model,
         batches,
         statistics=sorted(wanted),  # type: ignore[arg-type]
-        loss=next_token_loss if wanted & OF_LOSS else None,
+        loss=_loss if wanted & OF_LOSS else None,
         resume=None if resume is None else resume / "calibration",
     )
 
 
-def next_token_loss(model: Decoder, tokens: jax.Array) -> jax.Array:
+def _loss(model: Decoder, tokens: jax.Array) -> jax.Array:
     """The mean cross entropy of int [B, T]."""
-    logits = model(tokens[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    total, count = next_token_loss(model, {"tokens": tokens, "mask": jnp.ones_like(tokens, bool)})
+    return total / count

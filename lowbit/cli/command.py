@@ -40,7 +40,8 @@ class Command:
 
     def help(self) -> str:
         """What `--help` prints."""
-        listed = "\n".join(line for line in self._flags().get_help(include_special_flags=False).splitlines() if line.startswith("  "))
+        every = self._flags().get_help(include_special_flags=False).splitlines()
+        listed = "\n".join(line for line in every if line.startswith("  "))  # the rest names modules
         shown = "\n".join(f"  {example}" for example in self.examples)
         return f"{self.usage}\n\n{self.summary}\n\nFlags:\n{listed}\n\nFor example:\n{shown}"
 

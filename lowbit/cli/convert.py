@@ -28,9 +28,9 @@ def _run(given: flags.FlagValues, source: str, target: str) -> None:
 COMMAND = Command(
     "convert",
     ("IN", "OUT"),
-    "Bring a checkpoint of another project (GPTQ, AWQ, compressed-tensors, AQLM, any-precision-llm, GGUF) into a form of "
-    "lowbit's, without rounding anything: a folder that the other commands take, or, if OUT ends with .safetensors, a "
-    "file of arrays by their names, for any model.",
+    "Bring a checkpoint of another project (GPTQ, AWQ, compressed-tensors, AQLM, any-precision-llm, GGUF) into a form "
+    "of lowbit's, without rounding anything: a folder that the other commands take, or, if OUT ends with .safetensors, "
+    "a file of arrays by their names, for any model.",
     ("lowbit convert examples/tinylm/model build/dense",),
     _define,
     _run,

@@ -9,6 +9,7 @@ from absl import flags
 
 from lowbit.cli import texts
 from lowbit.cli.command import Command
+from lowbit.cli.tasks import with_task
 from lowbit.models import load
 from lowbit.models.evaluate import evaluate
 
@@ -20,11 +21,12 @@ def _define(values: flags.FlagValues) -> None:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer("batch", 8, "Windows at a time.", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("task", None, "File of `lowbit tune`, to put into the model.", flag_values=values)
     flags.DEFINE_bool("json", False, "Print JSON.", flag_values=values)
 
 
 def _run(given: flags.FlagValues, folder: str) -> None:
-    model, text = load(folder), texts.read(given.text)
+    model, text = with_task(load(folder), given.task), texts.read(given.text)
     ids = texts.encoded(folder, model, text)
     found = evaluate(model, ids, length=given.length, batch=given.batch, size=len(text.encode()))
     if given.json:

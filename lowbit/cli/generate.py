@@ -9,9 +9,10 @@ from absl import flags
 
 from lowbit.cli import texts
 from lowbit.cli.command import Command
-from lowbit.models import DenseKV, Fp8KV, Int8KV, Kivi, Sampling, load, stop_tokens, stream, tokenizer
+from lowbit.cli.tasks import with_task
+from lowbit.models import CacheKind, DenseKV, Fp8KV, Int8KV, Kivi, Sampling, load, stop_tokens, stream, tokenizer
 
-CACHES: Mapping[str, object] = {
+CACHES: Mapping[str, CacheKind] = {
     "dense": DenseKV(), "int8": Int8KV(), "fp8": Fp8KV(), "kivi4": Kivi(bits=4), "kivi2": Kivi(bits=2),
 }  # fmt: skip
 
@@ -24,12 +25,13 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("top_p", None, "Of the likeliest tokens that have this share together.", flag_values=values)
     flags.DEFINE_float("min_p", None, "Of tokens with this share of the likeliest one's.", flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of the sampling.", flag_values=values)
+    flags.DEFINE_string("task", None, "File of `lowbit tune`, to put into the model.", flag_values=values)
     flags.DEFINE_enum("cache", "dense", list(CACHES), "How keys and values are stored.", flag_values=values)
 
 
 def _run(given: flags.FlagValues, folder: str) -> None:
     sampling = Sampling(given.temperature, given.top_k, given.top_p, given.min_p)
-    model, spelled = load(folder), tokenizer(folder)
+    model, spelled = with_task(load(folder), given.task), tokenizer(folder)
     prompt = texts.encoded(folder, model, sys.stdin.read() if given.prompt == "-" else given.prompt).tolist()
     made: list[int] = []
     shown = ""

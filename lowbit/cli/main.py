@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from lowbit.cli.command import Command, UsageError
 
@@ -41,8 +41,8 @@ def run(argv: Sequence[str]) -> int:
         print(command.help())
         return 0
     try:
-        flags, arguments = command.parse(argv[1:])
-        command.run(flags, *arguments)
+        given, arguments = command.parse(argv[1:])
+        command.run(given, *arguments)
     except UsageError as err:
         return _failed(f"lowbit {name}", str(err), MISUSED)
     except (ValueError, TypeError, OSError, KeyError, FloatingPointError, ImportError) as err:
@@ -66,5 +66,11 @@ def _failed(who: str, message: str, code: int) -> int:
 
 def main() -> None:
     """The console script."""
-    logging.use_absl_handler()
-    app.run(lambda argv: run(argv[1:]), flags_parser=lambda argv: argv)
+
+    def later(argv: list[str]) -> list[str]:
+        """Flags are those of a command, which parses them itself."""
+        flags.FLAGS(argv[:1])
+        logging.set_verbosity(logging.WARNING)  # --verbosity says otherwise
+        return argv
+
+    app.run(lambda argv: run(argv[1:]), flags_parser=later)

@@ -35,7 +35,9 @@ def _run(given: flags.FlagValues, source: str, target: str) -> None:
         raise KeyboardInterrupt(f"finished layers are in {resume}: the same command goes on after them") from None
     save(model, target, source=source, overwrite=given.force)
     shutil.rmtree(resume)
-    print(lb.report(model))
+    found = lb.report(model)
+    print(found)
+    print(f"wrote {target}: {found.bytes:,} bytes, {found.bits_per_weight:.2f} bits per weight, dense layers counted")
 
 
 def _quantized(given: flags.FlagValues, source: str, resume: Path) -> Decoder:
@@ -63,12 +65,11 @@ def _rule(given: flags.FlagValues) -> Rule:
 COMMAND = Command(
     "quantize",
     ("IN", "OUT"),
-    "Quantize the layers of a checkpoint folder. Each finished layer is kept in OUT.unfinished, so that the same command "
-    "goes on where it was stopped; OUT appears whole or not at all.",
+    "Quantize the layers of a checkpoint folder. Each finished layer is kept in OUT.unfinished, so that the same "
+    "command goes on where it was stopped; OUT appears whole or not at all.",
     (
         "lowbit quantize examples/tinylm/model build/q --bits 3.25",
-        "lowbit quantize examples/tinylm/model build/q4 --format 'uniform(4, group=128)' --quantizer 'gptq()' "
-        "--calibration README.md",
+        "lowbit quantize examples/tinylm/model build/q4 --format 'uniform(4)' --quantizer gptq --calibration README.md",
     ),
     _define,
     _run,

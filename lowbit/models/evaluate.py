@@ -71,13 +71,15 @@ def evaluate(model: Decoder, ids: Any, *, length: int | None = None, batch: int 
     missing = -len(inputs) % batch
     padded = [np.concatenate([a, np.zeros((missing, a.shape[1]), a.dtype)]) for a in (inputs, targets, counts)]
     # Summed in float64 here: a running float32 sum over all batches would lose the digits that are shown.
-    total = sum(float(_nats(model, *(a[i : i + batch] for a in padded))) for i in range(0, len(padded[0]), batch))
+    total = 0.0
+    for i in range(0, len(padded[0]), batch):
+        total += float(_nats(model, *(jnp.asarray(a[i : i + batch]) for a in padded)))
     nats = total / (len(ids) - 1)
     return Score(len(ids) - 1, nats, exp(nats), total / log(2) / (len(ids) if size is None else size))
 
 
 def windows(ids: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs and targets int32 [W, length], and which targets count, bool [W, length]: each token but the first once."""
+    """Inputs and targets int32 [W, length], and which targets count, bool [W, length]: each but the first token once."""
     half, count = length // 2, len(ids) - 1
     index = np.arange(0, max(count - half, 1), half)[:, None] + np.arange(length)
     counts = index < count
