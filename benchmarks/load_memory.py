@@ -1,13 +1,15 @@
-"""Memory and speed of `lb.convert`: checkpoints of 2 GB, a layer at a time, beside a plain copy of the file.
+"""Memory and speed of `lb.convert` and `lb.models.load`: checkpoints of 2 GB, beside a plain copy of the files.
 
     python benchmarks/load_memory.py [--size BYTES] [--json out.json]
 
-A checkpoint of random codes is made in a temporary folder, in each layout, and converted in a process of its own. What
-is measured there is *anonymous* memory: RssAnon in /proc, sampled every millisecond, less what it was before. That is
-what the kernel cannot take back. Pages of mapped files, which it can, count in VmHWM, shown beside it.
+A checkpoint of random codes is made in a temporary folder, in each layout, and converted in a process of its own; and
+one of a llama in half precision, of several shards, is loaded with `rules=lb.uniform(4, group=128)`. What is measured
+there is *anonymous* memory: RssAnon in /proc, sampled every millisecond, less what it was before. That is what the
+kernel cannot take back. Pages of mapped files, which it can, count in VmHWM, shown beside it.
 
-Asserted: at most one layer as a dense float32 array, and as it is written. What else is needed, among it what the C
-library keeps for the next layer, has to fit in that.
+Asserted of a conversion: at most one layer as a dense float32 array, and as it is written; of a load: at most the
+quantized model, and two layers as dense float32 arrays. What else is needed, among it what the C library keeps for the
+next layer, has to fit in that.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,7 @@ if __name__ == "__main__":  # as a script; as a module it has the repository's r
 
 from benchmarks.harness import Row, main, row
 from lowbit.io.gguf_blocks import BLOCKS
+from lowbit.io.shards import INDEX
 from lowbit.io.tensors import Array, arranged, as_bytes
 
 SIZE = 2_000_000_000
@@ -42,12 +46,18 @@ import sys
 import lowbit as lb
 import jax
 jax.numpy.zeros(1).block_until_ready()
-lb.convert
+lb.convert, lb.models.load
 print("ready", flush=True)
 sys.stdin.readline()
-lb.convert(sys.argv[1], sys.argv[2])
-print("done", flush=True)
+{work}
+print("done", kept, flush=True)
 sys.stdin.readline()
+"""
+CONVERT = "kept = lb.convert(sys.argv[1], sys.argv[2]) or 0"
+LOAD = """
+from flax import nnx
+model = lb.models.load(sys.argv[1], lb.uniform(4, group=128), progress=False)
+kept = sum(array.nbytes for array in jax.block_until_ready(jax.tree.leaves(nnx.state(model))))
 """
 
 
@@ -84,14 +94,47 @@ def gptq(folder: Path, size: int) -> tuple[Path, int, int]:
         "scales": rng.uniform(0.5, 1, (K // GROUP, n)).astype(np.float16),
     }
     tensors = {f"layers.{i}.up.{key}": array for i in range(count) for key, array in layer.items()}
-    head, starts = arranged({name: (a.dtype, a.shape) for name, a in tensors.items()}, {})
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(head)
-        for name in starts:
-            file.write(as_bytes(tensors[name]))
+    _write(folder / "model.safetensors", tensors)
     options = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False}
     (folder / "config.json").write_text(json.dumps({"quantization_config": options}))
     return folder, n * K, sum(a.nbytes for a in layer.values())
+
+
+def llama(folder: Path, size: int) -> tuple[Path, int]:
+    """A folder of a llama in float16 with a shard for each block, and the weights of its largest layer."""
+    width = min(K, max(256, isqrt(size // 86) // 256 * 256))  # 26 width^2 bytes a block, 8 width^2 of the two tables
+    blocks, hidden, kv = max(1, round((size - 8 * width**2) / (26 * width**2))), width * 7 // 2, width // 4
+    config = {
+        "model_type": "llama", "vocab_size": 2 * width, "hidden_size": width, "intermediate_size": hidden,
+        "num_hidden_layers": blocks, "num_attention_heads": width // 64, "num_key_value_heads": kv // 64,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    rng, ones = np.random.default_rng(0), np.ones(width, np.float16)
+
+    def matrix(n: int, k: int) -> Array:
+        return (rng.standard_normal((n, k), np.float32) / k**0.5).astype(np.float16)
+
+    block: dict[str, Array] = {f"self_attn.{n}_proj": matrix(width if n in "qo" else kv, width) for n in "qkvo"}
+    block |= {f"mlp.{n}_proj": matrix(hidden, width) for n in ("gate", "up")} | {"mlp.down_proj": matrix(width, hidden)}
+    block |= {"input_layernorm": ones, "post_attention_layernorm": ones}
+    tables = {"model.embed_tokens": matrix(2 * width, width), "lm_head": matrix(2 * width, width), "model.norm": ones}
+    shards = [tables] + [{f"model.layers.{i}.{name}": a for name, a in block.items()} for i in range(blocks)]
+    index = {}
+    for i, shard in enumerate(shards):
+        tensors = {f"{name}.weight": array for name, array in shard.items()}
+        _write(folder / f"model-{i}.safetensors", tensors)
+        index |= dict.fromkeys(tensors, f"model-{i}.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+    return folder, hidden * width
+
+
+def _write(path: Path, tensors: dict[str, Array]) -> None:
+    head, starts = arranged({name: (a.dtype, a.shape) for name, a in tensors.items()}, {})
+    with open(path, "wb") as file:
+        file.write(head)
+        for name in starts:
+            file.write(as_bytes(tensors[name]))
 
 
 def _layers(size: int, width: int) -> tuple[int, int]:
@@ -111,9 +154,10 @@ def _status(pid: int, field: str) -> int:
     raise SystemExit(f"/proc/{pid}/status has no {field}: this benchmark runs on Linux")
 
 
-def converted(source: Path, target: Path) -> tuple[int, int, float]:
-    """Of a conversion in a process of its own: bytes of anonymous memory at most, all resident ones, and seconds."""
-    command = [sys.executable, "-c", CHILD, str(source), str(target)]
+def watched(work: str, *paths: Path) -> tuple[int, int, int, float]:
+    """Of work in a process of its own: bytes of arrays it keeps, of anonymous memory at most, all resident ones, and
+    seconds."""
+    command = [sys.executable, "-c", CHILD.format(work=work), *map(str, paths)]
     root = Path(__file__).parents[1]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as child:
         assert child.stdin is not None and child.stdout is not None
@@ -134,15 +178,18 @@ def converted(source: Path, target: Path) -> tuple[int, int, float]:
         seconds = time.perf_counter() - start
         done.set()
         watcher.join()
-        _expect(said, "done")
+        kept = _expect(said, "done")
         resident = _status(child.pid, "VmHWM")
         child.stdin.write("end\n")
-    return max(seen) - before, resident, seconds
+    return kept, max(seen) - before, resident, seconds
 
 
-def _expect(line: str, word: str) -> None:
-    if line != f"{word}\n":
-        raise SystemExit("the conversion failed: its error is above")
+def _expect(line: str, word: str) -> int:
+    """The number that follows a word."""
+    said, _, number = line.strip().partition(" ")
+    if said != word:
+        raise SystemExit("the process failed: its error is above")
+    return int(number or 0)
 
 
 def measure(size: int = SIZE) -> Iterator[Row]:
@@ -155,7 +202,7 @@ def measure(size: int = SIZE) -> Iterator[Row]:
             shutil.copyfile(file, folder / "copy")
             copy, stored = time.perf_counter() - start, file.stat().st_size
             (folder / "copy").unlink()
-            anonymous, resident, seconds = converted(source, folder / "converted.safetensors")
+            _, anonymous, resident, seconds = watched(CONVERT, source, folder / "converted.safetensors")
             written = (folder / "converted.safetensors").stat().st_size * layer // stored
         limit = 4 * dense + written + FIXED
         yield row(f"{layout}_anonymous", anonymous, "bytes", "a dense layer", 4 * dense)
@@ -164,7 +211,27 @@ def measure(size: int = SIZE) -> Iterator[Row]:
         yield row(f"{layout}_rate", stored / seconds, "bytes/s", "a copy of the file", stored / copy)
         if anonymous > limit:
             raise SystemExit(f"{layout}: {anonymous} bytes of anonymous memory, and one layer may take {limit}")
+    yield from loading(size)
+
+
+def loading(size: int) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as made:
+        source, dense = llama(Path(made), size)
+        files = sorted(source.glob("*.safetensors"))
+        start = time.perf_counter()
+        for file in files:
+            shutil.copyfile(file, Path(made) / "copy")
+        copy, stored = time.perf_counter() - start, sum(file.stat().st_size for file in files)
+        kept, anonymous, resident, seconds = watched(LOAD, source)
+    yield row("load_anonymous", anonymous, "bytes", "the quantized model", kept)
+    yield row("load_beside_the_model", anonymous - kept, "bytes", "two dense layers", 8 * dense)
+    yield row("load_resident", resident, "bytes", "the files", stored)
+    yield row("load_time", seconds, "s", "a copy of the files", copy)
+    yield row("load_rate", stored / seconds, "bytes/s", "a copy of the files", stored / copy)
+    if anonymous > kept + 8 * dense + FIXED:
+        limit = f"the model's {kept} and two layers may take {8 * dense + FIXED}"
+        raise SystemExit(f"load: {anonymous} bytes of anonymous memory, and beside {limit}")
 
 
 if __name__ == "__main__":
-    main("Conversion of a checkpoint, a layer at a time", lambda size: list(measure(size)), size=SIZE)
+    main("Conversion and loading of a checkpoint, a layer at a time", lambda size: list(measure(size)), size=SIZE)

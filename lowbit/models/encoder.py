@@ -24,6 +24,7 @@ class TokenHead(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
+        """What the embedding's table multiplies: [..., width] -> the same shape."""
         return self.norm(ACTIVATIONS[self.activation](self.dense(hidden)))
 
 
@@ -53,7 +54,7 @@ class Encoder(nnx.Module):
         embed = partial(nnx.Embed, features=config.width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
         self.embed, self.positions, self.types = (
-            embed(rows) for rows in (config.vocab, config.context, config.token_types)
+            embed(rows) for rows in (config.vocab, config.context + config.position_offset, config.token_types)
         )
         self.embed_norm = norm(config, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([Block(config, i, causal=False, **kinds) for i in range(config.layers)])
@@ -73,7 +74,7 @@ class Encoder(nnx.Module):
         Returns [B, T, width]; what stands where there is no token means nothing.
         """
         at = positions(tokens, mask)
-        x = self.embed(tokens) + self.positions(jnp.maximum(at, 0))
+        x = self.embed(tokens) + self.positions(jnp.maximum(at, 0) + self.config.position_offset)
         x = self.embed_norm(x + self.types(jnp.zeros_like(tokens) if types is None else types))
         for block in self.layers:
             x, _ = block(x, at)
@@ -83,7 +84,8 @@ class Encoder(nnx.Module):
         """Of what each token is, for a config with `token_head`: [..., width] -> float32 [..., vocab]."""
         if not self.config.token_head:
             raise ValueError("this encoder has no head over tokens: its config states token_head = False")
-        return self.embed.attend(self.head(hidden)).astype(jnp.float32) + self.head.bias.get_value()
+        out = self.embed.attend(self.head(hidden)).astype(jnp.float32)
+        return out + self.head.bias.get_value().reshape((1,) * (out.ndim - 1) + (-1,))
 
     def pooled(self, hidden: jax.Array) -> jax.Array:
         """Of a sequence, from its first token, for a config with `pooler`: [B, T, width] -> [B, width].

@@ -20,13 +20,16 @@ from lowbit.io.error import AGAIN
 from lowbit.io.shards import SINGLE, read_json
 from lowbit.models.config import Config
 from lowbit.models.decoder import Decoder
-from lowbit.models.families import family
+from lowbit.models.encoder import Encoder
+from lowbit.models.families import Family
 from lowbit.models.hub import local
+from lowbit.models.source import abstract, described
 from lowbit.nn.checkpoint import fitted, held, some
 from lowbit.nn.checkpoint import save as save_model
 from lowbit.nn.kernel import Kernel, joined
 from lowbit.nn.kinds import KINDS
 
+Model = Decoder | Encoder
 METHOD, VERSION = "lowbit", 1
 """In `quantization_config` of config.json."""
 BESIDE = (
@@ -37,7 +40,7 @@ BESIDE = (
 
 
 def save(
-    model: Decoder, folder: str | os.PathLike[str], source: str | os.PathLike[str], *, overwrite: bool = False
+    model: Model, folder: str | os.PathLike[str], source: str | os.PathLike[str], *, overwrite: bool = False
 ) -> None:
     """Write a model, quantized or not, to a folder that `lb.models.load` opens.
 
@@ -53,7 +56,7 @@ def save(
 
     Raises FileExistsError for a folder that exists, ValueError for a model that the config.json of `source` does not
     describe or that has other Variables than a loaded one, OSError when the folder cannot be written, TypeError for
-    what is no Decoder.
+    what is no model of `lb.models`.
 
     >>> import os, tempfile
     >>> import lowbit as lb
@@ -64,14 +67,14 @@ def save(
     >>> bool((again.layers[0].mlp.up.kernel.planes[...] == small.layers[0].mlp.up.kernel.planes[...]).all())
     True
     """
-    if not isinstance(model, Decoder):
-        raise TypeError(f"cannot save a {type(model).__name__} as a folder: give an lb.models.Decoder, or use lb.save")
+    if not isinstance(model, Model):
+        raise TypeError(f"cannot save a {type(model).__name__} as a folder: give a model of lb.models, or use lb.save")
     origin = local(source)
-    j = read_json(origin / "config.json")
-    if family(j).config(j) != model.config:
+    j, kind, config = described(origin)
+    if config != model.config or type(model) is not kind.model:
         raise ValueError(f"{origin / 'config.json'} describes another model: name the folder that this one came from")
     dtype = model.layers[0].attn.q.dtype
-    _check(model, dtype)
+    _check(model, kind, dtype)
     _check_target(Path(folder), overwrite)
     stated = {"quant_method": METHOD, "version": VERSION, "dtype": None if dtype is None else jnp.dtype(dtype).name}
     with replacing_folder(folder) as new:
@@ -84,10 +87,11 @@ def save(
             file.write(json.dumps({**j, "quantization_config": stated}, indent=2).encode() + b"\n")
 
 
-def _check(model: Decoder, dtype: Any) -> None:
+def _check(model: Model, kind: Family, dtype: Any) -> None:
     """Raises ValueError unless `reopened` would make a model of the same Variables."""
     has = held(model)
-    made = held(_like(model.config, {n: v for n, v in has.items() if isinstance(v, QuantArray)}, dtype, jnp.float32))
+    arrays = {name: v for name, v in has.items() if isinstance(v, QuantArray)}
+    made = held(_like(kind, model.config, arrays, dtype, jnp.float32))
     if has.keys() != made.keys():
         odd = some(has.keys() ^ made.keys())
         raise ValueError(f"the model is not as one that is loaded, in {odd}: write it with lb.save")
@@ -110,7 +114,7 @@ def is_saved(j: Mapping[str, Any]) -> bool:
     return isinstance(stated, Mapping) and stated.get("quant_method") == METHOD
 
 
-def reopened(folder: Path, j: Mapping[str, Any], config: Config, dtype: Any) -> Decoder:
+def reopened(folder: Path, j: Mapping[str, Any], kind: Family, config: Config, dtype: Any) -> Any:
     """What `save` wrote, bit for bit; layers compute in `dtype`, or what they did if None."""
     stated, file = j["quantization_config"], folder / SINGLE
     if stated.get("version") != VERSION:
@@ -123,7 +127,7 @@ def reopened(folder: Path, j: Mapping[str, Any], config: Config, dtype: Any) -> 
     entries = read(file)
     arrays = {name: value for name, value in entries.items() if isinstance(value, QuantArray)}
     table = entries.get("embed/embedding")
-    model = _like(config, arrays, dtype or stated.get("dtype"), jnp.float32 if table is None else table.dtype)
+    model = _like(kind, config, arrays, dtype or stated.get("dtype"), jnp.float32 if table is None else table.dtype)
     for path, module in nnx.iter_modules(model):
         for name, variable in vars(module).items():
             stored = entries.get(f"{joined(path)}/{name}")
@@ -132,7 +136,7 @@ def reopened(folder: Path, j: Mapping[str, Any], config: Config, dtype: Any) -> 
     return fitted(file, entries, model)
 
 
-def _like(config: Config, quantized: Mapping[str, QuantArray], dtype: Any, param_dtype: Any) -> Decoder:
+def _like(kind: Family, config: Config, quantized: Mapping[str, QuantArray], dtype: Any, param_dtype: Any) -> Any:
     """A model without arrays, with these quantized weights."""
 
     def replace(path: tuple[Any, ...], node: Any) -> Any:
@@ -142,13 +146,4 @@ def _like(config: Config, quantized: Mapping[str, QuantArray], dtype: Any, param
         stats = jax.ShapeDtypeStruct((*array.stack, 2), jnp.float32)
         return KINDS[type(node)].make(node, Kernel(array, stats))  # type: ignore[arg-type]
 
-    model: Decoder = nnx.recursive_map(replace, abstract(config, dtype, param_dtype))
-    return model
-
-
-def abstract(config: Config, dtype: Any, param_dtype: Any) -> Decoder:
-    """A model without arrays."""
-    model: Decoder = nnx.eval_shape(
-        lambda: Decoder(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)),
-    )
-    return model
+    return nnx.recursive_map(replace, abstract(kind, config, dtype, param_dtype))

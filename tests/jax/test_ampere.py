@@ -26,6 +26,7 @@ from lowbit.quant_type import QuantType, kernel_layout, readings
 from lowbit.testing import random_array
 from lowbit.testing.checks import assert_product, random_rows
 from lowbit.testing.terms import kernel_term
+from tests.forgetting import forget
 
 
 def check(fmt: lb.Format, dtype: str, m: int, n: int, k: int, tuned: Tuning | None, twin: Any = AmpereTwin) -> None:
@@ -112,10 +113,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
     planning.planned.cache_clear()
-    jax.clear_caches()
+    forget()
     yield device
     planning.planned.cache_clear()
-    jax.clear_caches()
+    forget()
 
 
 def refused(w: lb.QuantArray, name: str = "mma") -> str | None:

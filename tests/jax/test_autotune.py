@@ -30,6 +30,7 @@ from lowbit.kernels.mma import Shape, Tuning, tuning
 from lowbit.planning import LoweringError
 from lowbit.quant_type import QuantType
 from lowbit.testing import random_array
+from tests.forgetting import forget
 
 M, K, N = 2, 40, 70
 TYPE = QuantType((("k", K), ("n", N)), "f32", lb.bcq(2, group=20))
@@ -38,6 +39,7 @@ HERE = jax.devices()[0].device_kind
 
 FAULTY = (sys.executable, "-c", """
 import json, sys, time
+from tests.forgetting import forget
 print("{}", flush=True)
 for line in sys.stdin:
     lowering = json.loads(line)["candidate"]["lowering"]
@@ -69,7 +71,7 @@ def user_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
     monkeypatch.setattr(measuring, "AT_LEAST", 1)
     monkeypatch.setattr(lookup, "_NEW", {})
     lookup.shipped.cache_clear()
-    jax.clear_caches()
+    forget()
     yield path
     lookup.shipped.cache_clear()
 

@@ -24,6 +24,7 @@ from lowbit.kernels.verbs import Twin
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from lowbit.testing import random_array
 from lowbit.testing.checks import assert_dx, random_rows
+from tests.forgetting import forget
 from tests.parameter_gradients import check_parameter_gradients, check_table_gradients
 
 KERNEL = "mosaic_gpu"
@@ -175,7 +176,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 
 def _forget() -> None:
-    jax.clear_caches()
+    forget()
     planning.planned.cache_clear()
     backward.planned_dx.cache_clear()
     backward.planned_dw.cache_clear()

@@ -251,3 +251,54 @@ def test_a_killed_reconstruction_goes_on_where_it_was(tmp_path: Path) -> None:
     caught, again = map(int, python(RECONSTRUCTS, tmp_path, 4).split())
     assert caught > 0, "no reconstruction was caught in the middle: the test showed nothing"
     assert again <= 4, "only the block that a kill interrupts may be tuned again"
+
+
+TRAINS = (
+    FORK
+    + """
+import json
+import numpy as np
+import optax
+import lowbit as lb
+from flax import nnx
+
+folder, kills, STEPS = Path(sys.argv[1]), int(sys.argv[2]), 12
+
+class Data:
+    "Each batch is asked for once a step, and the first one to know the run by."
+    def __init__(self, step):
+        self.step = step
+    def __getitem__(self, i):
+        self.step()
+        return np.random.default_rng(i).standard_normal((2, 16)).astype(np.float32)
+
+def loss(model, x):
+    return ((model(x) - 1) ** 2).sum(), x.shape[0]
+
+def run(into, out, step=lambda: None):
+    model = nnx.Sequential(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
+    how = {"wrt": nnx.Param, "tx": optax.adam(1e-2), "steps": STEPS, "loss": loss, "folder": into, "save_every": 2}
+    lb.save(lb.tune.train(model, Data(step), **how).model, out)
+
+def logged(into):
+    return [{**json.loads(line), "seconds": 0} for line in (into / "log.jsonl").read_text().splitlines()]
+
+out = folder / "model.safetensors"
+assert forked(lambda _: run(folder / "whole", folder / "whole.safetensors"))
+whole, rng, at = logged(folder / "whole"), random.Random(5), []
+assert len(whole) == STEPS
+for _ in range(kills):
+    forked(lambda step: run(folder / "run", out, step), rng.randint(4, 9), rng.uniform(0, 0.1))
+    at.append(max((int(p.name) for p in (folder / "run/checkpoints").iterdir() if p.name.isdigit()), default=0))
+assert at == sorted(at), at
+assert forked(lambda _: run(folder / "run", out))
+assert logged(folder / "run") == whole
+assert out.read_bytes() == (folder / "whole.safetensors").read_bytes()
+print(len({step for step in at if 0 < step < STEPS}))
+"""
+)
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_killed_training_goes_on_where_it_was(tmp_path: Path, kills: int) -> None:
+    assert int(python(TRAINS, tmp_path, kills)) > 0, "no training was caught in the middle: the test showed nothing"

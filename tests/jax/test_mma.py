@@ -33,6 +33,7 @@ from lowbit.quant_type import QuantType, kernel_layout, readings
 from lowbit.testing import random_array
 from lowbit.testing.checks import assert_product, random_rows
 from lowbit.testing.terms import kernel_term
+from tests.forgetting import forget
 from tests.fp3 import fp3_rows
 from tests.models import inputs
 
@@ -365,7 +366,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[str]]]:
 
 
 def _forget() -> None:
-    jax.clear_caches()
+    forget()
     devices._warn.cache_clear()
     planning.planned.cache_clear()
 

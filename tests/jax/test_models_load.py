@@ -1,9 +1,10 @@
-"""Checkpoint folders become models, dense or quantized as they are read, and back."""
+"""Checkpoint folders become models, their layers dense or quantized as they are read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +14,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file
 
 import lowbit as lb
-from lowbit.io.shards import INDEX
+from tests.llama_folder import CONFIG, H, W, assert_same, tensors, written
 
-CONFIG: dict[str, Any] = {
-    "model_type": "llama", "vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-}  # fmt: skip
-W, H, KV = 32, 64, 16
-RULES = {"layers/*/mlp/*": lb.uniform(4, group=16), "layers/*/attn/?": lb.bcq(2, group=32), "embed": lb.uniform(8)}
 TOKENS = jnp.arange(10).reshape(2, 5)
-
-
-def tensors(seed: int = 0, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """A random llama by the names that transformers uses."""
-    rng = np.random.default_rng(seed)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (48, W), "lm_head.weight": (48, W)}
-    for i in range(CONFIG["num_hidden_layers"]):
-        at = f"model.layers.{i}"
-        shapes |= {f"{at}.self_attn.{n}_proj.weight": (W if n in "qo" else KV, W) for n in "qkvo"}
-        shapes |= {f"{at}.mlp.{n}_proj.weight": (H, W) for n in ("gate", "up")}
-        shapes |= {f"{at}.mlp.down_proj.weight": (W, H), f"{at}.input_layernorm.weight": (W,)}
-        shapes |= {f"{at}.post_attention_layernorm.weight": (W,)}
-    shapes["model.norm.weight"] = (W,)
-    return {n: (rng.normal(size=s) * 0.2 + (len(s) == 1)).astype(dtype) for n, s in shapes.items()}
-
-
-def written(folder: Path, arrays: Mapping[str, np.ndarray], shards: int = 1, **config: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
-    if shards == 1:
-        save_file(dict(arrays), folder / "model.safetensors")
-        return folder
-    index = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(arrays)}
-    for file in set(index.values()):
-        save_file({n: a for n, a in arrays.items() if index[n] == file}, folder / file)
-    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
-    return folder
+RULES = {"layers/*/mlp/*": lb.uniform(4, group=16), "embed": lb.uniform(4, group=16)}
+QUANTIZE = import_module("lowbit.nn.quantize")
+GOLDEN = Path(__file__).parents[1] / "golden/models"
+FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/model.safetensors"))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return written(tmp_path / "llama", tensors())
-
-
-def assert_same(one: nnx.Module, other: nnx.Module) -> None:
-    """The same graph, and the same bits in every Variable."""
-    (graph, a), (like, b) = nnx.split(one), nnx.split(other)
-    assert graph == like
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-    assert jax.tree.map(lambda x: x.dtype, a) == jax.tree.map(lambda x: x.dtype, b)
-
-
-# ---------------------------------------------------------------- loading
 
 
 def test_every_weight_is_where_it_belongs(tmp_path: Path) -> None:
@@ -96,21 +57,122 @@ def test_weights_have_the_dtype_of_the_checkpoint_unless_told(tmp_path: Path, dt
     assert wide.embed.embedding.dtype == wide.layers[0].mlp.up.dtype == np.float32
 
 
-def test_loading_with_rules_is_quantizing_what_is_loaded(folder: Path) -> None:
-    assert_same(lb.models.load(folder, RULES), lb.quantize(lb.models.load(folder), RULES))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_filled(name: str) -> None:
+    model = lb.models.load(GOLDEN / name)
+    assert all(isinstance(x, jax.Array) and jnp.isfinite(x).all() for x in jax.tree.leaves(nnx.state(model)))
 
 
-def test_a_layer_that_a_format_cannot_hold_stays_dense(folder: Path) -> None:
-    rules = {"layers/0/mlp/*": lb.nested_fp(), "**": None}
-    model = lb.models.load(folder, rules)
-    assert_same(model, lb.quantize(lb.models.load(folder), rules))
+@pytest.mark.parametrize("name", ["phi3", "mixtral"])  # tensors that hold several layers, and layers of several tensors
+def test_a_loaded_model_computes_what_transformers_does(name: str) -> None:
+    want = load_file(GOLDEN / name / "expected.safetensors")
+    logits = lb.models.load(GOLDEN / name)(jnp.asarray(want["tokens"]), jnp.asarray(want["mask"]))
+    # As in test_families: float32 in another order; a wrong weight is off by far more than 1e-2.
+    difference = np.abs(logits - want["logits"])[want["mask"]].max()
+    assert difference < 1e-4 * np.abs(want["logits"])[want["mask"]].max()
 
 
-# ---------------------------------------------------------------- lowbit's own folders
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_loading_with_rules_is_quantizing_what_is_loaded(name: str) -> None:
+    rules = {"layers/1/mlp/*": lb.uniform(4, group=16), "embed": lb.uniform(4, group=16)}
+    at = GOLDEN / name
+    assert_same(lb.models.load(at, rules), lb.quantize(lb.models.load(at), rules))
 
 
-@pytest.mark.parametrize("rules", [None, RULES])
-def test_a_saved_folder_comes_back_bit_by_bit(folder: Path, tmp_path: Path, rules: Any) -> None:
-    model = lb.models.load(folder, rules, dtype=jnp.bfloat16)
-    lb.models.save(model, tmp_path / "saved", folder)
-    assert_same(lb.models.load(tmp_path / "saved"), model)
+def test_a_layer_that_a_format_cannot_hold_stays_dense(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stored = tensors(dtype=np.float16)
+    stored["model.layers.0.mlp.up_proj.weight"][0, 0] = 3.0
+    at = written(tmp_path / "llama", stored)
+    rules = {"layers/0/mlp/up": lb.nested_fp(), "**": None}
+    with caplog.at_level("WARNING"):
+        model = lb.models.load(at, rules)
+    assert "layer 'layers/0/mlp/up'" in caplog.text
+    assert_same(model, lb.models.load(at))
+
+
+def test_statistics_weigh_what_is_loaded(folder: Path) -> None:
+    rules = {"layers/0/mlp/up": lb.bcq(1, group=32)}
+    model = lb.models.load(folder)
+    stats = lb.calibrate(model, [TOKENS])
+    assert_same(lb.models.load(folder, rules, stats=stats), lb.quantize(model, rules, stats=stats))
+
+
+def test_a_run_that_was_killed_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = {"layers/*/mlp/up": lb.uniform(4, group=16)}
+    made: list[str] = []
+    solve = QUANTIZE.quantize_array
+
+    def counted(*args: Any, name: str, **kwargs: Any) -> lb.QuantArray:
+        if made and len(made) < 2:
+            made.append("killed")
+            raise KeyboardInterrupt
+        made.append(name)
+        return solve(*args, name=name, **kwargs)
+
+    monkeypatch.setattr(QUANTIZE, "quantize_array", counted)
+    with pytest.raises(KeyboardInterrupt):
+        lb.models.load(folder, rules, resume=tmp_path / "resume")
+    again = lb.models.load(folder, rules, resume=tmp_path / "resume")
+    assert made == ["layer 'layers/0/mlp/up'", "killed", "layer 'layers/1/mlp/up'"]
+    assert_same(again, lb.models.load(folder, rules))
+
+
+def test_one_dense_layer_at_a_time_is_held(folder: Path) -> None:
+    """The arrays that live while a layer is quantized, beside what is kept, are those of that layer alone."""
+    seen: list[int] = []
+
+    class Watching:
+        def __call__(self, w: jax.Array, fmt: lb.Format) -> Mapping[str, jax.Array]:
+            seen.append(sum(a.nbytes for a in jax.live_arrays()))
+            return lb.round_to_nearest()(w, fmt)
+
+    before = sum(a.nbytes for a in jax.live_arrays())
+    model = lb.models.load(
+        folder, [lb.Rule("layers/*/mlp/*", lb.uniform(4, group=16), Watching()), lb.Rule("**", None)]
+    )
+    kept = sum(a.nbytes for a in jax.tree.leaves(nnx.state(model)))
+    assert max(seen) - before <= kept + 2 * H * W * 4
+
+
+# ---------------------------------------------------------------- checkpoints that are quantized already
+
+
+def quantized_folder(tmp_path: Path, layer: str = "model.layers.0.mlp.up_proj", bits: int = 4) -> tuple[Path, Any]:
+    """A llama of which one layer is stored as compressed-tensors, and that layer."""
+    dense = tensors()
+    weight = lb.quantize_array(jnp.asarray(dense[f"{layer}.weight"].T), lb.uniform(bits, group=16))
+    entries = {name: weight if name == f"{layer}.weight" else array for name, array in dense.items()}
+    (tmp_path / "packed").mkdir()
+    lb.export_checkpoint(entries, tmp_path / "packed", CONFIG)
+    return tmp_path / "packed", weight
+
+
+def test_layers_that_are_stored_quantized_stay_so(tmp_path: Path, folder: Path) -> None:
+    at, weight = quantized_folder(tmp_path)
+    model, dense = lb.models.load(at), lb.models.load(folder)
+    layer = model.layers[0].mlp.up
+    assert isinstance(layer, lb.nn.Linear) and layer.dtype == jnp.float32
+    np.testing.assert_array_equal(lb.dequantize(layer.kernel.array), lb.dequantize(weight))
+    assert jnp.isnan(layer.kernel.stats[...]).all()
+    np.testing.assert_array_equal(model.layers[1].mlp.up.kernel[...], dense.layers[1].mlp.up.kernel[...])
+    assert jnp.isfinite(model(TOKENS)).all()
+    more = lb.models.load(at, {"layers/1/mlp/up": lb.uniform(4, group=16)})
+    assert isinstance(more.layers[1].mlp.up, lb.nn.Linear) and isinstance(more.layers[0].mlp.up, lb.nn.Linear)
+
+
+def test_tables_that_are_stored_quantized_are_refused(tmp_path: Path) -> None:
+    at, _ = quantized_folder(tmp_path, "model.embed_tokens")
+    with pytest.raises(
+        lb.CheckpointError, match=r"'model\.embed_tokens\.weight' is quantized, and it is no single lin"
+    ):
+        lb.models.load(at)
+
+
+def test_a_quantized_layer_of_another_shape_is_refused(tmp_path: Path) -> None:
+    at, _ = quantized_folder(tmp_path)
+    j = json.loads((at / "config.json").read_text())
+    (at / "config.json").write_text(json.dumps({**j, "intermediate_size": 80}))
+    with pytest.raises(
+        lb.CheckpointError, match=r"gate_proj\.weight' is float32\[64, 32\], but config\.json makes it \[80"
+    ):
+        lb.models.load(at)

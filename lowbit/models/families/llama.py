@@ -122,7 +122,6 @@ def _gemma(j: Stated, **choices: Any) -> Config:
         post_norm=True,
         activation=j.known("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
         attention_scale=j["query_pre_attn_scalar"] ** -0.5,
-        logit_cap=j.get("final_logit_softcapping"),
         embed_scale=j["hidden_size"] ** 0.5,
         tied=True,
         **_biases(j),
@@ -131,7 +130,8 @@ def _gemma(j: Stated, **choices: Any) -> Config:
 
 
 def _gemma2(j: Stated) -> Config:
-    return _gemma(j, windows=windows(j, lambda i: i % 2 == 0), attention_cap=j["attn_logit_softcapping"])
+    caps = {"attention_cap": j["attn_logit_softcapping"], "logit_cap": j["final_logit_softcapping"]}
+    return _gemma(j, windows=windows(j, lambda i: i % 2 == 0), **caps)
 
 
 def _gemma3(j: Stated) -> Config:
@@ -144,7 +144,8 @@ def _gemma3(j: Stated) -> Config:
     whole.update(j.get("rope_scaling") or {})
     far = rotation(j, whole, j.get("rope_theta") or 1e6)
     local = rotation(j, near, j.get("rope_local_base_freq") or 1e4)
-    return _gemma(j, windows=seen, qk_norm=True, ropes=tuple(far if window is None else local for window in seen))
+    ropes, cap = tuple(far if window is None else local for window in seen), j.get("final_logit_softcapping")
+    return _gemma(j, windows=seen, ropes=ropes, qk_norm=True, logit_cap=cap)
 
 
 Half = Callable[[Config, str, str], Places]

@@ -117,7 +117,16 @@ CASES: dict[str, dict[str, Any]] = {
         "enable_bias": False,
     },
     "bert": {"model_type": "bert", "max_position_embeddings": 16, "tie_word_embeddings": True},
+    "roberta": {
+        "model_type": "roberta",
+        "max_position_embeddings": 16,
+        "type_vocab_size": 1,
+        "tie_word_embeddings": True,
+        "pad_token_id": 2,
+        "eos_token_id": 0,
+    },
 }
+ENCODERS = ("bert", "roberta")
 SHARED = {name: "llama" for name in CASES if name.startswith("llama-") and name != "llama-tied-biases"}
 """Cases that have the weights of another: rotations have none."""
 

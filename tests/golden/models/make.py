@@ -1,12 +1,12 @@
 """Makes the golden models with `transformers`: random checkpoints of every family and what they compute in float32.
 
     pip install torch==2.13.0 transformers==5.23.0 safetensors
-    python tests/golden/models/make.py [CASE ...]
+    python -m tests.golden.models.make [CASE ...]
 
 A golden is a folder: config.json and model.safetensors as `save_pretrained` writes them, and expected.safetensors:
 `tokens` and `mask` [3, T], whose sequences are whole, padded at the left and padded at the right, and `logits`
-[3, T, vocab]. Positions count the tokens of a sequence, as in `generate`. An encoder has `types`, and in place of its
-logits alone `hidden`, `pooled` and `logits`. A case that shares the weights of another has no model.safetensors.
+[3, T, vocab]. Positions count the tokens of a sequence, as in `generate`. An encoder has `types`
+too, `hidden`, and `pooled` where it has a pooler. A case that shares the weights of another has no model.safetensors.
 """
 
 from __future__ import annotations
@@ -16,25 +16,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from cases import CASES, SHARED, config
-from safetensors.torch import save_file
+from tests.golden.models.cases import CASES, ENCODERS, SHARED, config
 
 HERE = Path(__file__).parent
 LENGTH = 10
 PADDING = 3
 
 
-def model(name: str) -> Any:
+def model(name: str, seed: int | None = None, **changes: Any) -> Any:
     """Random weights in which every term matters: norms far from 1, biases far from 0, logits of several units."""
-    stated = config(name)
+    import torch
+    import transformers
+
+    stated = config(name) | changes
     made = transformers.AutoConfig.for_model(**stated)
-    torch.manual_seed(sorted(CASES).index(SHARED.get(name, name)))
-    encoder = stated["model_type"] == "bert"
-    create = transformers.BertForPreTraining if encoder else transformers.AutoModelForCausalLM.from_config
+    torch.manual_seed(sorted(CASES).index(SHARED.get(name, name)) if seed is None else seed)
+    kind = "AutoModelForPreTraining" if stated["model_type"] in ENCODERS else "AutoModelForCausalLM"
     made._attn_implementation = made._experts_implementation = "eager"  # the only one with soft caps
-    new = create(made).eval()
+    new = getattr(transformers, kind).from_config(made).eval()
     zero_based = stated["model_type"].startswith("gemma")
     with torch.no_grad():
         for key, value in new.named_parameters():
@@ -48,39 +47,50 @@ def model(name: str) -> Any:
     return new
 
 
-def inputs() -> dict[str, torch.Tensor]:
+def inputs() -> dict[str, Any]:
+    import torch
+
     torch.manual_seed(0)
     mask = torch.ones(3, LENGTH, dtype=torch.bool)
     mask[1, :PADDING] = mask[2, -PADDING:] = False
     return {"tokens": torch.randint(3, 64, (3, LENGTH)) * mask, "mask": mask}
 
 
-def expected(new: Any) -> dict[str, torch.Tensor]:
+def expected(new: Any) -> dict[str, Any]:
     """What the model computes, each sequence in its own batch, as `generate` would call it."""
+    import torch
+
     given = inputs()
-    encoder = new.config.model_type == "bert"
+    encoder = new.config.model_type in ENCODERS
+    first = new.config.pad_token_id + 1 if new.config.model_type == "roberta" else 0  # of positions
     if encoder:
-        given["types"] = torch.arange(LENGTH).expand(3, -1) // 4 % 2
-    rows: list[dict[str, torch.Tensor]] = []
+        given["types"] = torch.arange(LENGTH).expand(3, -1) // 4 % new.config.type_vocab_size
+    rows: list[dict[str, Any]] = []
     for i in range(3):
         mask = given["mask"][i : i + 1]
         extra = {"token_type_ids": given["types"][i : i + 1]} if encoder else {"use_cache": False}
         out = new(
             given["tokens"][i : i + 1],
             attention_mask=mask.long(),
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0) + first,
             output_hidden_states=encoder,
             **extra,
         )
         if encoder:
             hidden = out.hidden_states[-1]
-            rows.append({"hidden": hidden, "pooled": new.bert.pooler(hidden), "logits": out.prediction_logits})
+            pooler = new.base_model.pooler
+            pooled = {} if pooler is None else {"pooled": pooler(hidden)}
+            logits = out.logits if pooler is None else out.prediction_logits
+            rows.append({"hidden": hidden, "logits": logits, **pooled})
         else:
             rows.append({"logits": out.logits})
     return given | {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
 
 
 def make(name: str) -> None:
+    import torch
+    from safetensors.torch import save_file
+
     folder = HERE / name
     new = model(name)
     new.save_pretrained(folder)
@@ -95,8 +105,14 @@ def make(name: str) -> None:
     print(f"{name:20} |logits| up to {results['logits'].abs().max():.2f}")
 
 
+def versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
 if __name__ == "__main__":
     for case in sys.argv[1:] or CASES:
         make(case)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    (HERE / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    (HERE / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")

@@ -1,0 +1,126 @@
+"""Models in folders of lowbit's own: saved, replaced and opened again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import lowbit as lb
+from tests.llama_folder import W, assert_same, tensors, written
+
+RULES = {"layers/*/mlp/*": lb.uniform(4, group=16), "embed": lb.uniform(4, group=16)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return written(tmp_path / "llama", tensors())
+
+
+@pytest.mark.parametrize("rules", [None, RULES])
+def test_a_saved_folder_comes_back_bit_by_bit(folder: Path, tmp_path: Path, rules: Any) -> None:
+    model = lb.models.load(folder, rules, dtype=jnp.bfloat16)
+    lb.models.save(model, tmp_path / "saved", folder)
+    assert_same(lb.models.load(tmp_path / "saved"), model)
+
+
+def test_a_saved_folder_has_what_text_needs_and_says_who_wrote_it(tmp_path: Path) -> None:
+    source = "examples/tinylm/model"
+    lb.models.save(lb.models.load(source), tmp_path / "saved", source)
+    assert {f.name for f in (tmp_path / "saved").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    }  # fmt: skip
+    j = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert j.pop("quantization_config") == {"quant_method": "lowbit", "version": 1, "dtype": "float16"}
+    assert j == json.loads(Path(source, "config.json").read_text())
+    assert lb.models.tokenizer(tmp_path / "saved").encode("a").ids == [97]
+    lb.models.save(lb.models.load(tmp_path / "saved"), tmp_path / "again", tmp_path / "saved")  # its own source
+    rules = {"layers/0/mlp/up": lb.uniform(4)}
+    assert_same(lb.models.load(tmp_path / "again", rules), lb.models.load(source, rules))
+
+
+def test_a_save_replaces_only_what_it_is_told_to(folder: Path, tmp_path: Path) -> None:
+    model, saved = lb.models.load(folder), tmp_path / "saved"
+    lb.models.save(model, saved, folder)
+    with pytest.raises(FileExistsError, match=r"saved' exists: choose another name, or say overwrite=True"):
+        lb.models.save(model, saved, folder)
+    with pytest.raises(FileExistsError, match=r"llama' is no folder that lowbit saved: choose another name, or delete"):
+        lb.models.save(model, folder, folder, overwrite=True)
+    model.norm.scale[...] = jnp.zeros(W)
+    lb.models.save(model, saved, folder, overwrite=True)
+    assert_same(lb.models.load(saved), model)
+    assert {p.name for p in tmp_path.iterdir()} == {"llama", "saved"}
+
+
+@pytest.mark.parametrize("when", ["write", "kill"])
+def test_a_save_that_fails_leaves_the_old_folder(folder: Path, tmp_path: Path, when: str) -> None:
+    """The disk is full (a limit on the size of files, that raises as a full disk does), or the process is killed."""
+    lb.models.save(lb.models.load(folder), tmp_path / "saved", folder)
+    old = {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()}
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
+    kill = "save.save_model = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    code = f"""
+import os, resource, signal, sys
+import lowbit as lb
+from lowbit.models import save
+save = sys.modules["lowbit.models.save"]
+model = lb.models.load({str(folder)!r})
+{limit if when == "write" else kill}
+lb.models.save(model, {str(tmp_path / "saved")!r}, {str(folder)!r}, overwrite=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    if when == "write":
+        assert f"OSError: [Errno 27] cannot write {str(tmp_path / 'saved')!r}: File too large" in done.stderr
+        assert {p.name for p in tmp_path.iterdir()} == {"llama", "saved"}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()} == old
+
+
+def test_a_model_that_load_would_not_make_is_not_saved(folder: Path, tmp_path: Path) -> None:
+    model = lb.models.load(folder)
+    with pytest.raises(ValueError, match=r"config\.json describes another model: name the folder that this one came"):
+        lb.models.save(model, tmp_path / "saved", "examples/tinylm/model")
+    model.extra = nnx.Param(jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"the model is not as one that is loaded, in 'extra': write it with lb\.save"):
+        lb.models.save(model, tmp_path / "saved", folder)
+    with pytest.raises(
+        TypeError, match=r"^cannot save a Linear as a folder: give a model of lb\.models, or use lb\.save"
+    ):
+        lb.models.save(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), tmp_path / "saved", folder)  # type: ignore[arg-type]
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda f, j: j["quantization_config"].update(version=2),
+            r"states version 2 of lowbit's folders, and this library re",
+        ),
+        (lambda f, j: (f / "model.safetensors").unlink(), r"saved holds no model\.safetensors: get the file again"),
+        (
+            lambda f, j: j.update(num_hidden_layers=3),
+            r"model\.safetensors does not fit Decoder: the file lacks 'layers/2",
+        ),
+        (
+            lambda f, j: j.update(intermediate_size=80),
+            r"'layers/0/mlp/down/kernel' is stored as float32\[64, 32\], but th",
+        ),
+    ],
+)
+def test_a_folder_of_lowbit_that_does_not_fit_is_refused(
+    folder: Path, tmp_path: Path, spoil: Any, message: str
+) -> None:
+    saved = tmp_path / "saved"
+    lb.models.save(lb.models.load(folder), saved, folder)
+    j = json.loads((saved / "config.json").read_text())
+    spoil(saved, j)
+    (saved / "config.json").write_text(json.dumps(j))
+    with pytest.raises(lb.CheckpointError, match=message):
+        lb.models.load(saved)
