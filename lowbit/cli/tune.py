@@ -27,7 +27,9 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("held_out", 0.05, "Share of the text that is for evaluation only.", flag_values=values)
     flags.DEFINE_integer("eval_every", 50, "Steps between evaluations.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("patience", None, "Stop after so many evaluations that gain nothing.", flag_values=values)
-    flags.DEFINE_bool("remat", False, "Less memory and a third more time: blocks are computed again.", flag_values=values)
+    flags.DEFINE_bool(
+        "remat", False, "Less memory and a third more time: blocks are computed again.", flag_values=values
+    )
     flags.DEFINE_string("run", None, "Folder of log and checkpoints; TASK.run if not given.", flag_values=values)
     flags.DEFINE_bool("force", False, "Replace the file if there is one.", flag_values=values)
 
@@ -48,7 +50,9 @@ def _run(given: flags.FlagValues, folder: str, text: str, task: str) -> None:
     trained = train(
         start,
         seen,
-        tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(given.rate, given.steps))),
+        tx=optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(given.rate, given.steps))
+        ),
         steps=given.steps,
         wrt=wrt,
         accumulate=given.accumulate,

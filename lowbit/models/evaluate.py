@@ -79,7 +79,7 @@ def evaluate(model: Decoder, ids: Any, *, length: int | None = None, batch: int 
 
 
 def windows(ids: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs and targets int32 [W, length], and which targets count, bool [W, length]: each but the first token once."""
+    """Inputs and targets int32 [W, length], and which targets count, bool [W, length]: each token once."""
     half, count = length // 2, len(ids) - 1
     index = np.arange(0, max(count - half, 1), half)[:, None] + np.arange(length)
     counts = index < count

@@ -1,7 +1,9 @@
 """Every command of `lowbit` on the tiny language model, and what it says to bad input."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from lowbit.cli import run, spelling
 from lowbit.cli.main import COMMANDS, FAILED, INTERRUPTED, MISUSED
 from lowbit.models import load
 
-TINY = "examples/tinylm/model"
+TINY = str(Path(__file__).parents[2] / "examples/tinylm/model")
 TEXT = "def double(x):\n    return x + x\n\n\n" * 8
 ONE = "--layers=layers/0/mlp/*"
 
@@ -115,6 +117,31 @@ def test_prompts_may_come_from_a_pipe(capsys, monkeypatch, small):
     assert shown == said(capsys, ["generate", small, "--prompt=def ", "--tokens=8"])
 
 
+def test_tune_writes_a_task_that_generate_and_eval_take(capsys, tmp_path, text):
+    base, task = str(tmp_path / "q"), str(tmp_path / "task.safetensors")
+    said(capsys, ["quantize", TINY, base, "--format=bcq(2, group=128)", ONE])
+    argv = ["tune", base, text, task, "--steps=3", "--length=32", "--batch=4", "--held_out=0.3", "--rate=0.01"]
+    assert f"wrote {task}" in said(capsys, argv)
+    assert (Path(f"{task}.run") / "log.jsonl").read_text().count("\n") >= 3
+    plain, tuned = (
+        json.loads(said(capsys, ["eval", base, f"--text={text}", "--length=32", "--json", *more]))["nats"]
+        for more in ([], [f"--task={task}"])
+    )
+    assert tuned < plain
+    assert len(said(capsys, ["generate", base, "--prompt=def ", "--tokens=4", f"--task={task}"])) == 5
+    assert "exists" in said(capsys, argv, FAILED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "fmt"), [("lora", "uniform(3)"), ("codebook", "any_precision(3, 3)")])
+def test_other_methods_of_tuning(capsys, tmp_path, text, method, fmt):
+    base, task = str(tmp_path / "q"), str(tmp_path / "task.safetensors")
+    said(capsys, ["quantize", TINY, base, f"--format={fmt}", ONE])
+    argv = ["tune", base, text, task, "--steps=2", "--length=32", "--batch=4", "--held_out=0.3", f"--method={method}"]
+    said(capsys, argv)
+    assert "bits per byte" in said(capsys, ["eval", base, f"--text={text}", "--length=32", f"--task={task}"])
+
+
 def test_convert(capsys, tmp_path, small):
     target = str(tmp_path / "again")
     said(capsys, ["convert", small, target])
@@ -122,9 +149,8 @@ def test_convert(capsys, tmp_path, small):
 
 
 def test_quantize_goes_on_where_it_was_stopped(capsys, monkeypatch, tmp_path):
-    from lowbit.nn import quantize
-
-    solve, solved, target = quantize.quantize_array, [], str(tmp_path / "q")
+    module = sys.modules["lowbit.nn.quantize"]  # the package has a function of this name
+    solve, solved, target = module.quantize_array, [], str(tmp_path / "q")
 
     def counted(*args, **kwargs):
         if len(solved) == 2 and not Path(f"{target}.stopped").exists():
@@ -133,7 +159,7 @@ def test_quantize_goes_on_where_it_was_stopped(capsys, monkeypatch, tmp_path):
         solved.append(kwargs["name"])
         return solve(*args, **kwargs)
 
-    monkeypatch.setattr(quantize, "quantize_array", counted)
+    monkeypatch.setattr(module, "quantize_array", counted)
     argv = ["quantize", TINY, target, "--format=uniform(2)", ONE]
     assert f"{target}.unfinished" in said(capsys, argv, INTERRUPTED)
     assert not Path(target).exists() and len(solved) == 2
@@ -141,6 +167,24 @@ def test_quantize_goes_on_where_it_was_stopped(capsys, monkeypatch, tmp_path):
     assert len(solved) == 3 == len(set(solved))
     assert "exists" in said(capsys, argv, FAILED)
     said(capsys, [*argv, "--force"])
+
+
+@pytest.mark.slow
+def test_a_killed_quantize_ends_with_the_same_bytes(tmp_path):
+    files = []
+    for name, kills in (("whole", 0), ("killed", 2)):
+        target = tmp_path / name
+        argv = [sys.executable, "-m", "lowbit.cli", "quantize", TINY, str(target), "--format=bcq(2, group=128)"]
+        for kill in range(1, kills + 1):
+            with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+                while len(list(Path(f"{target}.unfinished").glob("*.safetensors"))) < 3 * kill:
+                    assert running.poll() is None, "it came to its end before it was killed"
+                    time.sleep(0.01)
+                running.kill()
+            assert not target.exists()
+        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        files.append((target / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +207,8 @@ def test_quantize_goes_on_where_it_was_stopped(capsys, monkeypatch, tmp_path):
         (["generate", TINY, "--prompt=a", "--top_p=2"], FAILED, "top_p"),
     ],
 )
-def test_errors_are_one_line(capsys, argv, code, message):
+def test_errors_are_one_line(capsys, monkeypatch, tmp_path, argv, code, message):
+    monkeypatch.chdir(tmp_path)
     shown = said(capsys, argv, code)
     assert message in shown and shown.count("\n") == 1 and not Path("out").exists()
 
@@ -185,7 +230,7 @@ def test_a_tokenizer_of_another_model(capsys, tmp_path, text):
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder)
     data = json.loads((folder / "tokenizer.json").read_text())
-    data["model"]["vocab"] = {token: 2 * i for token, i in data["model"]["vocab"].items()}
+    data["model"]["vocab"] = {token: 3 * i for token, i in data["model"]["vocab"].items()}
     (folder / "tokenizer.json").write_text(json.dumps(data))
     assert "do not belong together" in said(capsys, ["eval", str(folder), f"--text={text}"], FAILED)
 
