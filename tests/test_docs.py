@@ -13,7 +13,7 @@ from tools import api_pages
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-CELL = re.compile(r"^```\{code-cell\}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CELL = re.compile(r"^```\{code-cell\}\n(?::.*\n)*(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def cells(page: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Language models: load a checkpoint, quantize it, generate."""
 
+from lowbit.models import kvzip as kvzip
 from lowbit.models.cache import CacheKind as CacheKind
 from lowbit.models.cache import DenseCache as DenseCache
 from lowbit.models.cache import DenseKV as DenseKV

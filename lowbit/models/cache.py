@@ -39,7 +39,7 @@ class DenseCache:
 
     Attributes:
       k, v: [B, S, kv_heads, D].
-      positions: int32 [B, 1, S], of each slot, -1 where it holds nothing.
+      positions: int32 [B, 1, S], of each slot, -1 where it holds nothing; [B, kv_heads, S] where heads differ in that.
       length: int32 [B], slots of each sequence in use: the first ones.
     """
 
@@ -62,7 +62,7 @@ class DenseCache:
         return DenseCache(
             self.k.at[row, slot].set(k.astype(self.k.dtype), mode="drop"),
             self.v.at[row, slot].set(v.astype(self.v.dtype), mode="drop"),
-            self.positions.at[row, 0, slot].set(positions, mode="drop"),
+            self.positions.at[row, :, slot].set(positions[..., None], mode="drop"),
             self.length + taken.sum(axis=1, dtype=jnp.int32),
         )
 

@@ -93,6 +93,19 @@ class QuantCache:
         return jnp.broadcast_to(e.settled(self.length), like.shape[:2])
 
 
+_appended = jax.jit(QuantCache.append)
+
+
+def expect_dense(cache: Sequence[DenseCache]) -> Sequence[DenseCache]:
+    """The cache itself. Raises TypeError, naming the layer, for one that is not dense."""
+    for i, entry in enumerate(cache):
+        if not isinstance(entry, DenseCache):
+            raise TypeError(
+                f"layer {i} has a {type(entry).__name__}: fill a dense cache, and quantize what is left of it"
+            )
+    return cache
+
+
 class QuantKV(ABC):
     """A `lowbit.models.cache.CacheKind` of two encodings. A kind of your own is a frozen dataclass that has them."""
 
@@ -111,12 +124,14 @@ class QuantKV(ABC):
 
         Where heads hold different tokens, after KVzip, each head's are quantized on their own, and groups that lie
         along tokens are made of those that are left. Tokens that do not fit are left out.
+
+        Raises TypeError for a cache that is not dense.
         """
         out = []
-        for c in cache:
+        for c in expect_dense(cache):
             batch, _, kv_heads, head = c.k.shape
             empty = self._layer(batch, slots, kv_heads, head, c.positions.shape[1], c.k.dtype)
-            out.append(empty.append(c.k, c.v, c.positions))
+            out.append(_appended(empty, c.k, c.v, c.positions))
         return tuple(out)
 
     def _layer(self, batch: int, slots: int, kv_heads: int, head: int, lanes: int, dtype: Any) -> QuantCache:

@@ -39,7 +39,6 @@ HERE = jax.devices()[0].device_kind
 
 FAULTY = (sys.executable, "-c", """
 import json, sys, time
-from tests.forgetting import forget
 print("{}", flush=True)
 for line in sys.stdin:
     lowering = json.loads(line)["candidate"]["lowering"]

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import lowbit as lb
-from lowbit.models import Config, DenseCache, Fp8KV, Int8KV, Kivi
+from lowbit.models import Config, DenseCache, Fp8KV, Int8KV, Kivi, Rope
 from lowbit.models.attention import Dense, How
 from lowbit.models.kv import QuantCache, QuantKV
 from lowbit.models.kv_store import Encoding, Store
@@ -20,7 +20,7 @@ from lowbit.quantizers import MinMax
 from lowbit.testing.tolerance import assert_within, gamma, unit
 
 Array = np.ndarray[Any, Any]
-CONFIG = Config(vocab=32, width=24, layers=1, heads=4, kv_heads=2, head=6, hidden=32, context=64)
+CONFIG = Config(vocab=32, width=24, layers=1, heads=4, kv_heads=2, head=6, hidden=32, context=64, ropes=(Rope(1e4, 6),))
 LENGTHS = np.array([0, 5, 8, 16, 21, 24])
 """Of the sequences of a batch: none, fewer than the residual, as many, twice that, odd, more than there are slots."""
 SLOTS, RESIDUAL, GROUP, CHUNK = 22, 8, 4, 24
@@ -161,12 +161,12 @@ def test_new_tokens_are_seen_as_they_are() -> None:
 
 def test_a_decoder_with_all_tokens_in_the_residual_is_the_dense_one() -> None:
     model = lb.models.Decoder(CONFIG, rngs=nnx.Rngs(0))
-    ids = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 7)))
-    positions = jnp.array([[-1, -1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]])
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 8)))
+    positions = jnp.array([[-1, -1, 0, 1, 2, 3, 4, -1], [0, 1, 2, 3, 4, 5, 6, -1]])
     step = nnx.jit(lambda model, ids, positions, cache: model.hidden(ids, positions, cache))
     quant: Any = Kivi(2, 8, 16).empty(CONFIG, 2, 24, jnp.float32)
     dense: Any = (DenseCache.empty(2, 24, 2, 6, jnp.float32),)
-    for at in (slice(0, 6), slice(6, 7)):
+    for at in (slice(0, 4), slice(4, 8)):
         x, quant = step(model, ids[:, at], positions[:, at], quant)
         y, dense = step(model, ids[:, at], positions[:, at], dense)
         seen = np.asarray(positions[:, at] >= 0)

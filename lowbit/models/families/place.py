@@ -33,10 +33,6 @@ class Where:
 Places = Iterator[tuple[str, Where]]
 
 
-def as_is(name: str) -> str:
-    return name
-
-
 @dataclass(frozen=True)
 class Family:
     """How the checkpoints of one family are to be read.
@@ -53,7 +49,7 @@ class Family:
     config: Callable[[Mapping[str, Any]], Config]
     places: Callable[[Config], Places]
     unused: tuple[str, ...] = ()
-    rename: Callable[[str], str] = as_is
+    rename: Callable[[str], str] = str
     model: type[Decoder] | type[Encoder] = Decoder
 
 
