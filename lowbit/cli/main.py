@@ -47,8 +47,8 @@ def run(argv: Sequence[str]) -> int:
         return _failed(f"lowbit {name}", str(err), MISUSED)
     except (ValueError, TypeError, OSError, KeyError, FloatingPointError, ImportError) as err:
         return _failed(f"lowbit {name}", str(err) or repr(err), FAILED)
-    except KeyboardInterrupt:
-        return _failed(f"lowbit {name}", "interrupted", INTERRUPTED)
+    except KeyboardInterrupt as err:
+        return _failed(f"lowbit {name}", f"interrupted; {err}" if err.args else "interrupted", INTERRUPTED)
     return 0
 
 

@@ -17,8 +17,9 @@ from lowbit.cli.main import COMMANDS, FAILED, INTERRUPTED, MISUSED
 from lowbit.models import load
 
 TINY = str(Path(__file__).parents[2] / "examples/tinylm/model")
+LAYERS = [f"layers/0/attn/{name}" for name in "koqv"]
 TEXT = "def double(x):\n    return x + x\n\n\n" * 8
-ONE = "--layers=layers/0/mlp/*"
+FEW = "--layers=layers/0/attn/*"  # of one shape
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def text(tmp_path_factory):
 def small(tmp_path_factory):
     """A quantized folder; a few layers, for they take time."""
     folder = str(tmp_path_factory.mktemp("models") / "q")
-    assert run(["quantize", TINY, folder, "--format=uniform(4, group=128)", ONE]) == 0
+    assert run(["quantize", TINY, folder, "--format=uniform(4, group=128)", FEW]) == 0
     return folder
 
 
@@ -55,15 +56,15 @@ def test_quantize_report_and_explain(capsys, small):
     assert "uniform(bits=4, group=128)" in said(capsys, ["report", small])
     found = json.loads(said(capsys, ["report", small, "--json"]))
     quantized = [row["layer"] for row in found["layers"] if row["format"].startswith("uniform")]
-    assert quantized == [f"layers/0/mlp/{name}" for name in ("down", "gate", "up")]
+    assert quantized == LAYERS
     assert "on gpu" in said(capsys, ["explain", small, quantized[0], "--batch=8", "--platform=gpu"])
-    assert "layers/0/mlp/up" in said(capsys, ["explain", small, "layers/0/mlp/ub"], FAILED)
+    assert "layers/0/attn/q" in said(capsys, ["explain", small, "layers/0/attn/p"], FAILED)
     assert not Path(f"{small}.unfinished").exists()
 
 
 def test_within_a_budget(capsys, tmp_path):
     target = str(tmp_path / "q")
-    shown = said(capsys, ["quantize", TINY, target, "--bits=3.25", ONE])
+    shown = said(capsys, ["quantize", TINY, target, "--bits=3.25", FEW])
     assert f"wrote {target}" in shown
     rows = [row for row in lb.report(load(target)).rows if row.format.startswith("uniform")]
     assert 3.0 < 8 * sum(r.bytes for r in rows) / sum(r.weights for r in rows) <= 3.25
@@ -71,12 +72,10 @@ def test_within_a_budget(capsys, tmp_path):
 
 def test_allocate_writes_rules_that_quantize_takes(capsys, tmp_path, text):
     rules, target = str(tmp_path / "rules.json"), str(tmp_path / "q")
-    argv = ["allocate", TINY, rules, "--bits=3", ONE, "--choice=uniform(2)", "--choice=uniform(4)"]
+    argv = ["allocate", TINY, rules, "--bits=3", FEW, "--choice=uniform(2)", "--choice=uniform(4)"]
     measured = [f"--calibration={text}", "--length=32", "--by=loss"]
     assert "together" in said(capsys, [*argv, *measured])
-    assert {rule["path"] for rule in json.loads(Path(rules).read_text())["rules"]} == {
-        f"layers/0/mlp/{name}" for name in ("down", "gate", "up")
-    }
+    assert {rule["path"] for rule in json.loads(Path(rules).read_text())["rules"]} == {*LAYERS}
     said(capsys, ["quantize", TINY, target, f"--rules={rules}"])
     assert "exists" in said(capsys, [*argv, *measured], FAILED)
 
@@ -119,7 +118,7 @@ def test_prompts_may_come_from_a_pipe(capsys, monkeypatch, small):
 
 def test_tune_writes_a_task_that_generate_and_eval_take(capsys, tmp_path, text):
     base, task = str(tmp_path / "q"), str(tmp_path / "task.safetensors")
-    said(capsys, ["quantize", TINY, base, "--format=bcq(2, group=128)", ONE])
+    said(capsys, ["quantize", TINY, base, "--format=bcq(2, group=128)", FEW])
     argv = ["tune", base, text, task, "--steps=3", "--length=32", "--batch=4", "--held_out=0.3", "--rate=0.01"]
     assert f"wrote {task}" in said(capsys, argv)
     assert (Path(f"{task}.run") / "log.jsonl").read_text().count("\n") >= 3
@@ -136,7 +135,7 @@ def test_tune_writes_a_task_that_generate_and_eval_take(capsys, tmp_path, text):
 @pytest.mark.parametrize(("method", "fmt"), [("lora", "uniform(3)"), ("codebook", "any_precision(3, 3)")])
 def test_other_methods_of_tuning(capsys, tmp_path, text, method, fmt):
     base, task = str(tmp_path / "q"), str(tmp_path / "task.safetensors")
-    said(capsys, ["quantize", TINY, base, f"--format={fmt}", ONE])
+    said(capsys, ["quantize", TINY, base, f"--format={fmt}", FEW])
     argv = ["tune", base, text, task, "--steps=2", "--length=32", "--batch=4", "--held_out=0.3", f"--method={method}"]
     said(capsys, argv)
     assert "bits per byte" in said(capsys, ["eval", base, f"--text={text}", "--length=32", f"--task={task}"])
@@ -160,11 +159,11 @@ def test_quantize_goes_on_where_it_was_stopped(capsys, monkeypatch, tmp_path):
         return solve(*args, **kwargs)
 
     monkeypatch.setattr(module, "quantize_array", counted)
-    argv = ["quantize", TINY, target, "--format=uniform(2)", ONE]
+    argv = ["quantize", TINY, target, "--format=uniform(2)", FEW]
     assert f"{target}.unfinished" in said(capsys, argv, INTERRUPTED)
     assert not Path(target).exists() and len(solved) == 2
     said(capsys, argv)
-    assert len(solved) == 3 == len(set(solved))
+    assert len(solved) == len(LAYERS) == len(set(solved))
     assert "exists" in said(capsys, argv, FAILED)
     said(capsys, [*argv, "--force"])
 
@@ -197,7 +196,7 @@ def test_a_killed_quantize_ends_with_the_same_bytes(tmp_path):
         (["quantize", TINY, "out", "--bits=much"], MISUSED, "--bits"),
         (["quantize", TINY, "out", "--format=uniform(99)"], FAILED, "1 to 8"),
         (["quantize", TINY, "out", "--format=__import__('os')"], FAILED, "is no format"),
-        (["quantize", TINY, "out", "--bits=1", ONE], FAILED, "the smallest formats need"),
+        (["quantize", TINY, "out", "--bits=1", FEW], FAILED, "the smallest formats need"),
         (["quantize", TINY, "out", "--bits=3", "--by=loss"], MISUSED, "--calibration"),
         (["quantize", TINY, "out", "--bits=3", "--layers=head/*"], FAILED, "none of the layers"),
         (["quantize", "nowhere/at/all", "out", "--bits=3"], FAILED, "nowhere/at/all"),
