@@ -25,7 +25,7 @@ from lowbit.nn.kernel import joined
 from lowbit.nn.kinds import layers
 from lowbit.nn.linen import opened
 from lowbit.nn.progress import bar
-from lowbit.nn.reached import Arguments, Call, arguments, in_order
+from lowbit.nn.reached import Call, Inputs, in_order, inputs_of
 from lowbit.nn.resume import steps
 from lowbit.nn.rules import Rule, Rules
 from lowbit.nn.running import digest_of
@@ -39,37 +39,24 @@ START = 4.0
 
 @dataclass(frozen=True)
 class _Static:
-    """What is compiled: a block, the formats of its layers by path in it, how fast they learn, and those of the block's
-    arguments that are no arrays."""
+    """What is compiled: a block, the formats of its layers by path in it, and how fast they learn."""
 
     graph: Any
     formats: tuple[tuple[str, Format], ...]
     rate: float
-    tree: Any
-    plain: tuple[Any, ...]
 
-    def output(self, logits: Logits, state: Any, arrays: Sequence[jax.Array]) -> jax.Array:
+    def output(self, logits: Logits, state: Any, inputs: Inputs) -> jax.Array:
         """Of the block with its layers clipped and rounded."""
         block = nnx.merge(self.graph, state, copy=True)
         found = layers(block)
         for path, fmt in self.formats:
             set_rows(found[path], _clipped(rows_of(found[path]), fmt, logits[path]))
             set_rows(found[path], rounded(rows_of(found[path]), fmt))
-        return self.call(block, arrays)
-
-    def call(self, block: Any, arrays: Sequence[jax.Array]) -> jax.Array:
-        given = iter(arrays)
-        args, kwargs = jax.tree.unflatten(self.tree, [next(given) if p is _ARRAY else p for p in self.plain])
-        out: jax.Array = block(*args, **kwargs)
+        out: jax.Array = inputs.call(block)
         return out
 
 
-class _Array:
-    """Stands for an array among a block's arguments."""
-
-
-_ARRAY = _Array()
-Pair = tuple[_Static, list[Any], jax.Array]
+Pair = tuple[Inputs, jax.Array]
 
 
 def lwc(
@@ -194,43 +181,33 @@ class _Job:
         """The numbers of one block that had the least error, "b/..." and "g/..." of each layer in it."""
         block = next(m for p, m in nnx.iter_modules(self.model) if joined(p) == path)
         graph, state = nnx.split(block)
-        pairs = [self._pair(path, graph, state, formats, batch) for batch in self.batches]
+        static = _Static(graph, tuple(formats.items()), self.rate)
+        pairs = [self._pair(path, graph, state, batch) for batch in self.batches]
         _check_inputs(path, pairs)
         sizes = {part: span(grouped(rows_of(layers(block)[part]), fmt))[0].shape for part, fmt in formats.items()}
         best: Logits = {part: (jnp.full(s, jnp.inf, jnp.float32),) * 2 for part, s in sizes.items()}
-        least = _mean_loss(best, state, pairs)
+        least = _mean_loss(best, static, state, pairs)
         if not np.isfinite(least):
             raise ValueError(f"the output of block {path!r} is NaN or inf: give batches for which it is finite")
         logits = jax.tree.map(lambda x: jnp.full_like(x, START), best)
         moments = _adam(self.rate).init(logits)
         for _ in range(self.epochs):
-            for static, arrays, wanted in pairs:
-                logits, moments = _step(static, logits, moments, state, arrays, wanted)
-            if (loss := _mean_loss(logits, state, pairs)) < least:
+            for inputs, wanted in pairs:
+                logits, moments = _step(static, logits, moments, state, inputs, wanted)
+            if (loss := _mean_loss(logits, static, state, pairs)) < least:
                 best, least = logits, loss
         return {f"{end}/{part}": x for part, pair in best.items() for end, x in zip("bg", pair, strict=True)}
 
-    def _pair(self, path: str, graph: Any, state: Any, formats: Mapping[str, Format], batch: Any) -> Pair:
-        """The block as it is compiled, what it is given after rounded blocks, and what it makes after float ones."""
-        told = tuple(formats.items())
-        static, arrays = _static(graph, told, self.rate, arguments(self.model, path, self.call, batch))
-        wanted = static.call(nnx.merge(graph, state, copy=True), arrays)
+    def _pair(self, path: str, graph: Any, state: Any, batch: Any) -> Pair:
+        """What the block is given after rounded blocks, and what it makes after float ones."""
+        wanted = inputs_of(self.model, path, self.call, batch).call(nnx.merge(graph, state, copy=True))
         if not isinstance(wanted, jax.Array):
             raise TypeError(f"block {path!r} returns a {type(wanted).__name__}: name blocks that return one array")
-        return *_static(graph, told, self.rate, arguments(self.copy, path, self.call, batch)), wanted
-
-
-def _static(
-    graph: Any, formats: tuple[tuple[str, Format], ...], rate: float, given: Arguments
-) -> tuple[_Static, list[Any]]:
-    leaves, tree = jax.tree.flatten(given)
-    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
-    plain = tuple(_ARRAY if isinstance(leaf, jax.Array | np.ndarray) else leaf for leaf in leaves)
-    return _Static(graph, formats, rate, tree, plain), arrays
+        return inputs_of(self.copy, path, self.call, batch), wanted
 
 
 def _check_inputs(path: str, pairs: Sequence[Pair]) -> None:
-    floats = [x for _, arrays, _ in pairs for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+    floats = [x for inputs, _ in pairs for x in inputs.arrays if jnp.issubdtype(x.dtype, jnp.floating)]
     if floats and not any(jnp.any(x) for x in floats):
         raise ValueError(f"the inputs of block {path!r} are all zero: they do not tell what errors of its weights cost")
 
@@ -239,22 +216,22 @@ def _adam(rate: float) -> optax.GradientTransformation:
     return optax.adamw(rate, weight_decay=0.0)
 
 
-def _loss(logits: Logits, static: _Static, state: Any, arrays: list[Any], wanted: jax.Array) -> jax.Array:
-    return jnp.square(static.output(logits, state, arrays).astype(jnp.float32) - wanted.astype(jnp.float32)).mean()
+def _loss(logits: Logits, static: _Static, state: Any, inputs: Inputs, wanted: jax.Array) -> jax.Array:
+    return jnp.square(static.output(logits, state, inputs).astype(jnp.float32) - wanted.astype(jnp.float32)).mean()
 
 
 _loss_of = jax.jit(_loss, static_argnums=1)
 
 
-def _mean_loss(logits: Logits, state: Any, pairs: Sequence[Pair]) -> float:
-    return float(np.mean([_loss_of(logits, static, state, arrays, wanted) for static, arrays, wanted in pairs]))
+def _mean_loss(logits: Logits, static: _Static, state: Any, pairs: Sequence[Pair]) -> float:
+    return float(np.mean([_loss_of(logits, static, state, inputs, wanted) for inputs, wanted in pairs]))
 
 
 @partial(jax.jit, static_argnums=0)
 def _step(
-    static: _Static, logits: Logits, moments: Any, state: Any, arrays: list[Any], wanted: jax.Array
+    static: _Static, logits: Logits, moments: Any, state: Any, inputs: Inputs, wanted: jax.Array
 ) -> tuple[Logits, Any]:
-    gradients = jax.grad(_loss)(logits, static, state, arrays, wanted)
+    gradients = jax.grad(_loss)(logits, static, state, inputs, wanted)
     updates, moments = _adam(static.rate).update(gradients, moments, logits)
     new: Logits = optax.apply_updates(logits, updates)
     return new, moments

@@ -4,43 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.extend.core import Literal, get_opaque_trace_state
 
 from lowbit.nn.kernel import joined
+from lowbit.nn.reached import Inputs
 from lowbit.nn.rules import Rule, assign
-
-_HERE = "an array"
-"""Stands in `Inputs.fixed` where an array was."""
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["tree", "fixed"])
-@dataclass(frozen=True)
-class Inputs:
-    """What a block is called with: arrays, and all else that its arguments hold, which compiled functions depend on."""
-
-    arrays: list[Any]
-    tree: Any
-    fixed: tuple[tuple[str, Any], ...]
-
-    @staticmethod
-    def of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
-        leaves, tree = jax.tree.flatten((tuple(args), dict(kwargs)))
-        found = [isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves]
-        arrays = [leaf for leaf, is_array in zip(leaves, found, strict=True) if is_array]
-        fixed = tuple((_HERE, None) if a else ("", leaf) for leaf, a in zip(leaves, found, strict=True))
-        return Inputs(arrays, tree, fixed)
-
-    def call(self, block: Any) -> Any:
-        arrays = iter(self.arrays)
-        args, kwargs = self.tree.unflatten([next(arrays) if at == _HERE else leaf for at, leaf in self.fixed])
-        return block(*args, **kwargs)
 
 
 class Stage(nnx.Module):

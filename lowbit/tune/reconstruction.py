@@ -19,11 +19,12 @@ from flax import nnx
 from lowbit.nn.checkpoint import plain, restored, variables
 from lowbit.nn.kernel import Codebook, Scale, expect_arrays, expect_module, kernels
 from lowbit.nn.progress import bar
+from lowbit.nn.reached import Inputs
 from lowbit.nn.resume import steps
 from lowbit.nn.running import digest_of
 from lowbit.quant_type import type_to_json
 from lowbit.tune.alpha import check_tunable, fold
-from lowbit.tune.blocks import Cut, Inputs, Stream, Survey
+from lowbit.tune.blocks import Cut, Stream, Survey
 from lowbit.tune.training import Examples, Training, returned, tuned
 
 M = TypeVar("M", bound=nnx.Module)

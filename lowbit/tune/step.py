@@ -16,8 +16,8 @@ import optax
 from flax import nnx
 
 from lowbit.nn.kernel import Code, Frozen, Stats, Width, joined
+from lowbit.nn.reached import Inputs
 from lowbit.nn.rules import Rule, assign
-from lowbit.tune.blocks import Inputs
 
 Loss = Callable[[Any, Any], tuple[Any, Any]]
 """loss(model, batch) -> the sum of losses, and their number or weight."""

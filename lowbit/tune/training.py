@@ -14,8 +14,8 @@ import optax
 from absl import logging
 from flax import nnx
 
+from lowbit.nn.reached import Inputs
 from lowbit.tune.alpha import every_float, fold
-from lowbit.tune.blocks import Inputs
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def test_greedy_takes_the_first_of_the_likeliest() -> None:
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
-    sampling = Sampling(0.8, top_k=20, top_p=0.9, min_p=0.01)
+    sampling = jax.jit(Sampling(0.8, top_k=20, top_p=0.9, min_p=0.01))
     logits, keys = jax.random.normal(jax.random.key(0), (6, 40)), jax.random.split(jax.random.key(1), 6)
     together = sampling(logits, keys).tolist()
     assert together == [int(sampling(logits[i : i + 1], keys[i : i + 1])[0]) for i in range(6)]

@@ -67,6 +67,7 @@ def test_requests_that_join_and_leave_get_what_each_gets_alone(arrivals: list[in
     assert counts[2] == 1
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_quantized_cache() -> None:
     kind = lb.models.Kivi(4, group=8, residual=16)
     batcher = Batcher(tiny(), rows=3, slots=SLOTS, budget=16, cache=kind)
