@@ -39,6 +39,8 @@ test:  ## the tests that take a few minutes
 
 test-all:  ## every test, and 2,000 random terms for each property
 	@tools/venv.sh $(VENV) test
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[live]" || \
+		echo "no torch here: models are not compared with transformers live"
 	$(PYTEST) --examples 2000 $(PYTEST_ARGS)
 
 lint:  ## ruff, mypy, import floors, names, sizes
