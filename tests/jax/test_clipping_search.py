@@ -97,14 +97,14 @@ def test_blocks_learn_after_rounded_ones_what_float_ones_make(monkeypatch: pytes
     monkeypatch.setattr(LWC._Job, "_pair", note)
     clipped = lwc(NET, RULES, X[:1], blocks=["blocks/*"], epochs=2)
     assert list(seen) == ["blocks/1", "blocks/0"]  # as they run
-    static, arrays_in, wanted = seen["blocks/0"]
+    given, wanted = seen["blocks/0"]
     first = nnx.clone(clipped).blocks[1]
     for layer in (first.up, first.down):
         set_rows(layer, rounded(rows_of(layer), FMT))
-    np.testing.assert_array_equal(arrays_in[0], first(X[0], True, shift=jnp.float32(0.5)))
+    np.testing.assert_array_equal(given.arrays[0], first(X[0], True, shift=jnp.float32(0.5)))
     between = NET.blocks[1](X[0], True, shift=jnp.float32(0.5))
     np.testing.assert_array_equal(wanted, NET.blocks[0](between, False))
-    assert False in static.plain and len(arrays_in) == 1 and len(seen["blocks/1"][1]) == 2
+    assert ("", False) in given.fixed and len(given.arrays) == 1 and len(seen["blocks/1"][0].arrays) == 2
     np.testing.assert_array_equal(clipped.head.kernel[...], NET.head.kernel[...])  # in no block
 
 
