@@ -49,7 +49,7 @@ import lowbit as lb
 import jax
 jax.numpy.zeros(1).block_until_ready()
 lb.convert, lb.models.load
-{before}
+{first}
 print("ready", flush=True)
 sys.stdin.readline()
 {work}
@@ -128,7 +128,7 @@ def llama(folder: Path, size: int) -> tuple[Path, int]:
     block |= {"input_layernorm": ones, "post_attention_layernorm": ones}
     tables = {"model.embed_tokens": matrix(2 * width, width), "lm_head": matrix(2 * width, width), "model.norm": ones}
     shards = [tables] + [{f"model.layers.{i}.{name}": a for name, a in block.items()} for i in range(blocks)]
-    index = {}
+    index: dict[str, str] = {}
     for i, shard in enumerate(shards):
         tensors = {f"{name}.weight": array for name, array in shard.items()}
         _write(folder / f"model-{i}.safetensors", tensors)
@@ -173,10 +173,10 @@ def _status(pid: int, field: str) -> int:
     raise SystemExit(f"/proc/{pid}/status has no {field}: this benchmark runs on Linux")
 
 
-def watched(work: str, *paths: Path, before: str = "") -> tuple[int, int, int, float]:
+def watched(work: str, *paths: Path, first: str = "") -> tuple[int, int, int, float]:
     """Of work in a process of its own: bytes of arrays it keeps, of anonymous memory at most, all resident ones, and
     seconds."""
-    command = [sys.executable, "-c", CHILD.format(work=work, before=before), *map(str, paths)]
+    command = [sys.executable, "-c", CHILD.format(work=work, first=first), *map(str, paths)]
     root = Path(__file__).parents[1]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as child:
         assert child.stdin is not None and child.stdout is not None
@@ -241,7 +241,7 @@ def loading(size: int) -> Iterator[Row]:
         for file in files:
             shutil.copyfile(file, Path(made) / "copy")
         copy, stored = time.perf_counter() - start, sum(file.stat().st_size for file in files)
-        kept, anonymous, resident, seconds = watched(LOAD, source, source / "small", before=COMPILE)
+        kept, anonymous, resident, seconds = watched(LOAD, source, source / "small", first=COMPILE)
     yield row("load_anonymous", anonymous, "bytes", "the quantized model", kept)
     yield row("load_beside_the_model", anonymous - kept, "bytes", "two dense layers", 8 * dense)
     yield row("load_resident", resident, "bytes", "the files", stored)

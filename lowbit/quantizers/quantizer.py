@@ -33,6 +33,8 @@ One with a method `examine(w, name)` is shown the whole weight first, [*stack, k
 traced: to raise IneligibleError for one that its format cannot hold, and to log what is lost.
 """
 
+_AT_ONCE = 1 << 22  # weights that are rounded at once, which bounds the scratch memory
+
 
 @dataclass(frozen=True)
 class BinarySolver:
@@ -68,14 +70,9 @@ class RoundToNearest:
         rows = max(1, _AT_ONCE // w.shape[1])
         if isinstance(w, jax.core.Tracer) or len(w) <= rows:
             return _rounded(w, fmt)
-        # Each part is waited for, or its scratch memory would be taken while those before are still at work.
+        # Each part is waited for, or all would take scratch memory at once. Planes have their rows second.
         parts = [jax.block_until_ready(_rounded(w[at : at + rows], fmt)) for at in range(0, len(w), rows)]
-        axis = {name: int(part.ndim > 2) for name, part in parts[0].items()}  # planes come first where there are any
-        return {name: jnp.concatenate([part[name] for part in parts], at) for name, at in axis.items()}
-
-
-_AT_ONCE = 1 << 22
-"""Weights that are rounded at once, which bounds the scratch memory."""
+        return {name: jnp.concatenate([p[name] for p in parts], int(a.ndim > 2)) for name, a in parts[0].items()}
 
 
 @partial(jax.jit, static_argnums=1)

@@ -17,6 +17,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import lowbit as lb
+from lowbit.nn.kernel import error_stats
 from tests.llama_folder import CONFIG, H, W, assert_same, tensors, written
 
 TOKENS = jnp.arange(10).reshape(2, 5)
@@ -176,3 +177,26 @@ def test_a_quantized_layer_of_another_shape_is_refused(tmp_path: Path) -> None:
         lb.CheckpointError, match=r"gate_proj\.weight' is float32\[64, 32\], but config\.json makes it \[80"
     ):
         lb.models.load(at)
+
+
+# ---------------------------------------------------------------- large matrices
+
+
+@pytest.mark.parametrize("fmt", [lb.uniform(4, group=16), lb.bcq(3, offset=True)])
+def test_a_large_matrix_is_rounded_in_parts_to_the_same_bits(fmt: lb.Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = jax.random.normal(jax.random.key(0), (37, 48))
+    whole = lb.round_to_nearest()(w, fmt)
+    monkeypatch.setattr(import_module("lowbit.quantizers.quantizer"), "_AT_ONCE", 10 * 48)
+    parts = lb.round_to_nearest()(w, fmt)
+    assert whole.keys() == parts.keys()
+    for name, field in whole.items():
+        np.testing.assert_array_equal(parts[name], field)
+
+
+def test_the_error_of_a_large_matrix_is_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = jax.random.normal(jax.random.key(0), (48, 37))
+    array = lb.quantize_array(w, lb.uniform(4))
+    whole = error_stats(w, array)
+    monkeypatch.setattr(import_module("lowbit.nn.kernel"), "_AT_ONCE", 10 * 37)
+    # Sums of 48 * 37 positive numbers in another order.
+    np.testing.assert_allclose(error_stats(w, array), whole, rtol=48 * 37 * 2**-24)
