@@ -31,7 +31,8 @@ def load(
     """The model in a checkpoint's folder, its layers quantized as they are read.
 
     The result is bit for bit `lb.quantize(load(path), rules)`, but no more than the quantized model and two dense
-    layers in float32 are ever in memory: files are mapped, and each layer is quantized as soon as it is read. Returns a
+    layers in float32 are ever in memory: files are mapped, and each layer is quantized as soon as it is read. That
+    holds for rounding to nearest; solvers that search take scratch memory of their own beside. Returns a
     `Decoder`, or an `Encoder` for families of encoders such as BERT.
 
     Args:

@@ -55,6 +55,8 @@ class Source:
         aside = {f"{layer}.{key}" for layer in self._quantized.values() for key in BESIDE - {"bias"}}
         # Scales of activations are left out: here these stay floats.
         self._dense = {kind.rename(name): name for name in self._weights.dense if name not in aside}
+        if lost := {*self._weights.dense} - {*self._dense.values()} - aside:
+            raise CheckpointError(f"{folder}: {some(lost)} is there under two names: leave one of them out")
 
     @property
     def dtype(self) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import lowbit as lb
 from tests.llama_folder import CONFIG, H, W, assert_same, tensors, written
@@ -82,6 +83,18 @@ def test_what_a_family_does_not_need_may_be_there(tmp_path: Path) -> None:
     stored = tensors() | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
     model = lb.models.load(written(tmp_path / "llama", stored, tie_word_embeddings=True))
     assert not hasattr(model, "head")
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    source = Path(__file__).parents[1] / "golden/models/gpt2"
+    stored = load_file(source / "model.safetensors")
+    stored |= {name.removeprefix("transformer."): array for name, array in stored.items() if "ln_f" in name}
+    save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    with pytest.raises(
+        lb.CheckpointError, match=r"ln_f\.bias', '.*ln_f\.weight' is there under two names: leave one of"
+    ):
+        lb.models.load(tmp_path)
 
 
 def test_shards_that_are_missing_or_truncated_are_named(tmp_path: Path) -> None:
