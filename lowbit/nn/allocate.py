@@ -76,7 +76,7 @@ def allocate(
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb
-    >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 8, rngs=nnx.Rngs(1)))
+    >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 64, rngs=nnx.Rngs(1)))
     >>> stats = lb.calibrate(model, [jnp.ones((2, 64))])
     >>> found = lb.allocate(model, stats, formats=[lb.uniform(2), lb.uniform(4)], bits=4.0, by="output")
     >>> [str(rule.format) for rule in found.rules], found.bits_per_weight <= 4.0

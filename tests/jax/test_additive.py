@@ -33,6 +33,7 @@ def error(q: lb.QuantArray, gram: np.ndarray | None = None) -> float:
     return float((d * ((X.T @ X / len(X) if gram is None else gram) @ d)).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beam", [1, 3])
 def test_no_round_raises_the_error(beam: int) -> None:
     errors = np.array([error(quantized(rounds, beam)) for rounds in range(6)])

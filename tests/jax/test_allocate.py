@@ -52,7 +52,7 @@ def error(path: str, fmt: lb.Format, **weighs: Any) -> np.ndarray:
     return np.asarray(made - dense(path), np.float64)
 
 
-@pytest.mark.parametrize("by", ["loss", pytest.param("trace", marks=pytest.mark.slow), "output"])
+@pytest.mark.parametrize("by", [*(pytest.param(by, marks=pytest.mark.slow) for by in ("loss", "trace")), "output"])
 def test_estimates(by: Any) -> None:
     found = lb.allocate(MODEL, STATS, formats=FORMATS, bits=64, by=by)
     assert [str(c.rule.format) for c in found.chosen] == ["bcq(bits=3)"] * 3

@@ -36,7 +36,8 @@ def alone(w: lb.QuantArray, b: int) -> lb.QuantArray:
 # --- The format ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fmt", [lb.any_bcq(1, 2), pytest.param(FORMAT.at(3), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", [lb.any_bcq(1, 2), FORMAT.at(3)], ids=str)
 def test_the_kit(fmt: lb.Format) -> None:
     lb.testing.check_format(fmt)
 

@@ -37,9 +37,8 @@ def product() -> Any:
 WIDER = lb.any_precision(2, 5, width=3, table_dtype="float32")
 
 
-@pytest.mark.parametrize(
-    "fmt", [lb.any_precision(2, 3), *(pytest.param(f, marks=pytest.mark.slow) for f in (FORMAT, WIDER))], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", [lb.any_precision(2, 3), FORMAT, WIDER], ids=str)
 def test_the_kit(fmt: lb.Format) -> None:
     lb.testing.check_format(fmt)
 

@@ -103,6 +103,7 @@ def test_one_compilation_serves_all_batches() -> None:
     assert len(traced) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", [BCQ, lb.bcq(3, offset=True)], ids=str)
 def test_weighing_by_moments_lowers_the_error_of_the_output(fmt: lb.Format) -> None:
     model, x = pair(), rows(64)

@@ -100,6 +100,7 @@ def test_random_products_in_every_form():
     assert changed["decode"] == 0 and all(changed[name] for name in PIPELINES if name != "decode")
 
 
+@pytest.mark.slow
 def test_random_products_in_parts():
     """A loop over parts is bounded like the whole: the bound holds for any order of the sums."""
     ways: Counter[bool] = Counter()

@@ -43,7 +43,8 @@ def both(e: Expr, env: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return evaluate(e, env), np.asarray(jax.jit(lambda env: emit(e, env))(env)).astype(np.float64)
 
 
-@pytest.mark.parametrize("fmt", [FORMAT, pytest.param(lb.nested_fp(8), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", [FORMAT, lb.nested_fp(8)])
 def test_the_kit(fmt: lb.Format) -> None:
     assert "quantizer" in lb.testing.check_format(fmt).passed["n=2 k=141"]
 

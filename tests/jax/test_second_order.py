@@ -202,6 +202,7 @@ def test_a_change_of_tables_costs_a_ridge() -> None:
     np.testing.assert_allclose(found, [[0.5, 2]], rtol=2e-7 + gamma(3 * k, "f32"))
 
 
+@pytest.mark.slow
 def test_tables_of_nested_codes_are_refitted_under_the_same_matrix() -> None:
     nested = lb.quantize_array(W, lb.any_precision(1, 3, table_dtype="float32"), importance=GRAM.diagonal())
     refitted = refit_tables(nested, W, gram=jnp.stack([GRAM, OTHER]))

@@ -173,7 +173,7 @@ def test_every_weight_takes_its_nearest_level():
 
 
 @pytest.mark.parametrize(("bits", "offset"), [
-    (1, False), (1, True), (3, False), (3, True), pytest.param(8, True, marks=pytest.mark.slow)
+    (1, False), (3, True), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, True), (3, False), (8, True)))
 ])  # fmt: skip
 def test_degenerate_groups(bits: int, offset: bool):
     w = zoo()
@@ -215,6 +215,7 @@ def test_a_group_of_one(offset: bool):
     np.testing.assert_allclose(decoded, np.asarray(w), rtol=4 * EPS, atol=0)
 
 
+@pytest.mark.slow
 def test_dependent_planes_still_fit():
     # Four planes over three weights are dependent, so the normal equations are singular; if the greedy planes have rank
     # 3, one least squares is exact all the same, and the nearest levels can only be as good.
@@ -279,6 +280,7 @@ def test_padding_does_not_change_the_code():
     assert (np.abs(padded - mse(w[:, 8:], binary.decode(tail))) <= 2 * bound).all()
 
 
+@pytest.mark.slow
 def test_importance_counts_copies():
     # A weight of importance 3 and three copies of it are the same problem; greedy has no ties to break, so the scales
     # agree to the rounding of a prefix sum and of each of three residuals.

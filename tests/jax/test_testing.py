@@ -453,6 +453,7 @@ def test_tables_are_checked_by_row(monkeypatch):
         lb.testing.check_model(model, ids, lowerings=["decode"])
 
 
+@pytest.mark.slow
 def test_slices_of_a_stack_are_checked_one_by_one(monkeypatch):
     dense = nnx.Dict(
         conv=nnx.Conv(4, 6, 1, feature_group_count=2, rngs=nnx.Rngs(0)), moe=lb.nn.Experts(2, 8, 3, rngs=nnx.Rngs(0))

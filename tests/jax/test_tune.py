@@ -298,7 +298,7 @@ def abstract(vocabulary: int, positions: int, width: int, layers: int, block: ty
     [
         ((50257, 1024, 1024, 24), GPT2Block, 354_823_168, 221_184),
         pytest.param((50257, 1024, 1280, 36), GPT2Block, 774_030_080, 414_720, marks=pytest.mark.slow),
-        ((50272, 2050, 2048, 24), OPTBlock, 1_315_758_080, 442_368),
+        pytest.param((50272, 2050, 2048, 24), OPTBlock, 1_315_758_080, 442_368, marks=pytest.mark.slow),
     ],
     ids=["GPT-2 medium", "GPT-2 large", "OPT-1.3B"],
 )

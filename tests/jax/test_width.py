@@ -94,6 +94,7 @@ def test_layer_by_layer(model: Any) -> None:
     assert lb.at_width(model, {"second": 1}).first.kernel.type == model.first.kernel.type
 
 
+@pytest.mark.slow
 def test_every_kind_of_layer_reads_at_its_width() -> None:
     calls = {"embed": (jnp.array([0, 5]),), "experts": (X, jnp.array([1, 3])), "einsum": (X,)}
     whole = tables()

@@ -113,7 +113,14 @@ def test_pass(name: str) -> None:
     assert against_oracle(step, prepare) >= share
 
 
-@pytest.mark.parametrize("name", [n for n in PIPELINES if len(PIPELINES[n]) > 1])
+LONG = {"planes", "bucket", "table"}
+"""Pipelines that take seconds; the quick tests have the passes that they are made of."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in PIPELINES if len(PIPELINES[n]) > 1],
+)
 def test_pipeline(name: str) -> None:
     assert against_oracle(lambda e: run(e, PIPELINES[name])) >= {"select": 0.05, "apart": 0.1}.get(name, 0.5)
 
