@@ -17,14 +17,13 @@ from lowbit.formats import Format
 from lowbit.nn.allocation import Allocation, Candidate, by_layer, solve
 from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.importance import check_measured, check_statistic, importance, weighed
-from lowbit.nn.kernel import Kernel, error_stats, expect_module
+from lowbit.nn.kernel import expect_module
 from lowbit.nn.kinds import KINDS, dense_matrices, layers, refusal, weight
 from lowbit.nn.linen import opened
 from lowbit.nn.progress import bar
-from lowbit.nn.resume import Finished
+from lowbit.nn.resume import Finished, solved
 from lowbit.nn.rules import Rule
 from lowbit.quantizers import IneligibleError, Quantizer
-from lowbit.quantizers.quantizer import quantize_array
 
 By = Literal["loss", "trace", "output"]
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -143,16 +142,8 @@ def _candidate(
     """A layer in the format of a rule, or None if that cannot hold it."""
     path, dense, dims = rule.path, dense_matrices(layer), KINDS[type(layer)].view(layer).dims
     check_measured({path: stats[path]}, {path: rule}, {path: layer})
-    counts = importance(stats, path, rule, layer)
-
-    def solved() -> Kernel:
-        assert rule.format is not None
-        name = f"layer {path!r}"
-        array = quantize_array(dense, rule.format, rule.quantizer, dims=dims, name=name, importance=counts)
-        return Kernel(array, error_stats(dense, array))
-
     try:
-        array = (finished.kernel(path, dense, rule, dims, counts, solved) if finished else solved()).array
+        array = solved(path, dense, rule, dims, importance(stats, path, rule, layer), finished).array
     except IneligibleError:
         return None
     error = dequantize(array).astype(jnp.float32) - dense.astype(jnp.float32)

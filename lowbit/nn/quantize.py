@@ -14,15 +14,14 @@ from flax import nnx
 
 from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.importance import all_zero, check_measured, importance
-from lowbit.nn.kernel import Kernel, error_stats, expect_module, joined
+from lowbit.nn.kernel import Kernel, expect_module, joined
 from lowbit.nn.kinds import KINDS, NAMES, QUANTIZED, dense_matrices, layers, refusal, weight
 from lowbit.nn.linen import Linen, opened
 from lowbit.nn.progress import bar
-from lowbit.nn.resume import Finished
+from lowbit.nn.resume import Finished, solved
 from lowbit.nn.rules import Rule, Rules, as_rules, assign, needed
 from lowbit.quant_type import QuantType, check_products
 from lowbit.quantizers.checks import IneligibleError, check_weight
-from lowbit.quantizers.quantizer import quantize_array
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -230,17 +229,8 @@ class _Job:
         # Two layers with one weight keep sharing it, if they multiply by the same matrices and get the same format.
         key = id(variable), view, rule.format, id(rule.quantizer), rule.numerics
         if key not in self.made:
-            dense, weighed = dense_matrices(layer), importance(self.stats, path, rule, layer)
-
-            def solve() -> Kernel:
-                assert rule.format is not None
-                array = quantize_array(
-                    dense, rule.format, rule.quantizer, dims=view.dims, name=f"layer {path!r}", importance=weighed
-                )
-                return Kernel(array, error_stats(dense, array))
-
-            kept = self.finished
-            made = kept.kernel(path, dense, rule, view.dims, weighed, solve) if kept else solve()
+            weighed = importance(self.stats, path, rule, layer)
+            made = solved(path, dense_matrices(layer), rule, view.dims, weighed, self.finished)
             made.type = dataclasses.replace(made.type, numerics=rule.numerics)
             self.made[key] = made
         self._release(variable.get_value(), self.made[key])

@@ -17,10 +17,10 @@ from absl import logging
 from lowbit.io import CheckpointError, read, read_header, write
 from lowbit.io.tensors import sha256, to_host
 from lowbit.ir.dtypes import short
-from lowbit.nn.kernel import Kernel
+from lowbit.nn.kernel import Kernel, error_stats
 from lowbit.nn.rules import Rule
 from lowbit.quant_type import QuantType, type_to_json
-from lowbit.quantizers.quantizer import default_quantizer
+from lowbit.quantizers.quantizer import default_quantizer, quantize_array
 
 
 class Folder:
@@ -102,6 +102,28 @@ class Finished:
 
         stored = self.folder.entries(path, key, entries)
         return Kernel(stored["kernel"], stored["stats"])
+
+
+def solved(
+    path: str,
+    matrices: jax.Array,
+    rule: Rule,
+    dims: tuple[str, str],
+    importance: jax.Array | None,
+    finished: Finished | None,
+) -> Kernel:
+    """The weight of a layer, [*stack, k, n], in the format of a rule: solved, or taken from the finished layers.
+
+    Raises as `lb.quantize_array` does.
+    """
+
+    def solve() -> Kernel:
+        assert rule.format is not None
+        name = f"layer {path!r}"
+        array = quantize_array(matrices, rule.format, rule.quantizer, dims=dims, name=name, importance=importance)
+        return Kernel(array, error_stats(matrices, array))
+
+    return finished.kernel(path, matrices, rule, dims, importance, solve) if finished else solve()
 
 
 def _identity(rule: Rule) -> str:

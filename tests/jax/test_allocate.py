@@ -119,7 +119,7 @@ def test_a_budget_that_is_just_a_choice_allows_it() -> None:
 def test_a_killed_run_goes_on_and_quantize_finds_what_was_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module, made = sys.modules["lowbit.nn.allocate"], []
+    module, made = sys.modules["lowbit.nn.resume"], []
 
     def counted(*args: Any, **more: Any) -> Any:
         if len(made) == 4:
@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_and_quantize_finds_what_was_chosen(
     found = ask(resume=tmp_path, progress=True)
     assert len(made) == 2 and "allocating" in capsys.readouterr().err
     assert found == want and len({c.rule.format for c in found.chosen}) == 2
-    monkeypatch.setattr(sys.modules["lowbit.nn.quantize"], "quantize_array", None)
+    monkeypatch.setattr(module, "quantize_array", None)
     lb.quantize(MODEL, found.rules, stats=STATS, resume=tmp_path)
 
 

@@ -148,7 +148,7 @@ def test_convert(capsys, tmp_path, small):
 
 
 def test_quantize_goes_on_where_it_was_stopped(capsys, monkeypatch, tmp_path):
-    module = sys.modules["lowbit.nn.quantize"]  # the package has a function of this name
+    module = sys.modules["lowbit.nn.resume"]
     solve, solved, target = module.quantize_array, [], str(tmp_path / "q")
 
     def counted(*args, **kwargs):

@@ -22,7 +22,7 @@ from tests.llama_folder import CONFIG, H, W, assert_same, tensors, written
 
 TOKENS = jnp.arange(10).reshape(2, 5)
 RULES = {"layers/*/mlp/*": lb.uniform(4, group=16), "embed": lb.uniform(4, group=16)}
-QUANTIZE = import_module("lowbit.nn.quantize")
+SOLVING = import_module("lowbit.nn.resume")
 GOLDEN = Path(__file__).parents[1] / "golden/models"
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/model.safetensors"))
 
@@ -101,7 +101,7 @@ def test_statistics_weigh_what_is_loaded(folder: Path) -> None:
 def test_a_run_that_was_killed_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = {"layers/*/mlp/up": lb.uniform(4, group=16)}
     made: list[str] = []
-    solve = QUANTIZE.quantize_array
+    solve = SOLVING.quantize_array
 
     def counted(*args: Any, name: str, **kwargs: Any) -> lb.QuantArray:
         if made and len(made) < 2:
@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_goes_on(folder: Path, tmp_path: Path, monkeypatch
         made.append(name)
         return solve(*args, name=name, **kwargs)
 
-    monkeypatch.setattr(QUANTIZE, "quantize_array", counted)
+    monkeypatch.setattr(SOLVING, "quantize_array", counted)
     with pytest.raises(KeyboardInterrupt):
         lb.models.load(folder, rules, resume=tmp_path / "resume")
     again = lb.models.load(folder, rules, resume=tmp_path / "resume")

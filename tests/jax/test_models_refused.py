@@ -23,7 +23,7 @@ import lowbit as lb
 from tests.llama_folder import CONFIG, H, W, assert_same, tensors, written
 
 RULES = {"layers/*/mlp/*": lb.uniform(4, group=16), "embed": lb.uniform(4, group=16)}
-QUANTIZE = import_module("lowbit.nn.quantize")
+SOLVING = import_module("lowbit.nn.resume")
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_nan_in_a_layer_that_is_quantized_is_named(tmp_path: Path) -> None:
 
 
 def test_a_rule_without_a_layer_is_refused_before_anything_is_read(folder: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(QUANTIZE, "quantize_array", None)
+    monkeypatch.setattr(SOLVING, "quantize_array", None)
     with pytest.raises(ValueError, match=r"rule 'layers/\*/ffn' matches none of the 16 layers that can be quantized"):
         lb.models.load(folder, {"**": lb.uniform(4), "layers/*/ffn": lb.uniform(4)})
 
