@@ -6,8 +6,8 @@ much as the largest attention they are given on the way:
     S[head, j] = max over queries i, and heads of queries that share the head, of softmax(q_i K')_j
 
 where K' are the keys of the sink (the first tokens, a system prompt), of the part, and of the repetition up to i. What
-counts least is evicted, once, and the cache then serves any question. Tokens keep their positions. `compress` does it all
-for a `lowbit.models.Context`. Its steps:
+counts least is evicted, once, and the cache then serves any prompt. Tokens keep their positions. `compress` is all of
+that for a `lowbit.models.Context`. Its steps:
 
     scores = importance(model, cache, repeats(context, first=..., later=..., suffix=...))
     cache = compact(evict(cache, keep_pairs(scores, 0.3)), spare=256)

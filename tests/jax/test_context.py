@@ -116,6 +116,7 @@ def test_what_is_left_of_a_context_is_quantized() -> None:
     context = compressed(0.3, sink=2, kind=KIVI)
     (layer,) = context.cache
     assert isinstance(layer, QuantCache) and layer.length.shape == (3, 2)
+    assert layer.slots == int(layer.length.max()) + context.spare
     whole = KIVI.of(masked().cache, layer.slots)  # type: ignore[arg-type]
     assert after(context) == after(replace(context, cache=whole))
     with pytest.raises(TypeError, match=r"^layer 0 has a QuantCache: fill a dense cache"):
