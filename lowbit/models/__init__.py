@@ -5,11 +5,13 @@ from lowbit.models.cache import CacheKind as CacheKind
 from lowbit.models.cache import DenseCache as DenseCache
 from lowbit.models.cache import DenseKV as DenseKV
 from lowbit.models.config import Config as Config
+from lowbit.models.context import Context as Context
 from lowbit.models.decoder import Decoder as Decoder
 from lowbit.models.encoder import Encoder as Encoder
 from lowbit.models.evaluate import Score as Score
 from lowbit.models.evaluate import evaluate as evaluate
 from lowbit.models.generate import generate as generate
+from lowbit.models.generate import read as read
 from lowbit.models.generate import stream as stream
 from lowbit.models.kv import Fp8KV as Fp8KV
 from lowbit.models.kv import Int8KV as Int8KV

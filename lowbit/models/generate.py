@@ -1,4 +1,4 @@
-"""Text from a language model: `generate`, and `stream` for one token after the other."""
+"""Text from a language model: `generate`, `stream` for one token after the other, and `read` for what comes before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from lowbit.models.cache import CacheKind, DenseKV
 from lowbit.models.config import Config
-from lowbit.models.decoder import Decoder
+from lowbit.models.context import Context
+from lowbit.models.decoder import Cache, Decoder
 from lowbit.models.finite import not_finite
 from lowbit.models.sampling import Sampling
 from lowbit.models.steps import Runner, bucket
@@ -22,6 +23,7 @@ def generate(
     prompts: Sequence[Prompt],
     n: int,
     *,
+    context: Context | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008, it is frozen
     stop: Sequence[int] = (),
     seed: int | Sequence[int] = 0,
@@ -45,9 +47,19 @@ def generate(
     [5, 5]
     """
     out: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(
-        model, prompts, n, sampling=sampling, stop=stop, seed=seed, cache=cache, slots=slots, chunk=chunk
-    ):
+    steps = stream(
+        model,
+        prompts,
+        n,
+        context=context,
+        sampling=sampling,
+        stop=stop,
+        seed=seed,
+        cache=cache,
+        slots=slots,
+        chunk=chunk,
+    )
+    for tokens in steps:
         for new, token in zip(out, tokens.tolist(), strict=True):
             if token >= 0:
                 new.append(token)
@@ -59,6 +71,7 @@ def stream(
     prompts: Sequence[Prompt],
     n: int,
     *,
+    context: Context | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008, it is frozen
     stop: Sequence[int] = (),
     seed: int | Sequence[int] = 0,
@@ -76,18 +89,21 @@ def stream(
       model: quantized or not.
       prompts: the tokens of each, of any lengths.
       n: the most tokens to add to each.
+      context: what `read` made, which the prompts go on from, row by row, or all of them from its one sequence. It
+        stays as it is.
       sampling: how tokens are drawn; the likeliest one by default.
       stop: tokens that end a sequence.
       seed: one for each prompt, from 0 to 2**32 - 1, or that of the first, and the next ones count on. A sequence
         follows from its prompt and seed, whatever else is in the batch.
-      cache: how keys and values are stored.
+      cache: how keys and values are stored. A context has a cache of its own.
       slots: tokens a sequence that the cache has room for; as many as needed if None.
       chunk: tokens of each prompt that are read at once. It bounds the memory that long prompts take.
 
     Yields int32 [prompts], the next token of each, -1 for a sequence that has ended; it ends when all have, or after n.
 
-    Raises ValueError for no or empty prompts, tokens that the model does not know, n < 1, or sequences too long for
-    the cache or for learned positions; TypeError for tokens that are no integers or a model that is no `Decoder`;
+    Raises ValueError for no or empty prompts, tokens that the model does not know, n < 1, sequences too long for the
+    cache or for learned positions, or a context of another model, of other than one sequence or one for each prompt, or
+    beside a cache or slots; TypeError for tokens that are no integers or a model that is no `Decoder`;
     FloatingPointError, which names the layer, where logits are not finite.
 
     >>> from flax import nnx
@@ -103,29 +119,108 @@ def stream(
     (2,)
     """
     runner = Runner(model, cache, sampling)
-    given = [checked_prompt(prompt, model.config, f"prompt {i}") for i, prompt in enumerate(prompts)]
-    if not given:
-        raise ValueError("there are no prompts: give at least one")
-    if chunk < 1:
-        raise ValueError(f"chunk = {chunk}: read at least 1 token at once")
-    needed = max(checked_length(len(p), n, model.config, slots, f"prompt {i}") for i, p in enumerate(given))
+    given = checked_prompts(prompts, model.config, "prompt")
+    _check_chunk(chunk)
+    if context is None:
+        start = _empty(runner, given, n, slots)
+    elif slots is not None or cache != DenseKV():
+        raise ValueError("a context has a cache of its own: give `cache` to what makes it, and room as its `spare`")
+    else:
+        start = _continued(context, model.config, given, n)
     seeds = checked_seeds(seed, len(given))
     ends = checked_tokens(stop, model.config, "stop")
-    return _stream(runner, given, n, ends, seeds, slots or bucket(needed), chunk)
+    return _stream(runner, start, given, n, ends, seeds, chunk)
+
+
+def read(
+    model: Decoder,
+    prompts: Sequence[Prompt],
+    *,
+    spare: int,
+    cache: CacheKind = DenseKV(),  # noqa: B008
+    chunk: int = 512,
+) -> Context:
+    """Contexts, read once: `stream` and `generate` go on from them, as often as wanted, with `context=`.
+
+    The tokens that follow are those of context and prompt together. A cache that quantizes gives the same where `chunk`
+    splits both alike: what is read at once is seen as it is, what came before it quantized.
+
+    Args:
+      model: quantized or not.
+      prompts: the tokens of each context, of any lengths.
+      spare: tokens to leave room for after each, of a prompt and all but the last of what is generated. Slots are
+        rounded up to a power of two, and what that adds is room too.
+      cache: how keys and values are stored.
+      chunk: tokens of each that are read at once.
+
+    Raises ValueError for no or empty contexts, tokens that the model does not know, spare or chunk < 1, or contexts
+    longer than learned positions; TypeError as `stream` does.
+
+    >>> from flax import nnx
+    >>> import lowbit as lb
+    >>> config = lb.models.Config(
+    ...     vocab=32, width=16, layers=1, heads=4, kv_heads=2, head=4, hidden=32, context=64,
+    ...     ropes=(lb.models.Rope(10_000.0, 4),),
+    ... )
+    >>> model = lb.models.Decoder(config, rngs=nnx.Rngs(0))
+    >>> context = lb.models.read(model, [[1, 2, 3]], spare=8)
+    >>> new = lb.models.generate(model, [[4], [5, 6]], 5, context=context)
+    >>> new == lb.models.generate(model, [[1, 2, 3, 4], [1, 2, 3, 5, 6]], 5)
+    True
+    """
+    runner, config = Runner(model, cache, Sampling()), model.config
+    given = checked_prompts(prompts, config, "context")
+    _check_chunk(chunk)
+    if spare < 1:
+        raise ValueError(f"spare = {spare}: leave room for at least 1 token")
+    longest = max(map(len, given))
+    if config.ropes is None and longest > config.context:
+        raise ValueError(f"a context has {longest} tokens, and the model has learned {config.context} positions")
+    slots = bucket(longest + spare)
+    filled = _stored(runner, runner.empty(len(given), slots), given, [0] * len(given), chunk)
+    return Context(config, tuple(given), filled, slots - longest)
+
+
+def _empty(runner: Runner, prompts: list[np.ndarray], n: int, slots: int | None) -> Context:
+    """Contexts of no tokens, with room for these prompts and n tokens."""
+    sizes = enumerate(map(len, prompts))
+    needed = max(checked_length(size, n, runner.model.config, slots, f"prompt {i}") for i, size in sizes)
+    spare = slots or bucket(needed)
+    nothing = (np.zeros(0, np.int32),) * len(prompts)
+    return Context(runner.model.config, nothing, runner.empty(len(prompts), spare), spare)
+
+
+def _continued(context: Context, config: Config, prompts: list[np.ndarray], n: int) -> Context:
+    """A copy for these prompts, which has room for them and n tokens."""
+    context.expect(config)
+    start = context.rows(len(prompts))
+    for i, (past, prompt) in enumerate(zip(start.tokens, prompts, strict=True)):
+        needed = checked_length(len(prompt), n, config, None, f"prompt {i}", len(past))
+        if needed > context.spare:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens, and with n = {n} new ones takes {needed} slots after a context "
+                f"with {context.spare} to spare: make it with spare={needed}, or give less of both"
+            )
+    return start
+
+
+def _stored(runner: Runner, cache: Cache, texts: list[np.ndarray], past: list[int], chunk: int) -> Cache:
+    """The cache with these texts after the `past` tokens that it has read of each sequence."""
+    longest = max(map(len, texts))
+    for at in range(0, longest, chunk):
+        cache = runner.store(cache, texts, at, min(at + chunk, longest), past=past)
+    return cache
 
 
 def _stream(
-    runner: Runner, prompts: list[np.ndarray], n: int, ends: np.ndarray, seeds: np.ndarray, slots: int, chunk: int
+    runner: Runner, context: Context, prompts: list[np.ndarray], n: int, ends: np.ndarray, seeds: np.ndarray, chunk: int
 ) -> Iterator[np.ndarray]:
-    cache = runner.empty(len(prompts), slots)
+    past = [len(tokens) for tokens in context.tokens]
     # The last token of a prompt takes the first step: so reading needs no logits, and rows may end anywhere.
-    start = [prompt[:-1] for prompt in prompts]
-    longest = max(map(len, start))
-    for at in range(0, longest, chunk):
-        cache = runner.store(cache, start, at, min(at + chunk, longest))
-    positions = np.array([len(s) for s in start], np.int32)
+    cache = _stored(runner, context.cache, [prompt[:-1] for prompt in prompts], past, chunk)
+    written = [[*before.tolist(), *prompt.tolist()] for before, prompt in zip(context.tokens, prompts, strict=True)]
+    positions = np.array([len(text) - 1 for text in written], np.int32)
     tokens = np.array([prompt[-1] for prompt in prompts], np.int32)
-    written = [prompt.tolist() for prompt in prompts]
     for _ in range(n):
         out, cache = runner.step(cache, tokens, positions, seeds)
         running = positions >= 0
@@ -140,6 +235,18 @@ def _stream(
         yield out
         positions = np.where(out >= 0, positions + 1, -1)
         tokens = np.maximum(out, 0)
+
+
+def _check_chunk(chunk: int) -> None:
+    if chunk < 1:
+        raise ValueError(f"chunk = {chunk}: read at least 1 token at once")
+
+
+def checked_prompts(prompts: Sequence[Prompt], config: Config, what: str) -> list[np.ndarray]:
+    """Each as `checked_prompt` gives it: at least one."""
+    if not len(prompts):
+        raise ValueError(f"there are no {what}s: give at least one")
+    return [checked_prompt(prompt, config, f"{what} {i}") for i, prompt in enumerate(prompts)]
 
 
 def checked_prompt(prompt: Prompt, config: Config, what: str) -> np.ndarray:
@@ -163,8 +270,8 @@ def checked_tokens(tokens: Prompt, config: Config, what: str) -> np.ndarray:
     return found.astype(np.int32)
 
 
-def checked_length(size: int, n: int, config: Config, slots: int | None, what: str) -> int:
-    """The slots that a prompt of this size and n tokens take: the last one is never read again."""
+def checked_length(size: int, n: int, config: Config, slots: int | None, what: str, past: int = 0) -> int:
+    """The slots that a prompt of this size and n tokens take, after `past` tokens: the last one is never read again."""
     if n < 1:
         raise ValueError(f"n = {n}: generate at least 1 token")
     needed = size + n - 1
@@ -173,9 +280,10 @@ def checked_length(size: int, n: int, config: Config, slots: int | None, what: s
         raise ValueError(
             f"{told} takes {needed} slots of a cache that has {slots}: give slots={needed}, or less of both"
         )
-    if config.ropes is None and needed > config.context:
+    if config.ropes is None and past + needed > config.context:
+        after = f" after {past} of its context" if past else ""
         raise ValueError(
-            f"{told} takes {needed} positions of a model that has learned {config.context}: give it less of both"
+            f"{told} takes {needed} positions{after} of a model that has learned {config.context}: give it less of both"
         )
     return needed
 

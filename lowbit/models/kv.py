@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from lowbit.formats import k_quant, scaled_fp8, uniform
-from lowbit.models.attention import Dense, How
+from lowbit.models.attention import Dense, How, LayerCache
 from lowbit.models.cache import DenseCache
 from lowbit.models.config import Config
 from lowbit.models.kv_store import BEYOND, Encoding, Store, heads, product
@@ -96,14 +96,14 @@ class QuantCache:
 _appended = jax.jit(QuantCache.append)
 
 
-def expect_dense(cache: Sequence[DenseCache]) -> Sequence[DenseCache]:
+def expect_dense(cache: Sequence[LayerCache]) -> Sequence[DenseCache]:
     """The cache itself. Raises TypeError, naming the layer, for one that is not dense."""
     for i, entry in enumerate(cache):
         if not isinstance(entry, DenseCache):
             raise TypeError(
                 f"layer {i} has a {type(entry).__name__}: fill a dense cache, and quantize what is left of it"
             )
-    return cache
+    return cast(Sequence[DenseCache], cache)
 
 
 class QuantKV(ABC):

@@ -6,7 +6,8 @@ much as the largest attention they are given on the way:
     S[head, j] = max over queries i, and heads of queries that share the head, of softmax(q_i K')_j
 
 where K' are the keys of the sink (the first tokens, a system prompt), of the part, and of the repetition up to i. What
-counts least is evicted, once, and the cache then serves any question. Tokens keep their positions. The steps:
+counts least is evicted, once, and the cache then serves any prompt. Tokens keep their positions. `compress` is all of
+that for a `lowbit.models.Context`. Its steps:
 
     scores = importance(model, cache, repeats(context, first=..., later=..., suffix=...))
     cache = compact(evict(cache, keep_pairs(scores, 0.3)), spare=256)
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -28,82 +29,76 @@ from flax import nnx
 
 from lowbit.models.attention import BLOCK, Dense, How
 from lowbit.models.cache import DenseCache
-from lowbit.models.decoder import Decoder
-from lowbit.models.kv import expect_dense
+from lowbit.models.context import Context
+from lowbit.models.decoder import Cache, Decoder
+from lowbit.models.generate import checked_tokens
+from lowbit.models.kv import QuantKV, expect_dense
+from lowbit.models.repeats import Array, Repeat
+from lowbit.models.repeats import repeats as repeats
 
-Array = np.ndarray[Any, Any]
 Scores = tuple[jax.Array | None, ...]
 """Of each layer float32 [B, kv_heads, S], negative for slots that are not up for eviction; None if none of them is."""
 Kept = tuple[Array | None, ...]
 """Of each layer bool [B, kv_heads, S], whether a slot stays; None if all do."""
 
 
-@dataclass(frozen=True)
-class Repeat:
-    """A prompt that asks for a part of the context, and the part as the answer.
-
-    Attributes:
-      tokens: int [B, T].
-      mask: bool [B, T], False where a sequence has no token.
-      start, stop: the positions of the part.
-    """
-
-    tokens: Array
-    mask: Array
-    start: int
-    stop: int
-
-
-def repeats(
-    context: Any,
-    mask: Any = None,
+def compress(
+    model: Decoder,
+    context: Context,
+    ratio: float,
     *,
+    spare: int,
     first: Sequence[int],
     later: Sequence[int],
     suffix: Sequence[int] = (),
     chunk: int = 2000,
     sink: int = 0,
     overlap: int = 8,
-) -> list[Repeat]:
-    """The prompts that repeat a context in parts of `chunk` tokens.
+    kind: QuantKV | None = None,
+) -> Context:
+    """What is left of a context without the keys and values that count least, by `keep_pairs`.
 
     Args:
-      context: int [B, N], what the cache holds after the sink.
-      mask: bool [B, N], False at the right of shorter contexts; all tokens if None.
-      first: asks for the start of the context.
-      later: asks for what follows a quotation, which comes next: the last `overlap` tokens before the part.
-      suffix: what a chat template puts between the request and the answer.
-      sink: tokens before the context.
+      model: what has read the context, of any number of sequences.
+      context: in a dense cache. It stays as it is.
+      ratio: the part of the keys and values that stays.
+      spare: tokens to leave room for.
+      first, later, suffix, chunk, overlap: see `repeats`.
+      sink: the first tokens of each sequence, such as a system prompt, which stay.
+      kind: how what is left is stored; as it is if None.
 
-    Raises ValueError for a context that is not [B, N], a mask of another shape, or no tokens a part.
+    A layer has as many slots as the fullest of its heads needs, so the first `generate` after it compiles.
 
-    >>> from lowbit.models import kvzip
-    >>> a, b = kvzip.repeats([[5, 6, 7, 8, 9]], first=[1], later=[2], suffix=[3], chunk=3, overlap=2)
-    >>> a.tokens.tolist(), b.tokens.tolist(), (b.start, b.stop)
-    ([[1, 3, 5, 6, 7, 0]], [[2, 6, 7, 3, 8, 9]], (3, 5))
+    Raises ValueError for a sink that leaves none of a sequence, a spare < 1, tokens that the model does not know, a
+    context of another model, or what the steps refuse; TypeError for a context whose cache is not dense.
+
+    >>> from flax import nnx
+    >>> import lowbit as lb
+    >>> config = lb.models.Config(
+    ...     vocab=32, width=16, layers=1, heads=4, kv_heads=2, head=4, hidden=32, context=64,
+    ...     ropes=(lb.models.Rope(10_000.0, 4),),
+    ... )
+    >>> model = lb.models.Decoder(config, rngs=nnx.Rngs(0))
+    >>> context = lb.models.read(model, [range(8, 20)], spare=8)
+    >>> half = lb.models.kvzip.compress(model, context, 0.5, spare=8, first=[1, 2], later=[3])
+    >>> (half.cache[0].positions >= 0).sum().item(), "of", (context.cache[0].positions >= 0).sum().item() * 2
+    (11, 'of', 24)
     """
-    context = np.asarray(context)
-    mask = np.ones(context.shape, bool) if mask is None else np.asarray(mask)
-    if context.ndim != 2 or mask.shape != context.shape:
-        raise ValueError(f"context has shape {context.shape} and mask {mask.shape}: give both as [B, N]")
-    if chunk < 1:
-        raise ValueError(f"chunk = {chunk} tokens: parts have at least one")
-    prompts = []
-    for at in range(0, context.shape[1], chunk):
-        quoted, part = slice(max(at - overlap, 0), at), slice(at, at + chunk)
-        asked, end = (
-            np.tile(np.asarray(ids, context.dtype), (len(context), 1)) for ids in (later if at else first, suffix)
-        )
-        tokens = np.concatenate([asked, context[:, quoted], end, context[:, part]], axis=1)
-        there = [np.ones(asked.shape, bool), mask[:, quoted], np.ones(end.shape, bool), mask[:, part]]
-        stop = min(at + chunk, context.shape[1])
-        prompts.append(Repeat(tokens, np.concatenate(there, axis=1), sink + at, sink + stop))
-    width = max((p.tokens.shape[1] for p in prompts), default=0)
-    return [replace(p, tokens=_widened(p.tokens, width), mask=_widened(p.mask, width)) for p in prompts]
-
-
-def _widened(a: Array, width: int) -> Array:
-    return np.pad(a, ((0, 0), (0, width - a.shape[1])))
+    context.expect(model.config)
+    cache = expect_dense(context.cache)
+    if spare < 1:
+        raise ValueError(f"spare = {spare}: leave room for at least 1 token")
+    if not 0 <= sink < (shortest := min(map(len, context.tokens))):
+        raise ValueError(f"sink = {sink} of a context of {shortest} tokens: leave some of them to score")
+    for name, ids in (("first", first), ("later", later), ("suffix", suffix)):
+        checked_tokens(ids, model.config, name)
+    mask = np.arange(max(map(len, context.tokens)) - sink) < np.array([[len(t) - sink] for t in context.tokens])
+    tokens = np.zeros(mask.shape, np.int32)
+    tokens[mask] = np.concatenate([t[sink:] for t in context.tokens])
+    prompts = repeats(tokens, mask, first=first, later=later, suffix=suffix, chunk=chunk, sink=sink, overlap=overlap)
+    dense = compact(evict(cache, keep_pairs(importance(model, cache, prompts, sink=sink), ratio)), spare)
+    left: Cache = dense if kind is None else tuple(kind.of([entry], entry.k.shape[1])[0] for entry in dense)
+    return replace(context, cache=left, spare=spare)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["cache", "scores", "span"], meta_fields=[])

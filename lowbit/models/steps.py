@@ -116,14 +116,23 @@ class Runner:
         cache: Cache = self.program.empty(self.leaves, self.kind, batch, slots)
         return cache
 
-    def store(self, cache: Cache, prompts: Sequence[np.ndarray], start: int, stop: int, width: Any = None) -> Cache:
-        """The cache with tokens `start` to `stop` of each prompt, of those that have them."""
+    def store(
+        self,
+        cache: Cache,
+        prompts: Sequence[np.ndarray],
+        start: int,
+        stop: int,
+        width: Any = None,
+        past: Sequence[int] | None = None,
+    ) -> Cache:
+        """The cache with tokens `start` to `stop` of each prompt, of those that have them. `past` is how many tokens
+        came before each prompt: none, if None."""
         size = bucket(stop - start)
         tokens, positions = np.zeros((len(prompts), size), np.int32), np.full((len(prompts), size), -1, np.int32)
         for row, prompt in enumerate(prompts):
             piece = prompt[start:stop]
             tokens[row, : len(piece)] = piece
-            positions[row, : len(piece)] = np.arange(start, start + len(piece))
+            positions[row, : len(piece)] = (past[row] if past else 0) + start + np.arange(len(piece))
         new: Cache = self.program.store(self.leaves, cache, tokens, positions, width)
         return new
 
