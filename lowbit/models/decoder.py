@@ -116,7 +116,7 @@ class Decoder(nnx.Module):
 
         Returns [B, T, width], and the new cache, () without one.
         """
-        x = self.embed(tokens)
+        x = self.embed(jnp.where(positions >= 0, tokens, 0))  # padding may be any number, whose row would be NaN
         x = x * jnp.asarray(self.config.embed_scale, x.dtype)
         if self.config.ropes is None:
             x = x + self.positions(jnp.maximum(positions, 0) + self.config.position_offset)

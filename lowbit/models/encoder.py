@@ -76,7 +76,7 @@ class Encoder(nnx.Module):
         Returns [B, T, width]; what stands where there is no token means nothing. Raises ValueError as `Decoder` does.
         """
         at = positions(tokens, mask, self.config.context)
-        x = self.embed(tokens) + self.positions(jnp.maximum(at, 0) + self.config.position_offset)
+        x = self.embed(jnp.where(at >= 0, tokens, 0)) + self.positions(jnp.maximum(at, 0) + self.config.position_offset)
         x = self.embed_norm(x + self.types(jnp.zeros_like(tokens) if types is None else types))
         for block in self.layers:
             x, _ = block(x, at)

@@ -62,6 +62,15 @@ def test_other_shapes_are_refused() -> None:
         decoder()(TOKENS, jnp.ones((2, 6), bool))
 
 
+def test_padding_may_be_any_number() -> None:
+    encoder = Encoder(replace(LEARNED, token_types=1, pre_norm=False, post_norm=True), rngs=nnx.Rngs(0))
+    mask = jnp.asarray(np.arange(6) < np.array([[4], [6]]))
+    for model in (decoder(), encoder):
+        out = model(jnp.where(mask, 3, 8), mask)
+        np.testing.assert_array_equal(out[:, :4], model(jnp.where(mask, 3, 0), mask)[:, :4])
+        assert jnp.isfinite(out).all()
+
+
 def test_learned_positions_end() -> None:
     encoder = Encoder(replace(LEARNED, token_types=1, pre_norm=False, post_norm=True), rngs=nnx.Rngs(0))
     for model in (decoder(LEARNED), encoder):
