@@ -86,11 +86,15 @@ class How:
     def attend(self, q: jax.Array, positions: jax.Array, parts: Sequence[Part]) -> jax.Array:
         """Softmax attention: [B, T, kv_heads, G, D] at positions int [B, T] -> the same shape and dtype.
 
-        Queries go in blocks of `BLOCK`. A query that sees nothing, as one that is padding, gets a mean that means
-        nothing.
+        Queries go in blocks, one after the other. A query that sees nothing, as one that is padding, gets a mean that
+        means nothing.
         """
-        blocks = [slice(at, at + BLOCK) for at in range(0, q.shape[1], BLOCK)]
-        return jnp.concatenate([self._block(q[:, at], positions[:, at], parts) for at in blocks], axis=1)
+        if not q.size:
+            return q
+        if q.shape[1] <= BLOCK:
+            return self._block(q, positions, parts)
+        out = jax.lax.map(lambda block: self._block(block[0], block[1], parts), blocks(q, positions)).swapaxes(0, 1)
+        return out.reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]
 
     def _block(self, q: jax.Array, positions: jax.Array, parts: Sequence[Part]) -> jax.Array:
         scores = [self.scores(q, positions, part) for part in parts]
@@ -98,6 +102,20 @@ class How:
         ends = [sum(s.shape[-1] for s in scores[: i + 1]) for i in range(len(scores) - 1)]
         mixed = [part.mixed(w) for part, w in zip(parts, jnp.split(weights, ends, axis=-1), strict=True)]
         return sum(mixed[1:], start=mixed[0]).astype(q.dtype)
+
+
+def blocks(q: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Queries [B, T, ...] at positions [B, T] in blocks of at most `BLOCK`: [n, B, t, ...] and [n, B, t], the last one
+    filled up with padding. To be mapped over: blocks that do not wait for each other may all be in memory at once."""
+    count = -(-q.shape[1] // BLOCK)
+    size = -(-q.shape[1] // count)
+
+    def cut(a: jax.Array, fill: int) -> jax.Array:
+        more = [(0, 0), (0, count * size - a.shape[1]), *[(0, 0)] * (a.ndim - 2)]
+        padded = jnp.pad(a, more, constant_values=fill)
+        return padded.reshape(len(a), count, size, *a.shape[2:]).swapaxes(0, 1)
+
+    return cut(q, 0), cut(positions, -1)
 
 
 class LayerCache(Protocol):
@@ -142,14 +160,17 @@ class Attention(nnx.Module):
         self, x: jax.Array, positions: jax.Array, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         """[B, T, width] at positions int32 [B, T] -> the same shape, and the new cache."""
-        q, k, v = (jnp.reshape(layer(x), (*x.shape[:2], -1, self.head)) for layer in (self.q, self.k, self.v))
+        q, k, v = (self._by_head(layer(x)) for layer in (self.q, self.k, self.v))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             q, k = self.rope(q, positions), self.rope(k, positions)
-        grouped = q.reshape(*q.shape[:2], k.shape[2], -1, self.head)
+        grouped = q.reshape(*q.shape[:2], k.shape[2], q.shape[2] // k.shape[2], self.head)
         if cache is None:
             out = self.how.attend(grouped, positions, [Dense(k, v, positions[:, None])])
         else:
             out, cache = cache.attend(grouped, k, v, positions, self.how)
-        return self.o(out.reshape(*x.shape[:2], -1)), cache
+        return self.o(out.reshape(*x.shape[:2], q.shape[2] * self.head)), cache
+
+    def _by_head(self, y: jax.Array) -> jax.Array:
+        return y.reshape(*y.shape[:2], y.shape[2] // self.head, self.head)

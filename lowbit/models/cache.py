@@ -50,8 +50,9 @@ class DenseCache:
 
     @staticmethod
     def empty(batch: int, slots: int, kv_heads: int, head: int, dtype: Any) -> DenseCache:
-        zeros = jnp.zeros((batch, slots, kv_heads, head), dtype)
-        return DenseCache(zeros, zeros, jnp.full((batch, 1, slots), -1, jnp.int32), jnp.zeros(batch, jnp.int32))
+        # Two arrays, for none can be donated twice.
+        k, v = (jnp.zeros((batch, slots, kv_heads, head), dtype) for _ in range(2))
+        return DenseCache(k, v, jnp.full((batch, 1, slots), -1, jnp.int32), jnp.zeros(batch, jnp.int32))
 
     def append(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> DenseCache:
         """With new tokens, [B, T, kv_heads, D] at int32 [B, T]; those at negative positions, and beyond the last slot,

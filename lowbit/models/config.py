@@ -79,13 +79,19 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("vocab", "width", "layers", "heads", "kv_heads", "head", "hidden", "context"):
-            if (size := getattr(self, name)) < 1:
-                raise ValueError(f"{name} = {size}: it must be at least 1")
+            if type(size := getattr(self, name)) is not int or size < 1:
+                raise ValueError(f"{name} = {size!r}: it must be an integer of at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads of queries cannot share {self.kv_heads} heads of keys evenly")
         for name in ("ropes", "windows"):
             if (given := getattr(self, name)) and len(given) != self.layers:
                 raise ValueError(f"{name} has {len(given)} entries for {self.layers} layers")
+        if not (isinstance(self.eps, float | int) and self.eps >= 0):
+            raise ValueError(f"eps = {self.eps!r}: it must be a number, not negative")
+        if bad := [w for w in self.windows if w is not None and (type(w) is not int or w < 1)]:
+            raise ValueError(f"a window of {bad[0]!r} positions: it must be an integer of at least 1, or None for all")
+        if bad := [rope.size for rope in self.ropes or () if rope.size > self.head]:
+            raise ValueError(f"{bad[0]} entries of a head of {self.head} cannot rotate")
         if self.experts and not 0 < self.experts_per_token <= self.experts:
             raise ValueError(f"experts_per_token = {self.experts_per_token} of {self.experts} experts")
 

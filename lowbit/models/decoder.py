@@ -58,7 +58,7 @@ class Decoder(nnx.Module):
 
     Args:
       config: what it is made of.
-      dtype: what its layers compute in; that of the parameters if None. Logits are float32.
+      dtype: what its layers compute in; that of all parameters together if None, and norms are float32. So are logits.
       param_dtype: of weights and biases.
       rngs: for random weights, its stream `params`.
 
@@ -96,9 +96,12 @@ class Decoder(nnx.Module):
           tokens: int [B, T].
           mask: bool [B, T], False where a sequence has no token, at its left or its right; all tokens if None.
 
-        Returns float32 [B, T, vocab]; what stands where there is no token means nothing.
+        Returns float32 [B, T, vocab]; what stands where there is no token means nothing, and a token at a position that
+        was not learned gives NaN. Raises ValueError for other shapes, and without a mask for more tokens than there are
+        learned positions.
         """
-        return self.logits(self.hidden(tokens, positions(tokens, mask))[0])
+        learned = self.config.context if self.config.ropes is None else None
+        return self.logits(self.hidden(tokens, positions(tokens, mask, learned))[0])
 
     def hidden(
         self, tokens: jax.Array, positions: jax.Array, cache: Sequence[LayerCache] | None = None
@@ -113,7 +116,7 @@ class Decoder(nnx.Module):
 
         Returns [B, T, width], and the new cache, () without one.
         """
-        x = self.embed(tokens)
+        x = self.embed(jnp.where(positions >= 0, tokens, 0))  # padding may be any number, whose row would be NaN
         x = x * jnp.asarray(self.config.embed_scale, x.dtype)
         if self.config.ropes is None:
             x = x + self.positions(jnp.maximum(positions, 0) + self.config.position_offset)
@@ -131,8 +134,16 @@ class Decoder(nnx.Module):
         return out if cap is None else cap * jnp.tanh(out / cap)
 
 
-def positions(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """int32 [B, T]: which token of its sequence each one is, -1 where the mask is False."""
+def positions(tokens: jax.Array, mask: jax.Array | None, learned: int | None = None) -> jax.Array:
+    """int32 [B, T]: which token of its sequence each one is, -1 where the mask is False.
+
+    Raises ValueError for other shapes, and without a mask for more than the `learned` positions, None for any number.
+    """
+    if tokens.ndim != 2 or (mask is not None and mask.shape != tokens.shape):
+        given = "" if mask is None else f" and mask {mask.shape}"
+        raise ValueError(f"tokens have shape {tokens.shape}{given}: give both as [B, T]")
     if mask is None:
+        if learned is not None and tokens.shape[1] > learned:
+            raise ValueError(f"{tokens.shape[1]} tokens for a model that has learned {learned} positions: give it less")
         return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     return jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, -1)

@@ -33,7 +33,7 @@ class Encoder(nnx.Module):
 
     Args:
       config: what it is made of; positions are learned.
-      dtype: what its layers compute in; that of the parameters if None.
+      dtype: what its layers compute in; that of all parameters together if None, and norms are float32.
       param_dtype: of weights and biases.
       rngs: for random weights, its stream `params`.
 
@@ -50,6 +50,8 @@ class Encoder(nnx.Module):
     """
 
     def __init__(self, config: Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs) -> None:
+        if config.token_types < 1:
+            raise ValueError(f"token_types = {config.token_types}: an encoder has at least one")
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         embed = partial(nnx.Embed, features=config.width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
@@ -71,10 +73,10 @@ class Encoder(nnx.Module):
           mask: bool [B, T], False where a sequence has no token, at its left or its right; all tokens if None.
           types: int [B, T], of each token; all 0 if None.
 
-        Returns [B, T, width]; what stands where there is no token means nothing.
+        Returns [B, T, width]; what stands where there is no token means nothing. Raises ValueError as `Decoder` does.
         """
-        at = positions(tokens, mask)
-        x = self.embed(tokens) + self.positions(jnp.maximum(at, 0) + self.config.position_offset)
+        at = positions(tokens, mask, self.config.context)
+        x = self.embed(jnp.where(at >= 0, tokens, 0)) + self.positions(jnp.maximum(at, 0) + self.config.position_offset)
         x = self.embed_norm(x + self.types(jnp.zeros_like(tokens) if types is None else types))
         for block in self.layers:
             x, _ = block(x, at)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lowbit.models.attention import BLOCK, Dense, How
+from lowbit.models.attention import Dense, How, blocks
 from lowbit.models.cache import DenseCache
 from lowbit.models.context import Context
 from lowbit.models.decoder import Cache, Decoder
@@ -126,12 +126,14 @@ class _Scored:
         at, (sink, start, stop) = old.positions, self.span
         part = (at >= start) & (at < stop)
         chosen = [replace(old, positions=jnp.where(part | (at < sink), at, -1)), new]
-        largest = jnp.full_like(self.scores, -1)
-        for block in (slice(first, first + BLOCK) for first in range(0, q.shape[1], BLOCK)):
-            scores = [how.scores(q[:, block], positions[:, block], one) for one in chosen]
+
+        def of_block(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+            q, positions = block
+            scores = [how.scores(q, positions, one) for one in chosen]
             weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)[..., : at.shape[-1]]
-            weights = jnp.where((positions[:, block] >= 0)[:, None, None, :, None], weights, -1)
-            largest = jnp.maximum(largest, weights.max(axis=(2, 3)))
+            return jnp.where((positions >= 0)[:, None, None, :, None], weights, -1).max(axis=(2, 3))
+
+        largest = jax.lax.map(of_block, blocks(q, positions)).max(axis=0)
         return out, replace(self, scores=jnp.maximum(self.scores, jnp.where(part, largest, -1)))
 
 
@@ -150,7 +152,7 @@ def importance(model: Decoder, cache: Sequence[DenseCache], prompts: Iterable[Re
       prompts: as `repeats` makes them; all of one shape are compiled once. What none of them asks for stays.
       sink: the first tokens, which every part is scored beside and which stay.
 
-    Scores are float32, also where the model computes in fewer bits, and made for at most BLOCK queries at once. The
+    Scores are float32, also where the model computes in fewer bits, and made for a block of queries at once. The
     work is about that of reading the context once more. Repetitions take the positions after the context.
 
     Raises TypeError for a cache that is not dense, ValueError where learned positions end before a repetition does.

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 
 from lowbit.models.hub import local
 from lowbit.models.save import is_saved, reopened
@@ -63,7 +63,7 @@ def load(
         model = reopened(folder, j, kind, config, dtype)
         return model if rules is None else quantize(model, rules, **more)
     source = Source(folder, kind, config)
-    dtype = jnp.dtype(source.dtype if dtype is None else dtype)
+    dtype = jax.dtypes.canonicalize_dtype(source.dtype if dtype is None else dtype)
     model = abstract(kind, config, dtype, dtype)
     source.check(model)
     model = source.with_quantized(model)

@@ -57,6 +57,13 @@ class Rope:
     size: int
     scaling: Linear | Llama3 | Yarn | None = None
 
+    def __post_init__(self) -> None:
+        if self.size < 2 or self.size % 2:
+            raise ValueError(f"{self.size} entries of a head cannot rotate in pairs: their number must be even")
+        for name, number in {"base": self.base, "factor": 1.0 if self.scaling is None else self.scaling.factor}.items():
+            if not (isinstance(number, float | int) and number > 0):
+                raise ValueError(f"{name} = {number!r} of a rotation: it must be a number above 0")
+
     def frequencies(self) -> np.ndarray:
         """float32 [size / 2], radians a position."""
         plain = 1.0 / self.base ** (np.arange(0, self.size, 2, dtype=np.float32) / self.size)

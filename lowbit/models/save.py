@@ -127,13 +127,23 @@ def reopened(folder: Path, j: Mapping[str, Any], kind: Family, config: Config, d
     entries = read(file)
     arrays = {name: value for name, value in entries.items() if isinstance(value, QuantArray)}
     table = entries.get("embed/embedding")
-    model = _like(kind, config, arrays, dtype or stated.get("dtype"), jnp.float32 if table is None else table.dtype)
+    dtype = jax.dtypes.canonicalize_dtype(dtype) if dtype is not None else _dtype(folder, stated.get("dtype"))
+    model = _like(kind, config, arrays, dtype, jnp.float32 if table is None else table.dtype)
     for path, module in nnx.iter_modules(model):
         for name, variable in vars(module).items():
             stored = entries.get(f"{joined(path)}/{name}")
             if isinstance(variable, nnx.Variable) and stored is not None:
                 variable.set_value(jax.ShapeDtypeStruct(variable.get_value().shape, stored.dtype))
     return fitted(file, entries, model)
+
+
+def _dtype(folder: Path, stated: Any) -> Any:
+    try:
+        if stated is None or jnp.issubdtype(dtype := jnp.dtype(stated), jnp.floating):
+            return stated and dtype
+    except TypeError:
+        pass
+    raise CheckpointError(f"{folder / 'config.json'} states dtype = {stated!r}, which is no type of floats: {AGAIN}")
 
 
 def _like(kind: Family, config: Config, quantized: Mapping[str, QuantArray], dtype: Any, param_dtype: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -114,7 +115,11 @@ def test_a_missing_key_is_named(name, key):
         ("llama", {"rope_scaling": {"type": "linear"}}, "lacks rope_scaling.factor"),
         ("llama", {"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention = {}"),
         ("llama", {"hidden_size": 0}, "describes no model: width = 0"),
-        ("llama", {"hidden_size": "32"}, "describes no model: "),
+        ("llama", {"hidden_size": "32"}, "hidden_size = '32': it must be an integer"),
+        ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps = '1e-5': it must be a number"),
+        ("llama", {"rms_norm_eps": None}, "describes no model: eps = None"),
+        ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false': it must be true or false"),
+        ("llama", {"rope_theta": -1, "rope_parameters": None}, "describes no model: base = -1 of a rotation"),
         ("llama", {"num_attention_heads": 0}, "describes no model: "),
         ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = "),
         ("qwen2", {"layer_types": ["chunked_attention", "full_attention"]}, r"layer_types of \['chunked_attention'\]"),
@@ -151,7 +156,7 @@ def test_an_unknown_family_is_refused():
 
 def test_the_page_lists_every_family():
     page = (GOLDEN.parents[2] / "docs/models.md").read_text("utf-8")
-    rows = {line.split("|")[2].strip(" `") for line in page.splitlines() if line.startswith("| ")}
+    rows = set(re.findall(r"^\| [^|]+ \| `(\w+)` \|", page, re.MULTILINE))
     assert rows == {"model_type", *FAMILIES}
     assert {case["model_type"] for case in CASES.values()} == set(FAMILIES)
 

@@ -68,7 +68,7 @@ def softmax(x: Array) -> Array:
 
 @pytest.mark.parametrize("block", [512, 2])
 def test_scores_are_the_largest_weights(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kvzip, "BLOCK", block)
+    monkeypatch.setattr("lowbit.models.attention.BLOCK", block)
     cache, how, start, stop = dense(), How(0.5), 4, 8
     q, k, v = random(2, 3, HEADS, 2, HEAD, seed=2), random(2, 3, HEADS, HEAD, seed=3), random(2, 3, HEADS, HEAD, seed=4)
     before = jnp.full((2, HEADS, SLOTS + SPARE), -1.0).at[0, 0, 5].set(0.99)

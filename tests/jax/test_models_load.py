@@ -58,6 +58,11 @@ def test_weights_have_the_dtype_of_the_checkpoint_unless_told(tmp_path: Path, dt
     assert wide.embed.embedding.dtype == wide.layers[0].mlp.up.dtype == np.float32
 
 
+def test_float64_becomes_float32(tmp_path: Path) -> None:
+    at = written(tmp_path / "llama", tensors(dtype=np.float64))
+    assert lb.models.load(at).embed.embedding.dtype == lb.models.load(at, dtype=np.float64).embed.dtype == np.float32
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_filled(name: str) -> None:
     model = lb.models.load(GOLDEN / name)

@@ -27,7 +27,9 @@ def folder(tmp_path: Path) -> Path:
 def test_a_saved_folder_comes_back_bit_by_bit(folder: Path, tmp_path: Path, rules: Any) -> None:
     model = lb.models.load(folder, rules, dtype=jnp.bfloat16)
     lb.models.save(model, tmp_path / "saved", folder)
-    assert_same(lb.models.load(tmp_path / "saved"), model)
+    again = lb.models.load(tmp_path / "saved")
+    assert_same(again, model)
+    assert hash(nnx.graphdef(again)) == hash(nnx.graphdef(model))  # so that both run in the same programs
 
 
 def test_a_saved_folder_has_what_text_needs_and_says_who_wrote_it(tmp_path: Path) -> None:
@@ -103,6 +105,11 @@ def test_a_model_that_load_would_not_make_is_not_saved(folder: Path, tmp_path: P
             lambda f, j: j["quantization_config"].update(version=2),
             r"states version 2 of lowbit's folders, and this library re",
         ),
+        (
+            lambda f, j: j["quantization_config"].update(dtype="int8"),
+            r"saved/config\.json states dtype = 'int8', which is no type of floats: get the file again",
+        ),
+        (lambda f, j: j["quantization_config"].update(dtype="half a float"), r"dtype = 'half a float', which is no ty"),
         (lambda f, j: (f / "model.safetensors").unlink(), r"saved holds no model\.safetensors: get the file again"),
         (
             lambda f, j: j.update(num_hidden_layers=3),

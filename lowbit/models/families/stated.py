@@ -19,6 +19,23 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+TYPES: Mapping[str, tuple[type, tuple[str, ...]]] = {
+    "an integer": (int, (
+        "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
+        "sliding_window_pattern", "max_window_layers", "num_local_experts", "num_experts", "num_experts_per_tok",
+        "n_embd", "n_head", "n_layer", "n_inner", "n_positions", "ffn_dim", "type_vocab_size", "pad_token_id",
+    )),
+    "a number": (float, (
+        "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_local_base_freq",
+        "partial_rotary_factor", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+    )),
+    "true or false": (bool, (
+        "tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob", "use_sliding_window",
+        "scale_attn_weights", "do_layer_norm_before", "enable_bias",
+    )),
+}  # fmt: skip
+"""What the values of keys must be, where they are not null."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -55,6 +72,7 @@ def reader(make: Callable[[Stated], Config]) -> Callable[[Mapping[str, Any]], Co
 
     @wraps(make)
     def read(j: Mapping[str, Any]) -> Config:
+        _check_types(j)
         try:
             return make(Stated(j))
         except CheckpointError:
@@ -63,6 +81,14 @@ def reader(make: Callable[[Stated], Config]) -> Callable[[Mapping[str, Any]], Co
             raise CheckpointError(f"config.json describes no model: {error}") from error
 
     return read
+
+
+def _check_types(j: Mapping[str, Any]) -> None:
+    for what, (kind, keys) in TYPES.items():
+        for key in keys:
+            if (given := j.get(key)) is None or type(given) is kind or (kind is float and type(given) is int):
+                continue
+            raise CheckpointError(f"config.json states {key} = {given!r}: it must be {what}")
 
 
 def head_size(j: Stated) -> int:
