@@ -51,7 +51,8 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder beside `path` to make files in, with `replacing`; leaving the block renames it to `path`.
 
     What is there is moved aside, and removed when the new folder is in its place. An exception in the block removes the
-    new folder and leaves `path` as it was. A killed process leaves hidden folders with names that end in `.tmp`.
+    new folder and leaves `path` as it was. A killed process leaves hidden folders with names that end in `.tmp`, and
+    killed in the moment between the two renames, the old folder as one of them.
 
     Raises OSError when the folder cannot be made.
     """

@@ -93,7 +93,10 @@ class How:
             return q
         if q.shape[1] <= BLOCK:
             return self._block(q, positions, parts)
-        out = jax.lax.map(lambda block: self._block(block[0], block[1], parts), blocks(q, positions)).swapaxes(0, 1)
+        one = jax.checkpoint(
+            lambda block: self._block(block[0], block[1], parts)
+        )  # else gradients hold all blocks' scores
+        out = jax.lax.map(one, blocks(q, positions)).swapaxes(0, 1)
         return out.reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]
 
     def _block(self, q: jax.Array, positions: jax.Array, parts: Sequence[Part]) -> jax.Array:
