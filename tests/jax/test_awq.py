@@ -229,6 +229,7 @@ def test_only_the_layers_that_are_named_are_clipped() -> None:
     assert (clipped.up.kernel[...] != NET.up.kernel[...]).any()
 
 
+@pytest.mark.slow
 def test_stacks_are_clipped_slice_by_slice() -> None:
     conv = nnx.Conv(20, 6, 1, feature_group_count=2, rngs=nnx.Rngs(0))
     half = RNG.standard_normal((2, 10, 10))

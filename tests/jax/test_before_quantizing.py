@@ -61,6 +61,7 @@ def test_text_that_was_held_out_loses_less(prepare: Callable[..., Any]) -> None:
     assert after < nearest
 
 
+@pytest.mark.slow
 def test_scales_lower_the_error_of_the_layers_that_they_go_into() -> None:
     """Their own metric, here by a fifth: the loss of a model without a few large inputs need not follow."""
     model = weights.load()

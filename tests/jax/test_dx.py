@@ -24,7 +24,6 @@ from lowbit.kernels.verbs import Twin
 from lowbit.quant_type import QuantType, kernel_layout, readings
 from lowbit.testing import random_array
 from lowbit.testing.checks import assert_dx, random_rows
-from tests.forgetting import forget
 from tests.parameter_gradients import check_parameter_gradients, check_table_gradients
 
 KERNEL = "mosaic_gpu"
@@ -176,7 +175,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 
 def _forget() -> None:
-    forget()
+    jax.clear_caches()
     planning.planned.cache_clear()
     backward.planned_dx.cache_clear()
     backward.planned_dw.cache_clear()
