@@ -13,29 +13,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "8")
 os.environ["LOWBIT_CACHE"] = os.devnull + ".none"  # what somebody measured here is no part of a test
 
-from collections.abc import Iterator
-
 import jax
-import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-AT_ONCE = 400
-"""Tests whose programs a process keeps: those of all of them take more memory than a small machine has."""
-ran = 0
-
-
-@pytest.fixture(autouse=True, scope="module")
-def forget_programs() -> Iterator[None]:
-    """Forgets what is compiled, after so many tests."""
-    global ran
-    yield
-    if ran >= AT_ONCE:
-        jax.clear_caches()
-        ran = 0
-
-
-@pytest.fixture(autouse=True)
-def count_tests() -> None:
-    global ran
-    ran += 1

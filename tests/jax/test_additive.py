@@ -41,6 +41,7 @@ def test_no_round_raises_the_error(beam: int) -> None:
     assert errors[-1] < 0.5 * errors[0] and error(quantized(beam=beam)) <= errors[-1]
 
 
+@pytest.mark.slow
 def test_a_wider_beam_finds_better_codes() -> None:
     assert error(quantized(1, beam=3)) < error(quantized(1, beam=1))
 
@@ -72,6 +73,7 @@ def test_is_deterministic() -> None:
     assert all(np.array_equal(again.fields[name], a) for name, a in quantized().fields.items())
 
 
+@pytest.mark.slow
 def test_zero_constant_and_huge_weights_and_where_codes_lie() -> None:
     check_quantizer(lb.codebook(2, 5, vec=2, group=16, scale_dtype="float16"), 5, 70, lb.additive_codebooks())
 

@@ -52,6 +52,7 @@ def error(path: str, fmt: lb.Format, **weighs: Any) -> np.ndarray:
     return np.asarray(made - dense(path), np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [*(pytest.param(by, marks=pytest.mark.slow) for by in ("loss", "trace")), "output"])
 def test_estimates(by: Any) -> None:
     found = lb.allocate(MODEL, STATS, formats=FORMATS, bits=64, by=by)

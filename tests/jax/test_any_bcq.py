@@ -120,6 +120,7 @@ def test_expansion_matches_the_oracle(weighed: bool, offset: bool) -> None:
             assert np.array_equal(signs > 0, code.bits[row, :width] == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lo", "offset"), [(1, False), (2, True)])
 def test_no_width_is_worse_than_a_narrower_one_nor_than_its_best_scales(lo: int, offset: bool) -> None:
     """In degenerate groups too; and the least width is the alternating solver's."""
@@ -138,6 +139,7 @@ def test_no_width_is_worse_than_a_narrower_one_nor_than_its_best_scales(lo: int,
         assert errors[-1][row] <= (least**2).mean() + 2 * error_bound(values, 4)[row] + (4 * TINY) ** 2
 
 
+@pytest.mark.slow
 def test_the_least_width_is_the_alternating_solvers() -> None:
     w = lb.quantize_array(W, FORMAT)
     expected = lb.quantize_array(W, lb.bcq(2, group=24, offset=True), lb.alternating())

@@ -59,6 +59,7 @@ Y = NET.norm(X)
 STATS = {"gate": measured(Y), "up": measured(Y), "down": measured(nnx.silu(NET.gate(Y)) * NET.up(Y))}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = partial(lb.awq, NET, FMT, STATS, folds=[NORM, UP], batch=X, resume=tmp_path)
     want = lb.awq(NET, FMT, STATS, folds=[NORM, UP], batch=X)

@@ -64,6 +64,7 @@ def test_additive_codebooks_are_better_than_what_they_start_from() -> None:
     assert found["m2v8_kmeans_error"]["ratio"] > 1
 
 
+@pytest.mark.slow
 def test_second_order_quantizers_are_better_than_what_they_start_from() -> None:
     found = named(list(quantize_speed.second_order()))
     assert found["gptq4_error"]["ratio"] < 1 and found["lnq2_error"]["ratio"] < 1
@@ -84,6 +85,7 @@ def test_nested_k_means_beside_the_published_code(monkeypatch: pytest.MonkeyPatc
     assert found["nested3to8_unweighed"]["value"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 @pytest.mark.parametrize("layout", ["gguf", pytest.param("gptq", marks=pytest.mark.slow)])
 def test_a_conversion_takes_one_layer(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +114,7 @@ def test_a_load_takes_the_model_and_two_layers(monkeypatch: pytest.MonkeyPatch) 
         list(load_memory.loading(4_000_000))
 
 
+@pytest.mark.slow
 def test_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "CACHES", {"kivi4": lb.models.Kivi(4, group=8, residual=8)})
     found = named(list(generate.measure(batch=2, smoke=True)))

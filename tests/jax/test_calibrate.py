@@ -52,6 +52,7 @@ def test_products_of_inputs_over_batches_of_any_size() -> None:
     np.testing.assert_allclose(np.diagonal(stats.gram), moments, rtol=2 * gamma(2 + 12 + 2 * 4, "f32"))
 
 
+@pytest.mark.slow
 def test_additive_codebooks_are_weighed_by_products_of_inputs() -> None:
     model, fmt = pair(), lb.codebook(1, 4, vec=2)
     mixed = rows(64) @ rows(32, seed=1)

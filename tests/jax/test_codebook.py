@@ -233,6 +233,7 @@ def quantized(m: int, bits: int) -> lb.QuantArray:
     return lb.quantize_array(W, lb.codebook(m, bits, vec=4, group=32))
 
 
+@pytest.mark.slow
 def test_error_falls_with_codebooks_and_bits():
     assert error(W, quantized(2, 4)) < error(W, quantized(1, 4)) > error(W, quantized(1, 6))
 

@@ -87,6 +87,7 @@ def test_gradients_are_those_of_ragged_dot(rows: int) -> None:
     np.testing.assert_array_equal(dalpha[:, 0], signed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", [lb.bcq(2, group=4, offset=True), lb.uniform(3, group=4)], ids=str)
 def test_rows_of_no_expert_are_zero_in_any_format(fmt: lb.Format) -> None:
     w = lb.quantize_array(inputs(2, 8, 3), fmt)
@@ -163,6 +164,7 @@ def test_experts_share_the_products_of_inputs() -> None:
     np.testing.assert_array_equal(importance(stats, "moe", rule, model.moe), (x.T @ x / 10)[None])
 
 
+@pytest.mark.slow
 def test_experts_stacked_by_vmap_and_run_by_scan() -> None:
     @nnx.split_rngs(splits=2)
     @nnx.vmap(in_axes=0, out_axes=0)

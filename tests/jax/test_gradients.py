@@ -131,6 +131,7 @@ def weighted_error(model: Any, quantized: Any, square: Any) -> float:
     return float(np.sum(square * np.square(model.up.kernel[...] - lb.dequantize(quantized.up.kernel.array))))
 
 
+@pytest.mark.slow
 def test_weighing_by_squared_gradients_lowers_the_error_that_they_expect() -> None:
     model = nnx.Dict(up=nnx.Linear(32, 8, rngs=nnx.Rngs(0)))
     scales = jnp.asarray(np.geomspace(0.01, 3, 32), jnp.float32)

@@ -140,6 +140,7 @@ print(caught, len(log.read_text()) - (runs + 1) * LAYERS)
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, ALL])
 def test_a_killed_quantization_goes_on_where_it_was(tmp_path: Path, kills: int) -> None:
     caught, again = map(int, python(QUANTIZES, tmp_path, kills).split())
@@ -299,6 +300,7 @@ print(len({step for step in at if 0 < step < STEPS}))
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_killed_training_goes_on_where_it_was(tmp_path: Path, kills: int) -> None:
     assert int(python(TRAINS, tmp_path, kills)) > 0, "no training was caught in the middle: the test showed nothing"

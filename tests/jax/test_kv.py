@@ -159,6 +159,7 @@ def test_new_tokens_are_seen_as_they_are() -> None:
     assert_same(cache, filled(KIVI))
 
 
+@pytest.mark.slow
 def test_a_decoder_with_all_tokens_in_the_residual_is_the_dense_one() -> None:
     model = lb.models.Decoder(CONFIG, rngs=nnx.Rngs(0))
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 8)))

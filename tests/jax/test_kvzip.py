@@ -91,6 +91,7 @@ def test_scores_are_the_largest_weights(block: int, monkeypatch: pytest.MonkeyPa
     assert_within(out[STEP >= 0], whole[STEP >= 0], bound, "attention")
 
 
+@pytest.mark.slow
 def test_a_context_is_scored_part_by_part() -> None:
     """Of a model of two layers, of which the first sees a window only."""
     model = lb.models.Decoder(CONFIG, rngs=nnx.Rngs(0))
@@ -152,6 +153,7 @@ def test_both_forms_attend_to_what_is_left() -> None:
     assert np.array_equal((after_b.positions >= 0).sum(-1), held + more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["masked", "compacted"])
 def test_what_is_left_is_quantized_as_if_there_had_been_nothing_else(form: str) -> None:
     kind = Kivi(2, 2, 4)

@@ -189,6 +189,7 @@ def test_a_weight_shared_by_layers_of_any_kind() -> None:
     assert lb.dequantize(apart.linear.kernel.array).shape == (6, 8)
 
 
+@pytest.mark.slow
 def test_calibration_and_comparison_know_them() -> None:
     model = nnx.Dict(
         conv=whole(conv(4, 6, (2, 2), feature_group_count=2), group=4),

@@ -80,6 +80,7 @@ def assert_close(a: jax.Array, b: jax.Array) -> None:
     np.testing.assert_allclose(a, b, rtol=0, atol=gamma(500, "float32") * float(jnp.abs(b).max()))
 
 
+@pytest.mark.slow
 def test_every_layer_is_found_under_the_path_of_its_parameters(model: Any, small: Any) -> None:
     assert sorted(lb.nn.kernels(small)) == [f"{p}/kernel" for p in LAYERS[:-1]] + ["embed/embedding"]
     assert [r.layer for r in lb.report(small).rows] == [r.layer for r in lb.report(model).rows] == LAYERS
@@ -118,6 +119,7 @@ def test_mutable_collections_move_and_the_weights_stay(model: Any, small: Any) -
         small(TOKENS, mutable=["intermediates"], capture_intermediates=True)
 
 
+@pytest.mark.slow
 def test_scales_train_and_a_compiled_submodule_sees_it(model: Any) -> None:
     tuning = lb.tune.alpha_tuning(lb.quantize(model, fast({"blocks_*/*": lb.bcq(2), "embed": None})))
     optimizer = tuning.optimizer(optax.sgd(0.1))

@@ -95,6 +95,7 @@ def test_the_twin_is_the_oracles_product(fmt: lb.Format, kind: Any, m: int, n: i
     check(fmt, kind, m, n, k, Tuning(columns=8 * ceil(m / 8), parts=parts, depth=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "kind"),
     [

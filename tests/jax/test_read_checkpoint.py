@@ -159,6 +159,7 @@ def test_conversion_is_what_writing_all_of_it_gives(tmp_path: Path, name: str) -
         lb.read_checkpoint(tmp_path / "a.safetensors")
 
 
+@pytest.mark.slow
 def test_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Any]] = []
     read = checkpoint._quantized

@@ -124,6 +124,7 @@ def test_a_change_that_is_rounded_off_is_none(caplog: pytest.LogCaptureFixture) 
     assert before == after and steps == "6"  # two epochs of three batches
 
 
+@pytest.mark.slow
 def test_each_width_has_scales_tuned_for_it() -> None:
     coarse = lb.quantize(DENSE, {"layers/**": lb.any_bcq(1, 2, scale_dtype="bfloat16"), "first": None})
     tuned = coarse

@@ -88,6 +88,7 @@ def test_shared_layers_stay_shared(tmp_path: Path) -> None:
     assert again.z is again.sub[0]
 
 
+@pytest.mark.slow
 def test_stacks_and_groups_of_features(tmp_path: Path) -> None:
     of = nnx.Dict(
         moe=lb.nn.Experts(4, 16, 8, rngs=nnx.Rngs(0)), conv=nnx.Conv(4, 6, 4, feature_group_count=2, rngs=nnx.Rngs(1))

@@ -16,6 +16,7 @@ E4M3 = ml_dtypes.float8_e4m3fn
 SHAPES = [(2, 45), (1, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", [lb.scaled_fp8(), lb.scaled_fp8(2, 32, "bfloat16")])
 def test_the_kit(fmt: lb.Format) -> None:
     assert "quantizer" in lb.testing.check_format(fmt, SHAPES).passed["n=2 k=45"]

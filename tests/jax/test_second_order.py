@@ -86,6 +86,7 @@ def test_without_correlations_it_is_rounding_to_nearest() -> None:
         np.testing.assert_array_equal(lb.dequantize(q), lb.dequantize(nearest))
 
 
+@pytest.mark.slow
 def test_it_beats_rounding_to_nearest_and_the_largest_inputs_first_is_better() -> None:
     fmt = lb.uniform(3, group=35)
     nearest, plain, ordered = (
@@ -170,6 +171,7 @@ def test_lnq_beats_kmeans_and_more_rounds_are_not_worse() -> None:
     assert errors[2] < 0.7 * kmeans
 
 
+@pytest.mark.slow
 def test_what_rounding_makes_worse_is_not_taken() -> None:
     """Weights that differ by less than tables in bfloat16 can tell: what least squares find is rounded off again."""
     rng, rows = np.random.default_rng(0), 64
@@ -243,6 +245,7 @@ def test_zero_constant_and_huge_weights(fmt: lb.Format, bits: int, quantizer: An
 # ---------------------------------------------------------------- chunks of outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fmt", "quantizer"), [(lb.uniform(3), lb.gptq()), (ALIKE, lb.lnq(1, 1))], ids=str)
 def test_each_chunk_is_quantized_for_its_own_errors(fmt: lb.Format, quantizer: Any) -> None:
     both = lb.quantize_array(W, fmt, quantizer, importance=jnp.stack([GRAM, OTHER]))

@@ -91,6 +91,7 @@ def test_slices_are_quantized_one_by_one() -> None:
         lb.quantize_array(bad, lb.bcq(2, scale_dtype="float16"), lb.greedy())
 
 
+@pytest.mark.slow
 def test_importance_of_all_slices_or_of_each() -> None:
     dense, f = inputs(2, 12, 5), jnp.asarray(np.random.default_rng(3).uniform(0, 9, (2, 12)), jnp.float32)
     each = lb.quantize_array(dense, BCQ, importance=f)
