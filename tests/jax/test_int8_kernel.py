@@ -127,9 +127,9 @@ def test_scales_that_are_no_numbers_make_factors_that_are_none() -> None:
     ("fmt", "m", "parts"),
     [
         (lb.bcq(2, group=128), 3, 2),
-        (lb.bcq(3), 3, 1),
+        pytest.param(lb.bcq(3), 3, 1, marks=pytest.mark.slow),
         pytest.param(lb.bcq(4, group=512), 9, 1, marks=pytest.mark.slow),
-        (lb.uniform(4, group=128), 3, 2),
+        pytest.param(lb.uniform(4, group=128), 3, 2, marks=pytest.mark.slow),
         pytest.param(lb.uniform(3, group=512), 3, 1, marks=pytest.mark.slow),
         (lb.any_precision(2, 4), 9, 2),
         pytest.param(lb.any_precision(2, 4, width=2), 3, 1, marks=pytest.mark.slow),
