@@ -343,21 +343,23 @@ def test_switched_models_are_saved_prepared_and_read_at_one_width(found: lb.tune
     model = lb.tune.switched(SMALL, found)
     lb.save(model, tmp_path / "m.safetensors")
     again = lb.load(tmp_path / "m.safetensors", into=nnx.eval_shape(lambda: lb.tune.switched(SMALL, found)))
-    np.testing.assert_array_equal(again(X), model(X))
-    np.testing.assert_array_equal(lb.at_width(model, 3)(X), lb.at_width(SMALL, 3)(X))
+    for held, stored in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(again)), strict=True):
+        assert np.array_equal(held, stored)
+    assert isinstance(again.first.kernel.reader, lb.nn.Switch)
+    at = lb.at_width(model, 3).first.kernel
+    assert at.reader is None and at.type == SMALL.first.kernel.type.at(3)
     assert lb.explain(model.first).count("x[1, k]") == 3  # every width
     assert lb.prepare(model, "hopper").first.kernel.reader is not None
     assert lb.prepare(lb.at_width(SMALL, jnp.int32(2)), "hopper").first.kernel.width is not None
-    assert lb.tune.blended(model, 4, 2.5).first.kernel.reader.z is not None
 
 
 @pytest.fixture(scope="module")
 def decoder() -> Any:
     sizes = {"vocab": 16, "width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head": 8, "hidden": 16, "context": 32}
     dense = lb.models.Decoder(lb.models.Config(**sizes), rngs=nnx.Rngs(0))
-    small = lb.quantize(dense, {"layers/0/mlp/*": FORMAT})
+    small = lb.quantize(dense, {"layers/0/mlp/*": lb.any_precision(2, 3, table_dtype="float32")})
     tokens = jnp.asarray(RNG.integers(0, 16, (2, 24)), jnp.int32)
-    start = lb.tune.blended(small, 4, 2.5)
+    start = lb.tune.blended(small, 3, 2.5)
     return tokens, lb.tune.switched(small, lb.tune.thresholds(start, dense, [tokens], estimators=QUICK))
 
 
