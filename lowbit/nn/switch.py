@@ -112,7 +112,8 @@ def switching(model: M, by: By) -> M:
       by: "row", as it is at first: each position of each sequence has its own width, as if it were decoded alone. Both
         widths are computed, so this is for evaluation. "call": one width for a whole call, the largest that one of its
         rows asks for: a step of decoding, which computes that width alone. "most": the maximum of each layer, for
-        prompts. `lb.models.generate` and `Batcher` read prompts by "most" and take steps by "call".
+        prompts. `lb.models.generate` and `Batcher` read prompts by "most" and take steps by "call", in which rows
+        without a sequence ask too.
 
     Raises ValueError for another `by`, TypeError for what is no module.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -24,6 +24,9 @@ from lowbit.tune.text import next_token_loss
 M = TypeVar("M", bound=nnx.Module)
 LEAST_SHARE = 0.01
 """A layer starts no nearer than this to its least or largest width, a share of the way: the sigmoid is flat there."""
+
+NEAR = 0.25
+"""Bits. The lowest target of the paper is so far above the least width, and has a pull of its own."""
 
 
 class Blend(nnx.Module):
@@ -137,18 +140,25 @@ class Toward:
 
     Attributes:
       target: in bits a weight.
-      alpha: of the pull. Published is 1, and 10 for the lowest target, a quarter of a bit above the least width.
+      alpha: of the pull. If None the published one: 1, but 10 for targets within `NEAR` of the least widths.
       loss: of the model, as `lb.tune.train` takes it.
     """
 
     target: float
-    alpha: float = 1.0
+    alpha: float | None = None
     loss: Loss = next_token_loss
 
     def __call__(self, model: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         """The sum of losses, each with the pull, and their number."""
         total, count = self.loss(model, batch)
-        return total + count * self.alpha * (mean_bits(model) - self.target) ** 2, count
+        gap = mean_bits(model) - self.target
+        return total + count * self._alpha(blends(model).values()) * gap**2, count
+
+    def _alpha(self, found: Collection[Blend]) -> float:
+        if self.alpha is not None:
+            return self.alpha
+        least = sum(b.weights * b.widths[0] for b in found) / sum(b.weights for b in found)
+        return 10.0 if self.target <= least + NEAR else 1.0
 
 
 def pair(widths: tuple[int, ...], bits: Any) -> tuple[Any, Any]:

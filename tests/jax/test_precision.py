@@ -147,6 +147,9 @@ def test_training_moves_precisions_to_the_target_and_leaves_all_else() -> None:
     toward = lb.tune.Toward(2.5, alpha=10.0, loss=loss)
     total, count = toward(model, X)
     assert float(total / count) == pytest.approx(float(loss(model, X)[0]) / X.size + 10.0, rel=1e-5)
+    for target, alpha in ((2.25, 10), (2.3, 1)):  # the published ones
+        pulled = float(lb.tune.Toward(target, loss=loss)(model, X)[0] - loss(model, X)[0]) / X.size
+        assert pulled == pytest.approx(alpha * (3.5 - target) ** 2, rel=1e-4)
     trained = lb.tune.train(
         model, [X] * 60, tx=optax.adamw(5e-2, weight_decay=1e-2), steps=60, wrt=lb.Threshold, loss=toward
     )
