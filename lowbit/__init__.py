@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lowbit.nn import Fold as Fold
     from lowbit.nn import Rule as Rule
     from lowbit.nn import Scale as Scale
+    from lowbit.nn import Threshold as Threshold
     from lowbit.nn import allocate as allocate
     from lowbit.nn import at_width as at_width
     from lowbit.nn import awq as awq
@@ -81,8 +82,9 @@ _HOME = {
     "matmul": "ops", "plan": "planning", "grouped_matmul": "grouped",
     "autotune": "autotuning", "tuned": "autotuning",
     "CheckpointError": "io", "convert": "io", "export_checkpoint": "io", "export_gguf": "io", "read_checkpoint": "io",
-    "Code": "nn", "Codebook": "nn", "Fold": "nn", "Rule": "nn", "Scale": "nn", "allocate": "nn", "at_width": "nn",
-    "awq": "nn", "calibrate": "nn", "compare": "nn", "explain": "nn", "load": "nn", "lwc": "nn", "prepare": "nn",
+    "Code": "nn", "Codebook": "nn", "Fold": "nn", "Rule": "nn", "Scale": "nn", "Threshold": "nn",
+    "allocate": "nn", "at_width": "nn", "awq": "nn",
+    "calibrate": "nn", "compare": "nn", "explain": "nn", "load": "nn", "lwc": "nn", "prepare": "nn",
     "q_rater": "nn", "quantize": "nn", "report": "nn", "save": "nn",
     "additive_codebooks": "quantizers", "alternating": "quantizers", "gptq": "quantizers",
     "greedy": "quantizers", "lnq": "quantizers", "nested_kmeans": "quantizers", "progressive": "quantizers",

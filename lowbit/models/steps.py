@@ -17,6 +17,7 @@ from lowbit.models.cache import CacheKind
 from lowbit.models.decoder import Cache, Decoder
 from lowbit.models.sampling import Sampling
 from lowbit.nn.reading import at_width
+from lowbit.nn.switch import By, switching
 
 LEAST = 16
 """The smallest bucket."""
@@ -38,9 +39,9 @@ class Program:
     graph: Any
     tree: Any
 
-    def model(self, leaves: list[jax.Array], width: jax.Array | None) -> Decoder:
+    def model(self, leaves: list[jax.Array], width: jax.Array | None, by: By = "most") -> Decoder:
         model: Decoder = nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
-        return model if width is None else at_width(model, width)
+        return switching(model, by) if width is None else at_width(model, width)
 
     @cached_property
     def empty(self) -> Any:
@@ -78,7 +79,7 @@ class Program:
             seeds: jax.Array,
             width: jax.Array | None,
         ) -> tuple[jax.Array, Cache]:
-            model = self.model(leaves, width)
+            model = self.model(leaves, width, "call")
             hidden, cache = model.hidden(tokens[:, None], positions[:, None], cache)
             logits = model.logits(hidden[:, 0])
             # Of its own seed and place alone: a sequence is the same whatever else is in the batch.

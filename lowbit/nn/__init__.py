@@ -21,6 +21,7 @@ from lowbit.nn.kernel import Frozen as Frozen
 from lowbit.nn.kernel import Kernel as Kernel
 from lowbit.nn.kernel import Scale as Scale
 from lowbit.nn.kernel import Stats as Stats
+from lowbit.nn.kernel import Threshold as Threshold
 from lowbit.nn.kernel import Width as Width
 from lowbit.nn.kernel import kernels as kernels
 from lowbit.nn.layers import Embed as Embed
@@ -36,3 +37,8 @@ from lowbit.nn.report import Report as Report
 from lowbit.nn.report import explain as explain
 from lowbit.nn.report import report as report
 from lowbit.nn.rules import Rule as Rule
+from lowbit.nn.switch import Choice as Choice
+from lowbit.nn.switch import EffectiveBits as EffectiveBits
+from lowbit.nn.switch import Switch as Switch
+from lowbit.nn.switch import effective_bits as effective_bits
+from lowbit.nn.switch import switching as switching

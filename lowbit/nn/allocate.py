@@ -91,7 +91,7 @@ def allocate(
         for path, (layer, *shared) in held.items():
             if reason := refusal(layer):
                 raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
-            harm, made = _harm(path, layer, stats, by), len(every)
+            harm, made = harm_by(path, layer, stats, by), len(every)
             for choice in choices:
                 if found := _candidate(Rule(path, *choice), layer, stats, harm, finished):
                     every.append(replace(found, shared=tuple(shared)))
@@ -151,7 +151,7 @@ def _candidate(
     return Candidate(path, rule, dense.size, stored, harm(error))
 
 
-def _harm(path: str, layer: Any, stats: Mapping[str, LayerStats], by: By) -> Callable[[Any], float]:
+def harm_by(path: str, layer: Any, stats: Mapping[str, LayerStats], by: By) -> Callable[[Any], float]:
     """The estimate for an error of the layer's matrices."""
     name = next((n for n in NEEDS[by] if getattr(stats[path], n) is not None), None)
     if name is None:

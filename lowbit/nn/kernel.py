@@ -25,6 +25,11 @@ class Codebook(nnx.Param[jax.Array]):
     """Tables that codes select from."""
 
 
+class Threshold(nnx.Param[jax.Array]):
+    """float32 []: where a layer of several widths lies between its least and its largest, as a logit.
+    `lb.tune.blended` makes them, and `wrt=lb.Threshold` trains them."""
+
+
 class Frozen(nnx.Variable[jax.Array]):
     """Floats of a quantized weight that are not being trained."""
 
@@ -55,10 +60,12 @@ class Kernel(nnx.Module):
     Each field of the array is an attribute of its own, in a Variable of its role's class, so that `nnx.grad` and
     filters tell scales from codes. `type` is static. `.array` is the QuantArray, `.shape` and `.dtype` are those of
     the dense matrices it stands for, [*stack, k, n]. `.width` is None unless products read it at a width that may
-    change, whatever that of its type.
+    change, whatever that of its type. `.reader` is None unless a module makes the products, `reader(x, array)`, as of a
+    layer that chooses its width by its input.
     """
 
     width: Width | None = None
+    reader: Any = None
 
     def __init__(self, array: QuantArray, stats: jax.Array, frozen: frozenset[str] = frozenset()) -> None:
         self.type = array.type
@@ -82,6 +89,14 @@ class Kernel(nnx.Module):
     @property
     def dtype(self) -> Any:
         return self.array.dtype
+
+    def read_as(self, other: Kernel) -> Kernel:
+        """This kernel, whose products are made as those of another one."""
+        if other.width is not None:
+            self.width = other.width
+        if other.reader is not None:
+            self.reader = other.reader
+        return self
 
     @property
     def value(self) -> NoReturn:

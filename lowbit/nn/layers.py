@@ -77,6 +77,9 @@ def product(
 ) -> jax.Array:
     """The product of one layer, whose own matrices are a stack of this shape, at the kernel's width."""
     array = expect_stack(kernel, stack)
+    if kernel.reader is not None:
+        made: jax.Array = kernel.reader(x, array)
+        return made
     return by(x, array) if kernel.width is None else at_width(by, x, array, kernel.width.get_value().reshape(-1)[0])
 
 

@@ -93,7 +93,4 @@ def _adapted(kernel: Kernel, adapter: LowRank, rngs: nnx.Rngs) -> Kernel:
     batch = range(len(kernel.array.stack))
     start = nnx.initializers.he_uniform(batch_axis=tuple(batch))(rngs.params(), a, jnp.float32)
     fields = {**own(kernel.array).fields, LORA_A: start, LORA_B: jnp.zeros(b, jnp.float32)}
-    out = Kernel(QuantArray.of(fields, new), kernel.stats.get_value())
-    if kernel.width is not None:
-        out.width = kernel.width
-    return out
+    return Kernel(QuantArray.of(fields, new), kernel.stats.get_value()).read_as(kernel)

@@ -54,7 +54,7 @@ def prepare(model: M, device: Any = None) -> M:
             refused[joined(path)] = str(err)
             return node
         frozen = frozenset(name for name in new.fields if isinstance(getattr(node, name, None), Frozen))
-        return Kernel(new, node.stats.get_value(), frozen)
+        return Kernel(new, node.stats.get_value(), frozen).read_as(node)
 
     out: M = nnx.recursive_map(arranged, nnx.clone(model))
     if refused:

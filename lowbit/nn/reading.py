@@ -65,13 +65,15 @@ def _read(kernel: Kernel, width: Any, path: str) -> None:
             read = kernel.type.at(width)
         except ValueError as err:
             raise ValueError(f"layer {path!r}: {err}") from err
-        same = kernel.width is None and read.decode == kernel.type.decode
+        same = kernel.width is None and kernel.reader is None and read.decode == kernel.type.decode
         kernel.type = read
         if kernel.width is not None:
             del kernel.width
     else:
         same = False
         kernel.width = Width(jnp.broadcast_to(one_integer(width), kernel.array.stack))
+    if kernel.reader is not None:
+        del kernel.reader  # it would choose another width
     stats = kernel.stats.get_value()
     if not same and isinstance(stats, jax.Array):
         kernel.stats.set_value(jnp.full_like(stats, jnp.nan))  # no error was measured at this width

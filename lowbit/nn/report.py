@@ -168,7 +168,7 @@ def explain(layer: Any, batch: int = 1, platform: str | None = None, dtype: Any 
     if not isinstance(array, QuantArray):
         raise TypeError(f"{type(layer).__name__} is not a quantized layer or array: nothing to explain")
     given = dtype or getattr(layer, "dtype", None) or array.dtype
-    changes = isinstance(held, Kernel) and held.width is not None
+    changes = isinstance(held, Kernel) and not (held.width is None and held.reader is None)
     types = [array.type.at(width) for width in array.type.format.widths] if changes else [array.type]
     return "\n\n".join(_explained(batch, t, platform, given, gradient) for t in types)
 

@@ -2,13 +2,20 @@
 
 `alpha_tuning` adapts a model to a task through a handful of scales, `train` runs that, codebook tuning and adapters on
 models and texts of any size, and `extract` and `apply` keep many tasks beside one model; `reconstruct` brings a
-quantized model's blocks back to what those of the dense model return.
+quantized model's blocks back to what those of the dense model return. `max_widths`, `blended`, `thresholds` and
+`switched` make a model whose layers choose their widths token by token.
 """
 
 from lowbit.tune.alpha import AlphaTuning as AlphaTuning
 from lowbit.tune.alpha import alpha_tuning as alpha_tuning
 from lowbit.tune.alpha import fold as fold
 from lowbit.tune.board import tensorboard as tensorboard
+from lowbit.tune.budget import max_widths as max_widths
+from lowbit.tune.estimators import Estimators as Estimators
+from lowbit.tune.precision import Blend as Blend
+from lowbit.tune.precision import Toward as Toward
+from lowbit.tune.precision import blended as blended
+from lowbit.tune.precision import mean_bits as mean_bits
 from lowbit.tune.reconstruction import reconstruct as reconstruct
 from lowbit.tune.run import Trained as Trained
 from lowbit.tune.run import train as train
@@ -20,3 +27,6 @@ from lowbit.tune.task import storage as storage
 from lowbit.tune.text import TextBatches as TextBatches
 from lowbit.tune.text import next_token_loss as next_token_loss
 from lowbit.tune.text import text_batches as text_batches
+from lowbit.tune.thresholds import Thresholds as Thresholds
+from lowbit.tune.thresholds import switched as switched
+from lowbit.tune.thresholds import thresholds as thresholds

@@ -113,7 +113,7 @@ def check_tunable(model: nnx.Module) -> None:
     expect_arrays(model, "tune")
     for path, kernel in kernels(model).items():
         where = path.rpartition("/")[0]
-        if kernel.width is not None:
+        if not (kernel.width is None and kernel.reader is None):
             raise ValueError(
                 f"layer {where!r} is read at a width that may change: choose the one to tune, lb.at_width(model, 3)"
             )

@@ -18,10 +18,11 @@ from flax import nnx
 from lowbit.nn.kernel import Code, Frozen, Stats, Width, joined
 from lowbit.nn.reached import Inputs
 from lowbit.nn.rules import Rule, assign
+from lowbit.nn.switch import Choice
 
 Loss = Callable[[Any, Any], tuple[Any, Any]]
 """loss(model, batch) -> the sum of losses, and their number or weight."""
-CHANGING = nnx.Not(nnx.Any(nnx.Param, Code, Frozen, Stats, Width, nnx.Intermediate))
+CHANGING = nnx.Not(nnx.Any(nnx.Param, Code, Frozen, Stats, Width, Choice, nnx.Intermediate))
 """What a call of a model may change: counts of random keys, running means."""
 
 

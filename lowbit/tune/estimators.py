@@ -1,0 +1,89 @@
+"""Estimates of ||(W_h - W_l) x|| that cost less than a product (DP-LLM, Park et al. 2025, section 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowbit.nn.switch import norm
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+DTYPE = jnp.bfloat16
+"""Of projections. Rounding moves a sum of many terms by less than a part in 256, the projection itself by a tenth."""
+
+
+@dataclass(frozen=True)
+class Estimators:
+    """How the estimators of layers are found.
+
+    Attributes:
+      r2: a line in ||x|| is taken where it explains at least this share of the variance, or else a projection.
+      size: rows of a projection.
+      steps, rate: of gradient descent on a projection, each on all inputs.
+      seed: of the random projection that it starts from.
+    """
+
+    r2: float = 0.9
+    size: int = 64
+    steps: int = 10_000
+    rate: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.steps < 0 or not self.rate > 0:
+            raise ValueError(
+                f"size={self.size}, steps={self.steps}, rate={self.rate}: a projection has a row at least, no steps or "
+                "more, and a rate above 0"
+            )
+
+    def of(self, x: jax.Array, delta: jax.Array, errors: jax.Array, number: int) -> dict[str, jax.Array]:
+        """The estimator of a layer, the `number`-th, as `lb.nn.Switch` takes it.
+
+        Args:
+          x: float32 [rows, k], its inputs.
+          delta: float32 [k, n], W_h - W_l.
+          errors: float32 [rows], ||x delta||.
+        """
+        slope, offset, r2 = line(np.asarray(norm(x), np.float64), np.asarray(errors, np.float64))
+        if r2 >= self.r2:
+            return {"slope": jnp.float32(slope), "offset": jnp.float32(offset)}
+        start = random_projection(jax.random.fold_in(jax.random.key(self.seed), number), delta, self.size)
+        return {"projection": tuned(start, x, errors, self.steps, self.rate).astype(DTYPE)}
+
+
+def line(x: Array, y: Array) -> tuple[float, float, float]:
+    """Slope, offset and R^2 of the line nearest to y in squares."""
+    rows = np.stack([x, np.ones_like(x)], axis=1)
+    (slope, offset), *_ = np.linalg.lstsq(rows, y)
+    left, whole = np.square(y - slope * x - offset).sum(), np.square(y - y.mean()).sum()
+    return float(slope), float(offset), float(1 - left / whole) if whole > 0 else 1.0
+
+
+def random_projection(key: jax.Array, delta: jax.Array, size: int) -> jax.Array:
+    """G [size, k] with ||G x|| near ||x delta||: A delta^T, A [size, n] normal with the variance 1 / size."""
+    a = jax.random.normal(key, (size, delta.shape[1])) / size**0.5
+    return jnp.matmul(a, delta.T, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.jit
+def tuned(g: jax.Array, x: jax.Array, errors: jax.Array, steps: int, rate: float) -> jax.Array:
+    """The projection with the least mean squared error of its estimates, of those that gradient descent passes.
+
+    The rate is the published one, a number for all layers. Where it is too large for one the steps lead away, and what
+    they began with stays.
+    """
+
+    def cost(g: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(norm(x @ g.T) - errors))
+
+    def step(_: int, at: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        g, best, least = at
+        value, gradient = jax.value_and_grad(cost)(g)
+        best, least = jnp.where(value < least, g, best), jnp.minimum(value, least)
+        return g - rate * gradient, best, least
+
+    last, best, least = jax.lax.fori_loop(0, steps, step, (g, g, jnp.float32(jnp.inf)))
+    return jnp.where(cost(last) < least, last, best)

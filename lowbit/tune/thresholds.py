@@ -1,0 +1,219 @@
+"""Thresholds at which layers choose the larger of two widths: the third phase of DP-LLM (Park et al. 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil, inf
+from os import PathLike
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lowbit.array import QuantArray, dequantize
+from lowbit.io import CheckpointError, read, read_header, write
+from lowbit.nn.kernel import Kernel, expect_module, kernels
+from lowbit.nn.progress import bar
+from lowbit.nn.reached import inputs_of
+from lowbit.nn.switch import ESTIMATES, WIDTHS, Switch, norm
+from lowbit.tune.estimators import Estimators
+from lowbit.tune.nested import fingerprint, nested
+from lowbit.tune.precision import Blend, blends, pair
+
+M = TypeVar("M", bound=nnx.Module)
+ALWAYS = 0.01
+"""A width that fewer inputs than this share would have is left out: the layer has the other one alone."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What the layers of a model choose their widths by, apart from the model: `lb.tune.switched` puts it in.
+
+    Attributes:
+      values: by "path/name", of each layer the widths `low`, `high` and `most`, its `threshold`, and what its estimate
+        is made of: see `lb.nn.Switch`.
+      base: a digest of the stored arrays of these layers.
+    """
+
+    values: Mapping[str, jax.Array]
+    base: str
+
+    @property
+    def layers(self) -> dict[str, dict[str, jax.Array]]:
+        """The values of each layer by path."""
+        out: dict[str, dict[str, jax.Array]] = {}
+        for name, value in self.values.items():
+            path, _, field = name.rpartition("/")
+            out.setdefault(path, {})[field] = value
+        return out
+
+    @property
+    def bytes(self) -> int:
+        return sum(value.nbytes for value in self.values.values())
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write them to one checked safetensors file, whole or not at all. Raises OSError when it cannot."""
+        write(path, self.values, metadata={"thresholds of": self.base})
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> Thresholds:
+        """What `save` wrote. Raises CheckpointError for a file that is damaged or holds no thresholds."""
+        if (base := read_header(path)["metadata"].get("thresholds of")) is None:
+            raise CheckpointError(f"{path} holds no thresholds: give a file that lb.tune.thresholds(...).save wrote")
+        found = Thresholds({name: v for name, v in read(path).items() if isinstance(v, jax.Array)}, base)
+        for layer, values in found.layers.items():
+            if values.keys() - {*WIDTHS, "threshold"} not in ESTIMATES or not values.keys() >= {*WIDTHS, "threshold"}:
+                raise CheckpointError(f"{path}: layer {layer!r} has {sorted(values)}, which is no choice of a width")
+        return found
+
+
+def thresholds(
+    model: nnx.Module,
+    dense: nnx.Module,
+    batches: Iterable[Any],
+    call: Callable[[Any, Any], Any] | None = None,
+    *,
+    estimators: Estimators | None = Estimators(),  # noqa: B008, it is frozen
+    progress: bool | None = None,
+) -> Thresholds:
+    """Where each layer of a model whose precisions were trained changes from one width to the next.
+
+    A layer with the precision p between the widths l < h uses h for the share 1 - r = (p - l) / (h - l) of its inputs,
+    those for which it matters most: its threshold is the quantile r of ||(W_h - W_l) x|| over the inputs x that it has
+    in the dense model. Where r is above 0.99 or below 0.01 it has one width. When it runs, the norm is estimated: by a
+    line in ||x|| where that explains 0.9 of its variance, or else by a projection G of 64 rows, ||G x||.
+
+    Args:
+      model: of `lb.tune.blended`, trained; left as it is.
+      dense: the model that it was made from, with layers at the same paths.
+      batches: what `call` takes; they are held. Published are 40 sequences of 512 tokens. Each place counts, also
+        padding.
+      call: `call(model, batch)`; `model(batch)` by default. It runs uncompiled, as far as each layer.
+      estimators: how they are found; None for layers that compute both widths, which is exact and dear.
+      progress: show a progress bar; by default when standard error is a terminal.
+
+    The device holds the inputs of one layer at a time, in float32.
+
+    Raises ValueError for a model without precisions, a layer that the dense model does not run or has with other
+    inputs, inputs that are not finite, and for fewer inputs than the quantile of a layer needs; TypeError for what is
+    no module.
+
+    >>> from flax import nnx
+    >>> import jax, lowbit as lb
+    >>> dense = nnx.Sequential(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> small = lb.quantize(dense, lb.any_precision(3, 6))
+    >>> x = jax.random.normal(jax.random.key(0), (64, 16))
+    >>> found = lb.tune.thresholds(lb.tune.blended(small, most=6, target=3.5), dense, [x])
+    >>> [int(found.layers["layers/0"][name]) for name in ("low", "high", "most")]
+    [3, 4, 6]
+    """
+    expect_module(model, "find the thresholds of")
+    expect_module(dense, "run")
+    found, given = blends(model), list(batches)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no layer with an average precision: lb.tune.blended makes them")
+    held = {path.rpartition("/")[0]: kernel for path, kernel in kernels(model).items()}
+    run = call or (lambda m, batch: m(batch))
+    values: dict[str, jax.Array] = {}
+    with bar(progress, len(found), "thresholds") as advance:
+        for number, (path, blend) in enumerate(found.items()):
+            low, high, share = _between(blend)
+            made: dict[str, Any] = {"low": low, "high": high, "most": blend.widths[-1]}
+            made = {name: jnp.int32(width) for name, width in made.items()}
+            if ALWAYS <= share <= 1 - ALWAYS:
+                delta = _delta(held[path], low, high)
+                x = _inputs(dense, path, run, given, len(delta))
+                made |= _choice(path, x, delta, 1 - share, estimators, number)
+            else:
+                one = jnp.float32(-inf if share > 0.5 else inf)
+                made |= {"threshold": one, "slope": jnp.float32(0), "offset": jnp.float32(0)}
+            values |= {f"{path}/{name}": value for name, value in made.items()}
+            advance()
+    return Thresholds(values, fingerprint(held, found))
+
+
+def _between(blend: Blend) -> tuple[int, int, float]:
+    """The two widths, and the share of inputs that have the larger."""
+    if len(blend.widths) == 1:
+        return blend.widths[0], blend.widths[0], 0.0
+    index, share = pair(blend.widths, blend.bits)
+    return blend.widths[int(index)], blend.widths[int(index) + 1], float(share)
+
+
+def _delta(kernel: Kernel, low: int, high: int) -> jax.Array:
+    """W_h - W_l, float32 [k, n]."""
+    fields, t = kernel.array.fields, kernel.type
+    low_w, high_w = (dequantize(QuantArray(fields, t.at(b))).astype(jnp.float32) for b in (low, high))
+    return high_w - low_w
+
+
+def _inputs(dense: nnx.Module, path: str, call: Callable[[Any, Any], Any], batches: list[Any], k: int) -> jax.Array:
+    """float32 [rows, k], all that a layer multiplies."""
+    rows = []
+    for batch in batches:
+        x = inputs_of(dense, path, call, batch).arrays[0]
+        if x.shape[-1] != k:
+            raise ValueError(
+                f"layer {path!r} multiplies {k} inputs and in the dense model {x.shape[-1]}: give the model "
+                "that it was made from"
+            )
+        rows.append(jnp.asarray(x, jnp.float32).reshape(-1, k))
+    if not rows:
+        raise ValueError("no batches were given: there is nothing to take a quantile of")
+    out = jnp.concatenate(rows)
+    if not bool(jnp.isfinite(out).all()):
+        raise ValueError(f"the inputs of layer {path!r} in the dense model are NaN or inf: repair it, or the batches")
+    return out
+
+
+def _choice(
+    path: str, x: jax.Array, delta: jax.Array, r: float, estimators: Estimators | None, number: int
+) -> dict[str, jax.Array]:
+    """The threshold of a layer at the quantile r, and its estimator."""
+    if len(x) < (needed := ceil(1 / min(r, 1 - r))):
+        raise ValueError(
+            f"layer {path!r} takes the quantile {r:.3f} of {len(x)} inputs, which needs {needed} at least: give more "
+            "or longer batches"
+        )
+    errors = exact(x, delta)
+    threshold = jnp.float32(np.quantile(np.asarray(errors), r))
+    return {"threshold": threshold} | ({} if estimators is None else estimators.of(x, delta, errors, number))
+
+
+@jax.jit
+def exact(x: jax.Array, delta: jax.Array) -> jax.Array:
+    """||x delta|| of each row."""
+    return norm(jnp.matmul(x, delta, precision=jax.lax.Precision.HIGHEST))
+
+
+def switched(model: M, found: Thresholds) -> M:
+    """A copy of a model of nested weights whose layers choose their widths by what they are given.
+
+    `model(tokens)` then gives each position its own width, and `lb.models.generate` chooses anew at each step: see
+    `lb.nn.switching`. Thresholds of another target put in their place change arrays alone, and what was compiled runs
+    on, as long as the estimators are of the same kinds. `lb.save` and `lb.load` keep them with the model.
+
+    Args:
+      model: quantized, blended or switched; left as it is, and its arrays are shared.
+      found: of `thresholds`, or `Thresholds.load`.
+
+    Raises ValueError for thresholds of another model, and for layers that it lacks or that are not nested.
+    """
+    out: M = nnx.clone(model)
+    every = {path.rpartition("/")[0]: kernel for path, kernel in kernels(out).items()}
+    if missing := sorted(found.layers.keys() - every.keys()):
+        raise ValueError(f"the thresholds are of another model: this one has no quantized layer {missing[0]!r}")
+    held = nested(out, list(found.layers))
+    if (base := fingerprint(held, held)) != found.base:
+        raise ValueError(
+            f"the thresholds are of a model whose layers have the digest {found.base}, and here it is {base}: codes or "
+            "tables differ; give the model that they were found for"
+        )
+    for path, values in found.layers.items():
+        if held[path].width is not None:
+            del held[path].width
+        held[path].reader = Switch(values)
+    return out
