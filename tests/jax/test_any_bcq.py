@@ -105,6 +105,7 @@ def expanded(w: np.ndarray, f: np.ndarray, theta: np.ndarray, signs: np.ndarray,
     return theta, every[: count + 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weighed", "offset"), [(False, False), (True, True)])
 def test_expansion_matches_the_oracle(weighed: bool, offset: bool) -> None:
     rng = np.random.default_rng(3)

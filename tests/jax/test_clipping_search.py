@@ -64,6 +64,7 @@ def of_rounded(model: Any) -> float:
 # ---------------------------------------------------------------- learned clipping
 
 
+@pytest.mark.slow
 def test_a_block_comes_closer_and_its_weights_are_clipped() -> None:
     rules = {"blocks/1/*": FMT}
     clipped = lwc(NET, rules, X, blocks=["blocks/1"])

@@ -118,6 +118,7 @@ def test_a_layer_of_experts() -> None:
     assert np.std(lb.nn.Experts(2, 64, 64, rngs=nnx.Rngs(0)).kernel[...]) == pytest.approx(1 / 8, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_forward_mode(rows: int) -> None:
     w, _ = quantized(3)
@@ -129,6 +130,7 @@ def test_forward_mode(rows: int) -> None:
         jax.jvp(product, (x,), (x,))
 
 
+@pytest.mark.slow
 def test_experts_weigh_errors_by_what_they_share_and_by_their_own() -> None:
     model, x, sizes = nnx.Dict(moe=experts(3)), wholes(10, 8), jnp.array([4, 1, 5])
     names = ("second_moment", "output_gradient", "gradient_square")

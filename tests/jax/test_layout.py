@@ -521,6 +521,7 @@ def test_rows_of_a_table() -> None:
     assert np.isnan(got[1, 3]).all() and not np.isnan(got[:, :3]).any()
 
 
+@pytest.mark.slow
 def test_rows_of_a_table_whose_offsets_are_tuned() -> None:
     """They are split off along the rows, all of them: the part that a tile of rows has is whole too."""
     table = lb.nn.Linear(lb.nn.Kernel(some(lb.bcq(2, group=32, offset=True), 130, 64, dims="nk"), jnp.zeros(2)), None)

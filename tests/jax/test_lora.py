@@ -97,6 +97,7 @@ def step(model: Net, optimizer: nnx.Optimizer[Net]) -> jax.Array:
     return value
 
 
+@pytest.mark.slow
 def test_training_moves_the_adapters_and_nothing_else(tmp_path: Path) -> None:
     model = lb.nn.lora(
         lb.quantize(Net(nnx.Rngs(0)), RULES), rank=2, rules=["embed", "layers/*/mlp/up"], rngs=nnx.Rngs(1)

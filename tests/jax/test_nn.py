@@ -328,6 +328,7 @@ def test_export_of_a_forward() -> None:
     np.testing.assert_array_equal(back.call(TOKENS), jax.jit(lambda tokens: q(tokens))(TOKENS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int32", "uint8"])
 def test_export_of_look_ups_of_any_number(dtype: str) -> None:
     table = lb.quantize(nnx.Embed(6, 16, rngs=nnx.Rngs(0)), lb.bcq(2, group=8))

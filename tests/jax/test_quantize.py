@@ -40,6 +40,7 @@ def rule(path: str, fmt: Format | None) -> lb.Rule:
 # ---- where layers are found
 
 
+@pytest.mark.slow
 def test_every_layer_of_lists_dicts_and_sequentials() -> None:
     q = lb.quantize(net(), FAST)
     assert {path.rpartition("/")[0] for path in lb.nn.kernels(q)} == set(NET)

@@ -65,6 +65,7 @@ def by_definition(w: np.ndarray, gram: np.ndarray, scale: np.ndarray, zero: np.n
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act_order", [False, True])
 def test_codes_are_those_of_the_definition(act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowbit.quantizers.feedback.BLOCK", 32)

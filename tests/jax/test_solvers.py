@@ -198,6 +198,7 @@ def test_degenerate_groups(bits: int, offset: bool):
         assert (more <= fewer + bound).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.lists(st.floats(-8, 8, width=16), min_size=6, max_size=6), st.booleans())
 def test_alternating_is_never_worse_than_greedy(row: list[float], offset: bool):
@@ -398,6 +399,7 @@ def test_blocks_cover_every_row_with_its_own_importance(traced: bool):
     np.testing.assert_array_equal(np.asarray(code.bits)[:, 0], np.asarray(w) >= 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "size"), [(3, 128), (8, 8)])
 def test_memory_is_a_small_multiple_of_the_weight(bits: int, size: int):
     values = jax.ShapeDtypeStruct((2048 * 2048 // size, size), jnp.float32)

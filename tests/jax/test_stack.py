@@ -197,6 +197,7 @@ def test_a_scanned_model_runs_as_it_was_written() -> None:
     np.testing.assert_array_equal(second(x), doubled[1])
 
 
+@pytest.mark.slow
 def test_scales_of_a_scanned_model_train(tmp_path: Path) -> None:
     q = lb.quantize(Scanned(), fast(ONE))
     tuning = lb.tune.alpha_tuning(q)
@@ -253,6 +254,7 @@ def test_calibrating_a_scanned_model_measures_each_slice() -> None:
     np.testing.assert_array_equal(gram[1], second.T @ second / 4)
 
 
+@pytest.mark.slow
 def test_gradient_statistics_of_each_slice() -> None:
     model, x = Scanned(), wholes(4, 8)
     loss = lambda m, x: m(x).sum() / 4096  # noqa: E731
@@ -295,6 +297,7 @@ def test_comparing_layers_that_vmap_runs() -> None:
     assert [r.layer for r in rows] == ["blocks"] * 3 + ["(output)"] and 0 < rows[0].relative_error < 1
 
 
+@pytest.mark.slow
 def test_embeddings_stacked_by_vmap() -> None:
     @partial(nnx.vmap, in_axes=0)
     def create(key: jax.Array) -> nnx.Embed:

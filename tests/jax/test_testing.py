@@ -441,6 +441,7 @@ class Tied(nnx.Module):
         return self.tokens.attend(self.tokens(ids) + self.positions(jnp.arange(ids.size)))
 
 
+@pytest.mark.slow
 def test_tables_are_checked_by_row(monkeypatch):
     model, ids = lb.quantize(Tied(), [lb.Rule("**", fp3.fp3_rows(), fp3.nearest)]), jnp.array([5, 0, 2])
     done = lb.testing.check_model(model, ids, lowerings=["decode"])
