@@ -13,6 +13,7 @@ from flax import nnx
 
 from examples.tinylm import corpus, weights
 from examples.tinylm.model import TinyLM
+from lowbit.models.evaluate import windows as windows_of
 
 __all__ = ["bits_per_byte", "windows"]
 
@@ -37,14 +38,7 @@ def windows(text: bytes, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
         >>> bytes(targets[counts])
         b'abcdef'
     """
-    half = context // 2
-    stream = np.frombuffer(b"\n" + text, np.uint8)
-    starts = np.arange(0, max(len(text) - half, 1), half)
-    padded = np.concatenate([stream, np.zeros(context, np.uint8)])
-    index = starts[:, None] + np.arange(context)
-    counts = index < len(text)
-    counts[1:, :half] = False
-    return padded[index], padded[index + 1], counts
+    return windows_of(np.frombuffer(b"\n" + text, np.uint8), context)
 
 
 @nnx.jit

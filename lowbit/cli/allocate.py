@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import flags
 
 from lowbit.cli import choosing
-from lowbit.cli.command import Command
+from lowbit.cli.command import Command, expect_free
 from lowbit.models import load
 
 
@@ -20,8 +20,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _run(given: flags.FlagValues, model: str, rules: str) -> None:
-    if Path(rules).exists() and not given.force:
-        raise ValueError(f"{rules} exists: give --force to replace it, or another name")
+    expect_free(rules, given.force)
     resume = None if given.resume is None else Path(given.resume)
     found, _ = choosing.allocated(given, model, load(model), given.bits, resume)
     found.save(rules)

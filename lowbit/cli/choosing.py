@@ -17,14 +17,13 @@ from lowbit.cli.spelling import format_of, quantizer_of
 from lowbit.models import Decoder
 from lowbit.nn.allocate import NEEDS
 from lowbit.nn.allocation import Allocation
-from lowbit.nn.calibrate import LayerStats
-from lowbit.nn.kinds import layers
+from lowbit.nn.calibrate import OF_GRADIENTS, LayerStats
+from lowbit.nn.kinds import layers, statistic_shape
 from lowbit.nn.rules import Rule, needed
 from lowbit.tune import next_token_loss
 
 GROUP = 128
 """Of the formats that a budget is spent on when none are named."""
-OF_LOSS = {"gradient_square", "output_gradient", "guided_gram"}
 
 
 def define(values: flags.FlagValues) -> None:
@@ -73,7 +72,7 @@ def allocated(
     if given.calibration is None:
         if given.by != "output":
             raise UsageError(f"--by={given.by} needs --calibration, a text to measure gradients with")
-        stats = {path: LayerStats(jnp.ones(_inputs(layer)), None, 0) for path, layer in found.items()}
+        stats = {path: LayerStats(jnp.ones(statistic_shape(layer, "k")), None, 0) for path, layer in found.items()}
     else:
         rules = [Rule(given.layers, *(choice if isinstance(choice, tuple) else (choice,))) for choice in formats]
         wanted = {NEEDS[given.by][-1], *(name for rule in rules for name in needed(rule))}
@@ -81,11 +80,6 @@ def allocated(
         stats = {path: of for path, of in measured.items() if path in found}
     made = lb.allocate(model, stats, formats=formats, bits=bits, by=given.by, resume=resume)
     return made, stats
-
-
-def _inputs(layer: Any) -> int:
-    """Of a linear layer or of experts."""
-    return int(layer.in_features)
 
 
 def statistics(
@@ -98,7 +92,7 @@ def statistics(
         model,
         batches,
         statistics=sorted(wanted),  # type: ignore[arg-type]
-        loss=_loss if wanted & OF_LOSS else None,
+        loss=_loss if wanted & OF_GRADIENTS else None,
         resume=None if resume is None else resume / "calibration",
     )
 

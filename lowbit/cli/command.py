@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from absl import flags
 
 
 class UsageError(Exception):
     """A command line that says nothing that can be done."""
+
+
+def expect_free(path: str, force: bool) -> None:
+    """Raises ValueError for what is there and may not be replaced."""
+    if Path(path).exists() and not force:
+        raise ValueError(f"{path} exists: give --force to replace it, or another name")
 
 
 @dataclass(frozen=True)

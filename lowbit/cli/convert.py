@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import flags
 
 import lowbit as lb
-from lowbit.cli.command import Command
+from lowbit.cli.command import Command, expect_free
 from lowbit.models import load, save
 
 
@@ -16,8 +14,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _run(given: flags.FlagValues, source: str, target: str) -> None:
-    if Path(target).exists() and not given.force:
-        raise ValueError(f"{target} exists: give --force to replace it, or another name")
+    expect_free(target, given.force)
     if target.endswith(".safetensors"):
         lb.convert(source, target)
     else:

@@ -9,7 +9,7 @@ from absl import flags
 import lowbit as lb
 from lowbit.cli.command import Command
 from lowbit.models import load
-from lowbit.nn import kernels
+from lowbit.nn.kernel import layer_kernels
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -21,7 +21,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _run(given: flags.FlagValues, model: str, layer: str) -> None:
-    held = {path.rpartition("/")[0]: kernel for path, kernel in kernels(load(model)).items()}
+    held = layer_kernels(load(model))
     if layer not in held:
         close = get_close_matches(layer, held, n=3, cutoff=0.0) or ["none at all"]
         raise ValueError(f"{model} has no quantized layer {layer!r}; it has {', '.join(close)}")

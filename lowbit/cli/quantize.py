@@ -9,7 +9,7 @@ from absl import flags
 
 import lowbit as lb
 from lowbit.cli import choosing
-from lowbit.cli.command import Command, UsageError
+from lowbit.cli.command import Command, UsageError, expect_free
 from lowbit.cli.spelling import format_of, quantizer_of, read_rules
 from lowbit.models import Decoder, load, save
 from lowbit.nn.rules import Rule, needed
@@ -26,8 +26,7 @@ def _define(values: flags.FlagValues) -> None:
 def _run(given: flags.FlagValues, source: str, target: str) -> None:
     if sum(given[name].value is not None for name in ("bits", "format", "rules")) != 1:
         raise UsageError("give one of --bits, --format and --rules")
-    if Path(target).exists() and not given.force:
-        raise ValueError(f"{target} exists: give --force to replace it, or another name")
+    expect_free(target, given.force)
     resume = Path(f"{target}.unfinished")
     try:
         model = _quantized(given, source, resume)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import optax
 from absl import flags
 
-from lowbit.cli.command import Command
+from lowbit.cli.command import Command, expect_free
 from lowbit.cli.tasks import METHODS, prepared
 from lowbit.models import load, tokenizer
 from lowbit.tune import extract, text_batches, train
@@ -35,8 +33,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _run(given: flags.FlagValues, folder: str, text: str, task: str) -> None:
-    if Path(task).exists() and not given.force:
-        raise ValueError(f"{task} exists: give --force to replace it, or another name")
+    expect_free(task, given.force)
     model, spelled = load(folder), tokenizer(folder)
     data = text_batches(
         text,

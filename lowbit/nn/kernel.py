@@ -178,3 +178,8 @@ def joined(path: Iterable[Any]) -> str:
 def kernels(model: Any) -> dict[str, Kernel]:
     """The quantized weights of a model by path, each once."""
     return {joined(path): m for path, m in nnx.iter_modules(model) if isinstance(m, Kernel)}
+
+
+def layer_kernels(model: Any) -> dict[str, Kernel]:
+    """The quantized weights of a model by the path of their layer."""
+    return {path.rpartition("/")[0]: kernel for path, kernel in kernels(model).items()}

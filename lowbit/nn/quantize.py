@@ -101,7 +101,8 @@ def quantized(
     assigned = assign(as_rules(rules), list(found), _hints(model, found, rest))
     chosen = {p: r for p, r in assigned.items() if r.format is not None}
     _check(model, found, chosen, stats, filled=fill is None)
-    job = _Job(_holders(model) if donate else None, stats, Finished(resume, chosen.values()) if resume else None)
+    finished = None if resume is None else Finished(resume, chosen.values())
+    job = _Job(_holders(model) if donate else None, stats, finished)
     with bar(progress, len(chosen), "quantizing") as advance:
 
         def replace(path: tuple[Any, ...], node: Any) -> Any:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lowbit.nn.kernel import Kernel, Width, expect_module, kernels
+from lowbit.nn.kernel import Kernel, Width, expect_module, kernels, layer_kernels
 from lowbit.nn.linen import Linen
 from lowbit.nn.rules import Rule, assign
 from lowbit.widths import one_integer
@@ -43,7 +43,7 @@ def at_width(model: M, width: int | jax.Array | Mapping[str, int | jax.Array]) -
     """
     expect_module(model, "read at a width")
     out: M = nnx.clone(model)
-    held = {path.rpartition("/")[0]: kernel for path, kernel in kernels(out).items() if kernel.type.format.widths}
+    held = {path: kernel for path, kernel in layer_kernels(out).items() if kernel.type.format.widths}
     if not held:
         raise ValueError(
             f"{type(model).__name__} has no layer that is read at several widths, such as lb.any_bcq(2, 4)"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lowbit.array import QuantArray
-from lowbit.nn.kernel import Kernel, expect_module, kernels
+from lowbit.nn.kernel import Kernel, expect_module, layer_kernels
 from lowbit.ops import matmul
 from lowbit.widths import at_width
 
@@ -163,7 +163,7 @@ def effective_bits(call: Callable[..., Any], model: nnx.Module, *args: Any) -> t
 
 def switched_kernels(model: Any) -> dict[str, Kernel]:
     """The kernels of the layers that switch, by layer path."""
-    return {p.rpartition("/")[0]: k for p, k in kernels(model).items() if isinstance(k.reader, Switch)}
+    return {path: k for path, k in layer_kernels(model).items() if isinstance(k.reader, Switch)}
 
 
 def switches(model: Any) -> dict[str, Switch]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lowbit.formats.format import Format
-from lowbit.formats.planes import group_size, pack_planes
+from lowbit.formats.planes import code_planes, group_size
 from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.quantizers.groups import to_groups
 from lowbit.quantizers.quantizer import Fields, expect_format
@@ -55,7 +55,5 @@ def _rounded(w: jax.Array, fmt: Format) -> Fields:
     scale, offset = ((hi - lo) / top).astype(dtype), (-lo).astype(dtype)
     step = jnp.where(scale == 0, jnp.inf, scale.astype(jnp.float32))  # then every code is 0
     codes = jnp.round((values + offset.astype(jnp.float32)[..., None]) / step[..., None]).clip(0, top)
-    planes = jnp.where(mask, codes, 0).astype(jnp.uint8)[None] >> jnp.arange(fmt["bits"], dtype=jnp.uint8).reshape(
-        -1, 1, 1, 1
-    )
-    return {"planes": pack_planes(planes & 1), "scale": scale, "min": offset}
+    planes = code_planes(jnp.where(mask, codes, 0).astype(jnp.uint8), fmt["bits"])
+    return {"planes": planes, "scale": scale, "min": offset}

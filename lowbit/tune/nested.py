@@ -8,7 +8,7 @@ from math import prod
 from flax import nnx
 
 from lowbit.array import own
-from lowbit.nn.kernel import Kernel, expect_arrays, expect_module, joined, kernels
+from lowbit.nn.kernel import Kernel, expect_arrays, expect_module, joined, layer_kernels
 from lowbit.nn.layers import Linear
 from lowbit.nn.rules import Rule, assign
 from lowbit.tune.digest import digest
@@ -23,7 +23,7 @@ def nested(model: nnx.Module, layers: str | Sequence[str] = "**") -> dict[str, K
     expect_module(model, "choose widths of")
     expect_arrays(model, "choose widths of")
     modules = {joined(path): m for path, m in nnx.iter_modules(model)}
-    held = {path.rpartition("/")[0]: kernel for path, kernel in kernels(model).items()}
+    held = layer_kernels(model)
     rules = tuple(Rule(p, None) for p in ([layers] if isinstance(layers, str) else layers))
     chosen = assign(rules, list(held), {}, "quantized layers")
     wrong = [path for path in chosen if type(modules[path]) is not Linear or not _is_nested(held[path])]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lowbit.array import QuantArray
-from lowbit.nn.kernel import Kernel, Threshold, kernels
+from lowbit.nn.kernel import Kernel, Threshold, layer_kernels
 from lowbit.ops import matmul
 from lowbit.quant_type import QuantType
 from lowbit.tune.nested import mean_over, nested, weights
@@ -119,19 +119,19 @@ def _start(widths: tuple[int, ...], target: float) -> float | None:
     return log(share / (1 - share))
 
 
-def blends(model: Any) -> dict[str, Blend]:
-    """By layer path."""
-    return {p.rpartition("/")[0]: k.reader for p, k in kernels(model).items() if isinstance(k.reader, Blend)}
+def blends(model: nnx.Module) -> dict[str, Blend]:
+    """By layer path. Raises ValueError for a model that has none."""
+    found = {path: k.reader for path, k in layer_kernels(model).items() if isinstance(k.reader, Blend)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no layer with an average precision: lb.tune.blended makes them")
+    return found
 
 
 def mean_bits(model: nnx.Module) -> jax.Array:
     """The mean precision of a `blended` model over the weights of its layers, float32 []. Raises ValueError for one
     that has none."""
-    found = blends(model)
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no layer with an average precision: lb.tune.blended makes them")
-    total = sum(blend.weights * blend.bits for blend in found.values())
-    return jnp.asarray(total) / sum(blend.weights for blend in found.values())
+    found = blends(model).values()
+    return jnp.asarray(sum(blend.weights * blend.bits for blend in found)) / sum(blend.weights for blend in found)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from lowbit.nn.running import digest_of
 from lowbit.quant_type import type_to_json
 from lowbit.tune.alpha import check_tunable, fold
 from lowbit.tune.blocks import Cut, Stream, Survey
+from lowbit.tune.step import expect_floats
 from lowbit.tune.training import Examples, Training, returned, tuned
 
 M = TypeVar("M", bound=nnx.Module)
@@ -137,8 +138,7 @@ class _Job:
         trained = [v for block in own.blocks.values() for v in jax.tree.leaves(nnx.state(block, self.wrt))]
         if not trained:
             raise ValueError(f"no block of {blocks!r} has anything of {self.wrt!r}: there is nothing to train")
-        if wrong := {str(v.dtype) for v in trained if not jnp.issubdtype(v.dtype, jnp.floating)}:
-            raise ValueError(f"wrt={self.wrt!r} selects {', '.join(sorted(wrong))}: only floats can be trained")
+        expect_floats(trained, self.wrt)
         return order
 
     def digests(self, out: nnx.Module, dense: nnx.Module) -> list[str]:

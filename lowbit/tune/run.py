@@ -20,7 +20,7 @@ from lowbit.nn.progress import bar
 from lowbit.tune.alpha import AlphaTuning
 from lowbit.tune.digest import digest, of_tree
 from lowbit.tune.kept import Kept, Progress
-from lowbit.tune.step import How, Loss, added, computing, evaluated, like, parts, updated, zeros
+from lowbit.tune.step import How, Loss, added, computing, evaluated, expect_floats, like, parts, updated, zeros
 from lowbit.tune.text import next_token_loss
 
 M = TypeVar("M", bound=nnx.Module)
@@ -273,6 +273,5 @@ def _masters(stored: Any, wrt: Any) -> Any:
     leaves = jax.tree.leaves(stored)
     if not leaves:
         raise ValueError(f"the model has nothing of {wrt!r}: there is nothing to train")
-    if wrong := {str(a.dtype) for a in leaves if not jnp.issubdtype(a.dtype, jnp.floating)}:
-        raise ValueError(f"wrt={wrt!r} selects {', '.join(sorted(wrong))}: only floats can be trained")
+    expect_floats(leaves, wrt)
     return jax.tree.map(lambda a: a.astype(jnp.float32), stored)

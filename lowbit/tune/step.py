@@ -5,7 +5,7 @@ What trains is held in float32 whatever it is stored as, and the model always co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -84,6 +84,12 @@ def parts(model: nnx.Module, wrt: Any) -> tuple[Any, Any, Any, Any]:
     split: tuple[Any, ...] = nnx.split(model, wrt, CHANGING, ...)
     graph, trained, changing, rest = split
     return graph, trained, changing, rest
+
+
+def expect_floats(trained: Iterable[Any], wrt: Any) -> None:
+    """Raises ValueError where `wrt` selects arrays of integers."""
+    if wrong := {str(a.dtype) for a in trained if not jnp.issubdtype(a.dtype, jnp.floating)}:
+        raise ValueError(f"wrt={wrt!r} selects {', '.join(sorted(wrong))}: only floats can be trained")
 
 
 def zeros(masters: Any) -> Any:

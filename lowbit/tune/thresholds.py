@@ -15,7 +15,7 @@ from flax import nnx
 
 from lowbit.array import QuantArray, dequantize
 from lowbit.io import CheckpointError, read, read_header, write
-from lowbit.nn.kernel import Kernel, expect_module, kernels
+from lowbit.nn.kernel import Kernel, expect_module, layer_kernels
 from lowbit.nn.progress import bar
 from lowbit.nn.reached import inputs_of
 from lowbit.nn.switch import ESTIMATES, WIDTHS, Switch, norm
@@ -113,9 +113,7 @@ def thresholds(
     expect_module(model, "find the thresholds of")
     expect_module(dense, "run")
     found, given = blends(model), list(batches)
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no layer with an average precision: lb.tune.blended makes them")
-    held = {path.rpartition("/")[0]: kernel for path, kernel in kernels(model).items()}
+    held = layer_kernels(model)
     run = call or (lambda m, batch: m(batch))
     values: dict[str, jax.Array] = {}
     with bar(progress, len(found), "thresholds") as advance:
@@ -203,8 +201,7 @@ def switched(model: M, found: Thresholds) -> M:
     Raises ValueError for thresholds of another model, and for layers that it lacks or that are not nested.
     """
     out: M = nnx.clone(model)
-    every = {path.rpartition("/")[0]: kernel for path, kernel in kernels(out).items()}
-    if missing := sorted(found.layers.keys() - every.keys()):
+    if missing := sorted(found.layers.keys() - layer_kernels(out).keys()):
         raise ValueError(f"the thresholds are of another model: this one has no quantized layer {missing[0]!r}")
     held = nested(out, list(found.layers))
     if (base := fingerprint(held, held)) != found.base:

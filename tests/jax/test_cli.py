@@ -80,6 +80,11 @@ def test_allocate_writes_rules_that_quantize_takes(capsys, tmp_path, text):
     assert "exists" in said(capsys, [*argv, *measured], FAILED)
 
 
+def test_a_table_is_a_layer_too(capsys, tmp_path):
+    argv = ["allocate", TINY, str(tmp_path / "rules.json"), "--bits=4", "--layers=embed", "--choice=uniform(3)"]
+    assert "embed: uniform(bits=3)" in said(capsys, argv)
+
+
 def test_with_a_calibrated_quantizer(capsys, tmp_path, text):
     target = str(tmp_path / "q")
     argv = ["quantize", TINY, target, "--format=uniform(3)", "--layers=layers/0/attn/q", "--quantizer=gptq()"]
