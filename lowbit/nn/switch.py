@@ -20,6 +20,8 @@ from lowbit.widths import at_width
 
 M = TypeVar("M", bound=nnx.Module)
 By = Literal["row", "call", "most"]
+SETTINGS: Mapping[str, tuple[Any, ...]] = {"by": get_args(By)}
+"""What of a `Switch` is no array, and the values that it may have: a saved model has it beside the arrays."""
 WIDTHS = ("low", "high", "most")
 ESTIMATES = (frozenset(("slope", "offset")), frozenset(("projection",)), frozenset[str]())
 """What an estimate is made of: of ||x||, of a projection, or of both products, which is exact."""
@@ -147,9 +149,7 @@ def effective_bits(call: Callable[..., Any], model: nnx.Module, *args: Any) -> t
     """
     expect_module(model, "count the bits of")
     own = nnx.merge(*nnx.split(model), copy=True)  # Variables of this trace, which may be set
-    found = switches(own)
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no layer that switches: make them with lb.tune.switched")
+    found = expect_switches(own)
     for switch in found.values():
         switch.seen = Seen(jnp.zeros(2))
     out = call(own, *args)
@@ -168,3 +168,11 @@ def switched_kernels(model: Any) -> dict[str, Kernel]:
 
 def switches(model: Any) -> dict[str, Switch]:
     return {path: kernel.reader for path, kernel in switched_kernels(model).items()}
+
+
+def expect_switches(model: nnx.Module) -> dict[str, Switch]:
+    """By layer path. Raises ValueError for a model that has none."""
+    found = switches(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no layer that switches: make them with lb.tune.switched")
+    return found

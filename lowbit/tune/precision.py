@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lowbit.array import QuantArray
-from lowbit.nn.kernel import Kernel, Threshold, layer_kernels
+from lowbit.nn.kernel import Threshold, layer_kernels
 from lowbit.ops import matmul
 from lowbit.quant_type import QuantType
-from lowbit.tune.nested import mean_over, nested, weights
+from lowbit.tune.nested import largest, mean_over, nested, weights
 from lowbit.tune.step import Loss
 from lowbit.tune.text import next_token_loss
 
@@ -86,9 +86,9 @@ def blended(model: M, most: int | Mapping[str, int], target: float, *, layers: s
     """
     out: M = nnx.clone(model)
     found = nested(out, layers)
-    largest = {path: _largest(path, kernel, most) for path, kernel in found.items()}
+    highest = {path: largest(path, kernel, most) for path, kernel in found.items()}
     least = {path: kernel.type.format.widths[0] for path, kernel in found.items()}
-    low, high = mean_over(found, least), mean_over(found, largest)
+    low, high = mean_over(found, least), mean_over(found, highest)
     if not low <= target <= high:
         raise ValueError(
             f"target={target} is out of reach: with these widths the mean over {len(found)} layers is from {low:.4g} to"
@@ -97,18 +97,9 @@ def blended(model: M, most: int | Mapping[str, int], target: float, *, layers: s
     for path, kernel in found.items():
         if kernel.width is not None:
             del kernel.width
-        widths = tuple(b for b in kernel.type.format.widths if b <= largest[path])
+        widths = tuple(b for b in kernel.type.format.widths if b <= highest[path])
         kernel.reader = Blend(widths, weights(kernel), _start(widths, target))
     return out
-
-
-def _largest(path: str, kernel: Kernel, most: int | Mapping[str, int]) -> int:
-    if not isinstance(most, int) and path not in most:
-        raise ValueError(f"most has no width for layer {path!r}: lb.tune.max_widths gives one for each")
-    width = most if isinstance(most, int) else most[path]
-    if width not in kernel.type.format.widths:
-        raise ValueError(f"layer {path!r} is {kernel.type.format}, of widths {kernel.type.format.widths}, not {width}")
-    return width
 
 
 def _start(widths: tuple[int, ...], target: float) -> float | None:
