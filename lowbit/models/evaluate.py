@@ -72,28 +72,27 @@ def evaluate(model: Decoder, ids: Any, *, length: int | None = None, batch: int 
     if length < 2 or (model.config.ropes is None and length > model.config.context):
         raise ValueError(f"length = {length}: it must be from 2 to the model's {model.config.context}")
     length = min(length + length % 2, len(ids) - 1 + (len(ids) - 1) % 2)
-    arrays = windows(ids, length)
-    padded = [np.pad(a, ((0, -len(a) % batch), (0, 0))) for a in arrays]
+    inputs, targets, counts = windows(ids, length)
+    there = np.arange(len(inputs))[:, None] * (length // 2) + np.arange(length) < len(ids) - 1
+    padded = [np.pad(a, ((0, -len(a) % batch), (0, 0))) for a in (inputs, targets, counts, there)]
     # Summed in float64 here: a running float32 sum over all batches would lose the digits that are shown.
     totals = np.zeros(2)
     for i in range(0, len(padded[0]), batch):
         totals += np.asarray(_sums(model, *(jnp.asarray(a[i : i + batch]) for a in padded)), np.float64)
     nats = float(totals[0]) / (len(ids) - 1)
     per_byte = float(totals[0]) / log(2) / (len(ids) if size is None else size)
-    bits = float(totals[1] / arrays[3].sum()) if switches(model) else None
+    bits = float(totals[1] / there.sum()) if switches(model) else None
     return Score(len(ids) - 1, nats, exp(nats), per_byte, bits)
 
 
-def windows(ids: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs and targets int32 [W, length], which targets count, each token once, and which there are, bool
-    [W, length]."""
+def windows(ids: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs and targets int32 [W, length], and which targets count, bool [W, length]: each token once."""
     half, count = length // 2, len(ids) - 1
     index = np.arange(0, max(count - half, 1), half)[:, None] + np.arange(length)
-    there = index < count
-    counts = there.copy()
+    counts = index < count
     counts[1:, :half] = False
     padded = np.concatenate([ids, np.zeros(length, ids.dtype)])
-    return padded[index], padded[index + 1], counts, there
+    return padded[index], padded[index + 1], counts
 
 
 @nnx.jit

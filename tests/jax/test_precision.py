@@ -116,20 +116,24 @@ def test_planes_beyond_the_largest_widths_are_dropped() -> None:
     at = lb.tune.narrowed(lb.at_width(SMALL, 2), 3)
     assert at.first.kernel.type.format["width"] == 2
     assert SMALL.first.kernel.planes.shape[0] == 4 and lb.tune.narrowed(SMALL, 4).first.kernel.type.format == FORMAT
-    array = lb.testing.random_array(lb.QuantType((("k", 16), ("n", 4)), "f32", lb.any_bcq(1, 3, group=8, offset=True)))
-    bcq = nnx.Dict(a=lb.nn.Linear(Kernel(array, jnp.zeros(2)), None, None))
-    two = lb.QuantArray(array.fields, array.type.at(2))
-    np.testing.assert_array_equal(lb.dequantize(lb.tune.narrowed(bcq, 2).a.kernel.array), lb.dequantize(two))
+    bcq = nnx.Dict(first=layer(lb.any_bcq(1, 3, group=8, offset=True)))
+    two = lb.at_width(bcq, 2).first.kernel.array
+    np.testing.assert_array_equal(lb.dequantize(lb.tune.narrowed(bcq, 2).first.kernel.array), lb.dequantize(two))
 
 
 def test_planes_that_cannot_be_dropped() -> None:
     with pytest.raises(ValueError, match="most has no width for layer 'second'"):
         lb.tune.narrowed(SMALL, {"first": 3})
     with pytest.raises(ValueError, match=r"'first' is nested_fp\(\), which is stored whole: its largest width is 16"):
-        lb.tune.narrowed(lb.quantize(DENSE, lb.nested_fp()), 8)
-    for model in (lb.tune.blended(SMALL, 4, 2.5), lb.prepare(SMALL, "hopper")):
-        with pytest.raises(ValueError, match=r"'first' chooses between its widths or is laid.*: narrow it before"):
-            lb.tune.narrowed(model, 3)
+        lb.tune.narrowed(nnx.Dict(first=layer(lb.nested_fp())), 8)
+    with pytest.raises(ValueError, match=r"'first' chooses between its widths or is laid.*: narrow it before"):
+        lb.tune.narrowed(lb.tune.blended(SMALL, 4, 2.5), 3)
+
+
+def layer(fmt: lb.Format) -> lb.nn.Linear:
+    """Of random codes."""
+    array = lb.testing.random_array(lb.QuantType((("k", 16), ("n", 4)), "f32", fmt))
+    return lb.nn.Linear(Kernel(array, jnp.zeros(2)), None, None)
 
 
 @pytest.mark.slow
@@ -141,6 +145,8 @@ def test_a_model_without_the_planes_it_does_not_need_switches_as_the_whole_one()
     of_whole = replace(found, base=fingerprint(layer_kernels(SMALL), SIZES))
     np.testing.assert_array_equal(lb.tune.switched(SMALL, of_whole)(X), lb.tune.switched(less, found)(X))
     assert lb.tune.max_widths(less, DENSE, stats(), bits=9) == most
+    with pytest.raises(ValueError, match=r"'first' chooses between its widths or is laid.*: narrow it before"):
+        lb.tune.narrowed(lb.prepare(SMALL, "hopper"), 3)
 
 
 # ---------------------------------------------------------------- precisions
@@ -446,6 +452,17 @@ def test_generating_tells_the_widths_of_each_step(decoder: Any) -> None:
     assert len({float(step.mean) for step in bits}) > 1
     with pytest.raises(ValueError, match="Decoder has no layer that switches"):
         lb.models.stream(lb.at_width(model, 2), [[3]], 4, bits=True)
+
+
+def test_scores_come_with_effective_bits(decoder: Any) -> None:
+    tokens, model = decoder
+    text = np.asarray(tokens[0, :17])  # one window, all of whose targets count
+    score = lb.models.evaluate(model, text, length=16, batch=1)
+    logits, bits = nnx.jit(lambda m, t: lb.nn.effective_bits(lambda m: m(t), m))(model, tokens[:1, :16])
+    assert score.effective_bits == pytest.approx(float(bits.mean), rel=1e-6) and 2 < score.effective_bits < 3
+    picked = np.asarray(jax.nn.log_softmax(logits[0]))[np.arange(16), text[1:]]
+    assert score.nats == pytest.approx(-picked.mean(), rel=1e-5)
+    assert lb.models.evaluate(lb.at_width(model, 2), text, length=16, batch=1).effective_bits is None
 
 
 @pytest.mark.slow
