@@ -185,7 +185,8 @@ def _choosing(
         start = _trained(given, start, data, held, kept)
     print(f"phase 2: {float(lb.tune.mean_bits(start)):.3f} bits a weight on average, for a target of {given.target:g}")
     estimators = Estimators(steps=given.projection_steps)
-    values = lb.tune.thresholds(start, dense, samples, estimators=estimators)
+    together = [jnp.concatenate(samples[i : i + 8]) for i in range(0, len(samples), 8)]
+    values = lb.tune.thresholds(start, dense, together, estimators=estimators)
     projected = sum(name.endswith("/projection") for name in values.values)
     print(f"phase 3: {len(most)} layers, of which {projected} estimate by a projection and the rest by a line")
     return lb.tune.switched(small, values)

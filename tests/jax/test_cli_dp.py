@@ -86,7 +86,7 @@ def test_command_lines_that_nothing_is_trained_for(
 
 def test_quantized_models_that_cannot_be_taken(capsys: Any, tmp_path: Path, folder: str, quantized: str) -> None:
     argv = ["tune", quantized, "--dp", "--target=2.5"]
-    assert "'embed' (Embed as any_precision(lo=2, hi=3)) cannot ch" in said(capsys, [*argv, "--layers=**"], FAILED)
+    assert "'embed' (Embed as any_precision(hi=3, lo=2)) cannot ch" in said(capsys, [*argv, "--layers=**"], FAILED)
     assert "name that folder with --dense" in said(capsys, argv, FAILED)
     assert "is quantized too: name the folder of the dense" in said(capsys, [*argv, f"--dense={quantized}"], FAILED)
     assert "leave it out" in said(capsys, [*argv, "--format=any_precision(2, 4)"], MISUSED)
@@ -121,7 +121,7 @@ def test_a_run_that_is_stopped_goes_on_and_writes_its_own_text(
     monkeypatch.chdir(tmp_path)
     argv = ["tune", folder, "--dp", "--target=2.5", *TINY]
     whole = said(capsys, [*argv, "--run=whole.run"])
-    assert "no TEXT: the model writes 128 sequences of 16 tokens itself, at temperature 1 with seed 0" in whole
+    assert "no TEXT: the model writes 128 sequences of 16 tokens itself, at temperature 1 with the seed 0" in whole
     expected = lb.models.load("llama-dp-2.5")
     (tmp_path / "llama-dp-2.5").rename(tmp_path / "whole")
     module, update, steps = sys.modules["lowbit.tune.run"], sys.modules["lowbit.tune.run"].updated, []
