@@ -221,5 +221,5 @@ def _scored(model: Decoder, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array
 def _tell(made: Decoder, held: TextBatches) -> None:
     windows = TextBatches(held.tokens, held.mask, 1, 0)
     sums = np.array([[float(value) for value in _scored(made, windows[i])] for i in range(len(windows))])
-    loss, bits = sums[:, 0].sum() / sums[:, 1].sum(), sums[:, 2].mean()
+    loss, bits = sums[:, 0].sum() / sums[:, 1].sum(), np.average(sums[:, 2], weights=sums[:, 1])
     print(f"held-out text: {bits:.3f} effective bits, {loss:.4f} nats a token")
