@@ -83,7 +83,7 @@ class Program:
         ) -> tuple[jax.Array, Cache, EffectiveBits | None]:
             def run(model: Decoder) -> tuple[jax.Array, Cache]:
                 hidden, new = model.hidden(tokens[:, None], positions[:, None], cache)
-                return model.logits(hidden[:, 0]), new
+                return model.logits(hidden[:, 0], positions), new
 
             model = self.model(leaves, width, "call")
             (logits, new), chosen = effective_bits(run, model) if bits else (run(model), None)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lowbit as lb
-from benchmarks import cpu_matmul, generate, gradient_memory, harness, load_memory, quantize_speed
+from benchmarks import cpu_matmul, generate, gradient_memory, harness, load_memory, quantize_speed, selector
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +127,16 @@ def test_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["dense_read"]["value"] == 4 * weights / 2 + cache
     assert found["bcq3_read"]["ratio"] < found["uniform4_read"]["ratio"] < 0.3
     assert found["dense_kivi4_cache_read"]["ratio"] < 1
+
+
+@pytest.mark.slow
+def test_choosing_widths() -> None:
+    found = named(selector.measure(512, 512, smoke=True))
+    layers = {f"{k}x{n}_{way}" for k, n in ((512, 512), (512, 128)) for way in ("fixed", "line", "projection")}
+    ways = ("fixed", "line", "projection", "both", "both_asynchronous")
+    assert set(found) == layers | {f"block_{way}" for way in ways}
+    assert all(r["value"] > 0 for r in found.values())
+    assert all(found[f"{name}_fixed"]["ratio"] == 1 for name in ("512x512", "512x128", "block"))
 
 
 def test_options_of_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
