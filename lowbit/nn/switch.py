@@ -1,6 +1,7 @@
 """Layers that choose their width by what they are given (DP-LLM, Park et al. 2025), on the device.
 
-A layer has two widths l < h and a threshold T, and uses h where an estimate of ||(W_h - W_l) x|| is above T.
+A layer has two widths l < h and a threshold T, and uses h where an estimate of ||y_h - y_l||, what that changes in its
+products, or a statistic of x is above T. Where activations are not rounded the norm is ||(W_h - W_l) x||.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from flax import nnx
 
 from lowbit.array import QuantArray
 from lowbit.nn.kernel import Kernel, expect_module, layer_kernels
+from lowbit.nn.statistics import largest, norm, peak
 from lowbit.ops import matmul
 from lowbit.widths import at_width
 
 M = TypeVar("M", bound=nnx.Module)
 By = Literal["row", "call", "most"]
 WIDTHS = ("low", "high", "most")
-ESTIMATES = (frozenset(("slope", "offset")), frozenset(("projection",)), frozenset[str]())
-"""What an estimate is made of: of ||x||, of a projection, or of both products, which is exact."""
+TERMS = ("slope", "offset", "largest", "peak", "projection")
+ESTIMATES = tuple(map(frozenset[str], (TERMS[:2], *((term,) for term in TERMS[2:]), ())))
+"""What an estimate is made of: of a statistic of x, of a projection, or of both products, which is exact."""
 
 
 class Choice(nnx.Variable[jax.Array]):
@@ -36,8 +39,9 @@ class Seen(nnx.Variable[jax.Array]):
 class Switch(nnx.Module):
     """Makes the products of a layer at one of two widths, which its input chooses.
 
-    All that it chooses by is in Variables, so one compiled function serves any thresholds. The estimate e of
-    ||(W_h - W_l) x|| is `slope` ||x|| + `offset`, or ||`projection` x||, or without either made of both products.
+    All that it chooses by is in Variables, so one compiled function serves any thresholds. The estimate e is
+    `slope` ||x|| + `offset`, `largest` max |x|, `peak` max |x| / rms x, or ||`projection` x||; without any of these it
+    is ||y_h - y_l||, made of both products. Where e is NaN, as of a row with a NaN, the layer uses h.
 
     Attributes:
       low, high, most: int32 [], the two widths, and that of prompts.
@@ -47,8 +51,8 @@ class Switch(nnx.Module):
 
     def __init__(self, values: Mapping[str, jax.Array]) -> None:
         self.low, self.high, self.most, self.threshold = (Choice(values[name]) for name in (*WIDTHS, "threshold"))
-        self.slope, self.offset, self.projection = (
-            nnx.data(Choice(values[name]) if name in values else None) for name in ("slope", "offset", "projection")
+        self.slope, self.offset, self.largest, self.peak, self.projection = (
+            nnx.data(Choice(values[name]) if name in values else None) for name in TERMS
         )
         self.by: By = "row"
         self.seen: Seen | None = nnx.data(None)
@@ -58,7 +62,7 @@ class Switch(nnx.Module):
         low, high, most = (getattr(self, name).get_value() for name in WIDTHS)
         if self.by == "most":
             return self._read(x, array, most)
-        is_high = self.estimate(x, array) > self.threshold.get_value()
+        is_high = ~(self.estimate(x, array) <= self.threshold.get_value())  # not >, which is false of NaN
         if self.by == "call":
             return self._read(x, array, jnp.where(is_high.any(), high, low))
         self._note(jnp.where(is_high, high, low))
@@ -72,9 +76,11 @@ class Switch(nnx.Module):
             return norm(projected)
         if self.slope is not None:
             assert self.offset is not None
-            return self.slope.get_value() * norm(x.astype(jnp.float32)) + self.offset.get_value()
-        low, high = (at_width(matmul, x, array, w.get_value()) for w in (self.low, self.high))
-        return norm(high.astype(jnp.float32) - low.astype(jnp.float32))
+            return self.slope.get_value() * norm(x) + self.offset.get_value()
+        for factor, statistic in ((self.largest, largest), (self.peak, peak)):
+            if factor is not None:
+                return factor.get_value() * statistic(x)
+        return changed(x, array, self.low.get_value(), self.high.get_value())
 
     def _read(self, x: jax.Array, array: QuantArray, width: jax.Array) -> jax.Array:
         self._note(jnp.broadcast_to(width, x.shape[:-1]))
@@ -86,10 +92,10 @@ class Switch(nnx.Module):
             self.seen.set_value(self.seen.get_value() + now)
 
 
-def norm(rows: jax.Array) -> jax.Array:
-    """Of each row, with the gradient 0 at 0."""
-    squares = jnp.square(rows).sum(-1)
-    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+def changed(x: jax.Array, array: QuantArray, low: int | jax.Array, high: int | jax.Array) -> jax.Array:
+    """||y_h - y_l|| of each row, float32 [...]: the products as they are made, so with activations rounded or not."""
+    y_low, y_high = (at_width(matmul, x, array, width).astype(jnp.float32) for width in (low, high))
+    return norm(y_high - y_low)
 
 
 class EffectiveBits(NamedTuple):

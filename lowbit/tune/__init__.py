@@ -11,6 +11,7 @@ from lowbit.tune.alpha import alpha_tuning as alpha_tuning
 from lowbit.tune.alpha import fold as fold
 from lowbit.tune.board import tensorboard as tensorboard
 from lowbit.tune.budget import max_widths as max_widths
+from lowbit.tune.by_statistic import switched_by as switched_by
 from lowbit.tune.estimators import Estimators as Estimators
 from lowbit.tune.precision import Blend as Blend
 from lowbit.tune.precision import Toward as Toward

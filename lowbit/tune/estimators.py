@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit.nn.switch import norm
+from lowbit.nn.statistics import norm
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 DTYPE = jnp.bfloat16

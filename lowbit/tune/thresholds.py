@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, inf
 from os import PathLike
 from typing import Any, TypeVar
@@ -13,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lowbit.array import QuantArray, dequantize
+from lowbit.array import QuantArray, dequantize, own
 from lowbit.io import CheckpointError, read, read_header, write
 from lowbit.nn.kernel import Kernel, expect_module, layer_kernels
 from lowbit.nn.progress import bar
 from lowbit.nn.reached import inputs_of
-from lowbit.nn.switch import ESTIMATES, WIDTHS, Switch, norm
+from lowbit.nn.statistics import STATISTICS, Statistic, as_estimate
+from lowbit.nn.switch import ESTIMATES, WIDTHS, Switch, changed
 from lowbit.tune.estimators import Estimators
 from lowbit.tune.nested import fingerprint, nested
 from lowbit.tune.precision import Blend, blends, pair
@@ -76,15 +78,16 @@ def thresholds(
     batches: Iterable[Any],
     call: Callable[[Any, Any], Any] | None = None,
     *,
-    estimators: Estimators | None = Estimators(),  # noqa: B008, it is frozen
+    estimators: Estimators | Statistic | None = Estimators(),  # noqa: B008, it is frozen
     progress: bool | None = None,
 ) -> Thresholds:
     """Where each layer of a model whose precisions were trained changes from one width to the next.
 
     A layer with the precision p between the widths l < h uses h for the share 1 - r = (p - l) / (h - l) of its inputs,
     those for which it matters most: its threshold is the quantile r of ||(W_h - W_l) x|| over the inputs x that it has
-    in the dense model. Where r is above 0.99 or below 0.01 it has one width. When it runs, the norm is estimated: by a
-    line in ||x|| where that explains 0.9 of its variance, or else by a projection G of 64 rows, ||G x||.
+    in the dense model. Of a format that rounds activations, such as `lb.nested_fp`, it is that of the same difference
+    of products, ||y_h - y_l||. Where r is above 0.99 or below 0.01 it has one width. When it runs, the norm is
+    estimated: by a line in ||x|| where that explains 0.9 of its variance, or else by ||G x||, a projection of 64 rows.
 
     Args:
       model: of `lb.tune.blended`, trained; left as it is.
@@ -92,14 +95,15 @@ def thresholds(
       batches: what `call` takes; they are held. Published are 40 sequences of 512 tokens. Each place counts, also
         padding.
       call: `call(model, batch)`; `model(batch)` by default. It runs uncompiled, as far as each layer.
-      estimators: how they are found; None for layers that compute both widths, which is exact and dear.
+      estimators: how they are found; None for layers that compute both widths, which is exact and dear. Or the name of
+        a statistic of x, see `lb.tune.switched_by`: the threshold is then the quantile of that.
       progress: show a progress bar; by default when standard error is a terminal.
 
     The device holds the inputs of one layer at a time, in float32.
 
     Raises ValueError for a model without precisions, a layer that the dense model does not run or has with other
-    inputs, inputs that are not finite, and for fewer inputs than the quantile of a layer needs; TypeError for what is
-    no module.
+    inputs, inputs that are not finite, fewer inputs than the quantile of a layer needs, and a statistic that there is
+    not; TypeError for what is no module.
 
     >>> from flax import nnx
     >>> import jax, lowbit as lb
@@ -112,6 +116,7 @@ def thresholds(
     """
     expect_module(model, "find the thresholds of")
     expect_module(dense, "run")
+    one_width = as_estimate(estimators if isinstance(estimators, str) else "norm")
     found, given = blends(model), list(batches)
     held = layer_kernels(model)
     run = call or (lambda m, batch: m(batch))
@@ -124,10 +129,10 @@ def thresholds(
             if ALWAYS <= share <= 1 - ALWAYS:
                 delta = _delta(held[path], low, high)
                 x = _inputs(dense, path, run, given, len(delta))
-                made |= _choice(path, x, delta, 1 - share, estimators, number)
+                made |= _choice(path, x, (held[path].array, low, high), delta, 1 - share, estimators, number)
             else:
                 one = jnp.float32(-inf if share > 0.5 else inf)
-                made |= {"threshold": one, "slope": jnp.float32(0), "offset": jnp.float32(0)}
+                made |= {"threshold": one, **one_width}
             values |= {f"{path}/{name}": value for name, value in made.items()}
             advance()
     return Thresholds(values, fingerprint(held, found))
@@ -168,7 +173,13 @@ def _inputs(dense: nnx.Module, path: str, call: Callable[[Any, Any], Any], batch
 
 
 def _choice(
-    path: str, x: jax.Array, delta: jax.Array, r: float, estimators: Estimators | None, number: int
+    path: str,
+    x: jax.Array,
+    read: tuple[QuantArray, int, int],
+    delta: jax.Array,
+    r: float,
+    estimators: Estimators | Statistic | None,
+    number: int,
 ) -> dict[str, jax.Array]:
     """The threshold of a layer at the quantile r, and its estimator."""
     if len(x) < (needed := ceil(1 / min(r, 1 - r))):
@@ -176,15 +187,22 @@ def _choice(
             f"layer {path!r} takes the quantile {r:.3f} of {len(x)} inputs, which needs {needed} at least: give more "
             "or longer batches"
         )
-    errors = exact(x, delta)
-    threshold = jnp.float32(np.quantile(np.asarray(errors), r))
-    return {"threshold": threshold} | ({} if estimators is None else estimators.of(x, delta, errors, number))
+    if isinstance(estimators, str):
+        return {"threshold": _quantile(STATISTICS[estimators](x), r), **as_estimate(estimators)}
+    errors = exact(x, *read)
+    made = {} if estimators is None else estimators.of(x, delta, errors, number)
+    return {"threshold": _quantile(errors, r), **made}
 
 
-@jax.jit
-def exact(x: jax.Array, delta: jax.Array) -> jax.Array:
-    """||x delta|| of each row."""
-    return norm(jnp.matmul(x, delta, precision=jax.lax.Precision.HIGHEST))
+def _quantile(values: jax.Array, r: float) -> jax.Array:
+    return jnp.float32(np.quantile(np.asarray(values), r))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def exact(x: jax.Array, array: QuantArray, low: int, high: int) -> jax.Array:
+    """||y_h - y_l|| of each row, in as many bits as the platform has."""
+    with jax.default_matmul_precision("highest"):
+        return changed(x, own(array), low, high)
 
 
 def switched(model: M, found: Thresholds) -> M:
@@ -210,7 +228,12 @@ def switched(model: M, found: Thresholds) -> M:
             "tables differ; give the model that they were found for"
         )
     for path, values in found.layers.items():
-        if held[path].width is not None:
-            del held[path].width
-        held[path].reader = Switch(values)
+        choose_by(held[path], values)
     return out
+
+
+def choose_by(kernel: Kernel, values: Mapping[str, jax.Array]) -> None:
+    """The kernel from now on chooses its width by these: see `lb.nn.Switch`."""
+    if kernel.width is not None:
+        del kernel.width
+    kernel.reader = Switch(values)

@@ -19,7 +19,6 @@ from lowbit.nn.calibrate import LayerStats
 from lowbit.testing.tolerance import gamma
 from lowbit.tune.estimators import Estimators, line, random_projection, tuned
 from lowbit.tune.precision import _blend, pair
-from lowbit.tune.thresholds import exact
 
 RNG = np.random.default_rng(0)
 FORMAT = lb.any_precision(2, 4, table_dtype="float32")
@@ -48,6 +47,11 @@ def weight(path: str, width: int) -> np.ndarray:
 
 def delta(path: str, low: int, high: int) -> np.ndarray:
     return weight(path, high) - weight(path, low)
+
+
+def exact(x: Any, difference: Any) -> jax.Array:
+    """||x difference|| of each row."""
+    return jnp.asarray(np.linalg.norm(np.asarray(x, np.float64) @ np.asarray(difference), axis=1), jnp.float32)
 
 
 def bound(x: Any, *read: np.ndarray) -> np.ndarray:
