@@ -14,8 +14,8 @@ from flax import nnx
 import lowbit as lb
 from lowbit.nn.statistics import largest, norm, peak
 from lowbit.testing.tolerance import gamma
+from lowbit.tune.captured import exact
 from lowbit.tune.precision import _blend
-from lowbit.tune.thresholds import exact
 
 RNG = np.random.default_rng(0)
 DENSE = nnx.Dict(
