@@ -185,7 +185,8 @@ def effective_bits(call: Callable[..., Any], model: nnx.Module, *args: Any) -> t
     To be used within a jitted function or outside of one: the bits are arrays, and nothing waits for them. The model is
     left as it is. A model of `lb.models` does not count places without a token; of others each row counts.
 
-    Raises ValueError for a model without layers that switch.
+    Raises ValueError for a model without layers that switch, and Flax its TraceContextError where `call` runs such
+    layers within `jax.vmap`, `jax.lax.scan` or `jax.checkpoint`: count within these, or use `nnx.remat`.
 
     >>> from flax import nnx
     >>> import jax, jax.numpy as jnp, lowbit as lb

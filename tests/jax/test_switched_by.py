@@ -15,6 +15,7 @@ import lowbit as lb
 from lowbit.nn.statistics import largest, norm, peak
 from lowbit.testing.tolerance import gamma
 from lowbit.tune.captured import exact
+from lowbit.tune.estimators import Estimators, fitted
 from lowbit.tune.precision import _blend
 
 RNG = np.random.default_rng(0)
@@ -153,6 +154,16 @@ def test_the_change_of_a_width_counts_the_rounding_of_activations() -> None:
     low = np.asarray(lb.dequantize(lb.QuantArray(array.fields, array.type.at(8))), np.float64)
     of_weights = np.linalg.norm(np.asarray(X, np.float64) @ (weights - low), axis=1)
     assert errors.mean() > 1.2 * of_weights.mean()  # about as much again, independent: sqrt 2
+
+
+def test_projections_start_from_the_size_of_the_errors() -> None:
+    difference = jnp.asarray(RNG.standard_normal((16, 8)), jnp.float32)
+    errors = 1.4 * norm(X @ difference)  # as if activations were rounded too
+    found = Estimators(steps=0).projected(X, difference, errors, 0)["projection"].astype(jnp.float32)
+    estimates = norm(X @ found.T)
+    off = float(jnp.vdot(estimates, errors) / jnp.vdot(estimates, estimates)) - 1
+    assert abs(off) <= 2**-8  # rounding to bfloat16
+    assert not np.asarray(fitted(jnp.zeros((4, 16)), X, errors)).any()
 
 
 @pytest.mark.slow
