@@ -23,9 +23,9 @@ class Measured(NamedTuple):
     """Of all rows x that a layer multiplies: ||x|| and ||y_h - y_l||, or another statistic of x in place of that,
     float32 [rows], and whether x is finite."""
 
-    norms: np.ndarray
-    errors: np.ndarray
-    is_finite: np.ndarray
+    norms: jax.Array | np.ndarray
+    errors: jax.Array | np.ndarray
+    is_finite: jax.Array | np.ndarray
 
 
 class Passes:

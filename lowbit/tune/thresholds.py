@@ -164,8 +164,8 @@ def _threshold(path: str, measured: Measured, r: float) -> jax.Array:
         raise ValueError(f"the inputs of layer {path!r} in the dense model are NaN or inf: repair it, or the batches")
     if len(measured.errors) < (needed := ceil(1 / min(r, 1 - r))):
         raise ValueError(
-            f"layer {path!r} takes the quantile {r:.3f} of {len(measured.errors)} inputs, which needs {needed} at least:"
-            " give more or longer batches"
+            f"layer {path!r} takes the quantile {r:.3f} of {len(measured.errors)} inputs, which needs {needed} at "
+            "least: give more or longer batches"
         )
     return jnp.float32(np.quantile(measured.errors, r))
 
@@ -226,7 +226,7 @@ def _fed(model: nnx.Module) -> frozenset[str]:
     """The layers that have the residual stream as their input, but for those of the first block."""
     if not isinstance(model, Decoder):
         raise ValueError(
-            f"asynchronous=True needs to know what feeds each layer, and of a {type(model).__name__} that is not known: "
-            "give an lb.models.Decoder, or leave it out"
+            f"asynchronous=True needs to know what feeds each layer, and of a {type(model).__name__} that is not "
+            "known: give an lb.models.Decoder, or leave it out"
         )
     return frozenset(f"layers/{i}/{name}" for i in range(1, len(model.layers)) for name in FED)
