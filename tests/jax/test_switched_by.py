@@ -192,3 +192,19 @@ def test_learned_thresholds_are_quantiles_of_that_change_or_of_a_statistic(tmp_p
         assert abs(float(bits.layers["a"]) - (8 + 8 * share)) <= 8 / len(OUT)  # a row more or less
     with pytest.raises(ValueError, match="statistic='rms' must be one of"):
         lb.tune.thresholds(start, DENSE, [OUT], both, estimators="rms")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_generating_and_serving_read_16_bits_where_they_are_asked_for() -> None:
+    sizes = {"vocab": 16, "width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head": 8, "hidden": 16, "context": 32}
+    dense = lb.models.Decoder(lb.models.Config(**sizes), rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+    small = lb.quantize(dense, {"layers/**": lb.nested_fp()})
+    alone = lb.models.generate(lb.at_width(small, 16), [[1, 2, 3]], 4)
+    switched = lb.tune.switched_by(small, "peak", -jnp.inf)
+    assert lb.models.generate(switched, [[1, 2, 3]], 4) == alone
+    batcher = lb.models.Batcher(switched, rows=2, slots=16)
+    batcher.add([1, 2, 3], 4)
+    served = []
+    while batcher.busy:
+        served += [new.token for new in batcher.step()]
+    assert served == alone[0][-4:]
