@@ -12,6 +12,7 @@ from lowbit.tune.alpha import fold as fold
 from lowbit.tune.board import tensorboard as tensorboard
 from lowbit.tune.budget import max_widths as max_widths
 from lowbit.tune.budget import narrowed as narrowed
+from lowbit.tune.by_statistic import switched_by as switched_by
 from lowbit.tune.estimators import Estimators as Estimators
 from lowbit.tune.precision import Blend as Blend
 from lowbit.tune.precision import Toward as Toward

@@ -17,9 +17,8 @@ from flax import nnx
 import lowbit as lb
 from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.kernel import Kernel, layer_kernels
-from lowbit.nn.switch import norm
+from lowbit.nn.statistics import norm
 from lowbit.testing.tolerance import gamma, unit
-from lowbit.tune.captured import exact
 from lowbit.tune.estimators import Estimators, line, random_projection, tuned
 from lowbit.tune.nested import fingerprint
 from lowbit.tune.precision import _blend, pair
@@ -51,6 +50,11 @@ def weight(path: str, width: int) -> np.ndarray:
 
 def delta(path: str, low: int, high: int) -> np.ndarray:
     return weight(path, high) - weight(path, low)
+
+
+def exact(x: Any, difference: Any) -> jax.Array:
+    """||x difference|| of each row."""
+    return jnp.asarray(np.linalg.norm(np.asarray(x, np.float64) @ np.asarray(difference), axis=1), jnp.float32)
 
 
 def bound(x: Any, *read: np.ndarray) -> np.ndarray:
