@@ -18,12 +18,15 @@ from lowbit.nn.reached import Call, Inputs, noted
 from lowbit.nn.switch import norm
 
 
+Array = jax.Array | np.ndarray[Any, Any]
+
+
 class Measured(NamedTuple):
     """Of all rows x that a layer multiplies: ||x|| and ||(W_h - W_l) x||, float32 [rows], and whether x is finite."""
 
-    norms: np.ndarray
-    errors: np.ndarray
-    is_finite: np.ndarray
+    norms: Array
+    errors: Array
+    is_finite: Array
 
 
 class Passes:
