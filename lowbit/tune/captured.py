@@ -17,7 +17,6 @@ from lowbit.nn.kernel import Kernel
 from lowbit.nn.reached import Call, Inputs, noted
 from lowbit.nn.switch import norm
 
-
 Array = jax.Array | np.ndarray[Any, Any]
 
 
