@@ -18,14 +18,16 @@ from lowbit.nn.reached import Call, Inputs, noted
 from lowbit.nn.statistics import STATISTICS, Statistic, norm
 from lowbit.nn.switch import changed
 
+Array = jax.Array | np.ndarray[Any, Any]
+
 
 class Measured(NamedTuple):
     """Of all rows x that a layer multiplies: ||x|| and ||y_h - y_l||, or another statistic of x in place of that,
     float32 [rows], and whether x is finite."""
 
-    norms: jax.Array | np.ndarray
-    errors: jax.Array | np.ndarray
-    is_finite: jax.Array | np.ndarray
+    norms: Array
+    errors: Array
+    is_finite: Array
 
 
 class Passes:
