@@ -51,7 +51,7 @@ class Blend(nnx.Module):
         return jnp.float32(lo) if self.z is None else lo + (most - lo) * jax.nn.sigmoid(self.z.get_value())
 
     def __call__(self, x: jax.Array, array: QuantArray) -> jax.Array:
-        """[..., k] -> [..., n]. Gradients reach x and z, and not the weight."""
+        """[..., k] -> [..., n]. Gradients reach x and z, and neither the weight nor an adapter on it."""
         if self.z is None:
             return matmul(x, QuantArray(jax.lax.stop_gradient(array.fields), array.type.at(self.widths[0])))
         return _blend(array.type, self.widths, x, array.fields, self.bits)
