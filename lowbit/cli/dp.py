@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from lowbit.cli.choosing import mean_loss
 from lowbit.cli.command import UsageError, expect_free
 from lowbit.cli.spelling import format_of
 from lowbit.models import Decoder, Sampling, generate, load, save, tokenizer
+from lowbit.models.save import expect_replaceable
 from lowbit.models.tokens import start_token
 from lowbit.nn.kernel import kernels
-from lowbit.nn.rules import Rule, needed
+from lowbit.nn.kinds import layers
+from lowbit.nn.rules import Rule, assign, needed
 from lowbit.nn.switch import effective_bits, switches
 from lowbit.tune import Estimators, TextBatches, Toward, next_token_loss, text_batches
 from lowbit.tune.nested import mean_over, nested
@@ -68,11 +71,12 @@ def run(given: flags.FlagValues, folder: str, text: str | None = None, target: s
         raise UsageError("--dp needs --target, effective bits a weight")
     out = target or f"{Path(folder).resolve().name}-dp-{given.target:g}"
     expect_free(out, given.force)
+    expect_replaceable(out, given.force)
     kept = Path(given.run or f"{out}.run")
     model = load(folder)
     is_dense = not kernels(model)
     _check_target(given, folder, model)
-    dense = model if is_dense else _dense(given, folder)
+    dense = model if is_dense else _dense(given, folder, model)
     try:
         data, held = _data(given, folder, dense, text).split(given.held_out)
         samples = [jnp.asarray(window[None, :-1]) for window in data.tokens[:SAMPLES]]
@@ -97,16 +101,32 @@ def _check_target(given: flags.FlagValues, folder: str, model: Decoder) -> None:
         found = nested(model, given.layers)
         low, high = (mean_over(found, {p: k.type.format.widths[end] for p, k in found.items()}) for end in (0, -1))
     else:
+        if given.dense is not None:
+            raise UsageError(f"--dense is of a quantized MODEL, and {folder} is dense: leave it out")
         fmt = format_of(given.format)
         if not fmt.widths:
             raise ValueError(f"--format={fmt} is read at one width: give a nested one, such as 'any_precision(3, 6)'")
+        _check_layers(given.layers, model)
         low, high = fmt.widths[0], fmt.widths[-1]
     most = high if given.budget is None else min(high, given.budget)
+    if most < low:
+        raise ValueError(f"--budget={most:g} is too small: the least widths take {low:g} bits a weight")
     if not low <= given.target <= most:
         raise ValueError(f"--target={given.target:g} is out of reach: here widths are from {low:g} to {most:g} bits")
 
 
-def _dense(given: flags.FlagValues, folder: str) -> Decoder:
+def _check_layers(pattern: str, dense: Decoder) -> None:
+    """Raises ValueError for a pattern of layers that cannot choose, before they are measured and quantized."""
+    found = layers(dense)
+    chosen = assign((Rule(pattern, None),), list(found), {})
+    if wrong := [path for path in chosen if type(found[path]) is not nnx.Linear]:
+        raise ValueError(
+            f"--layers={pattern}: {wrong[0]!r} is {type(found[wrong[0]]).__name__}, and Linear layers alone choose: "
+            "name some without it, such as --layers='layers/*/attn/*'"
+        )
+
+
+def _dense(given: flags.FlagValues, folder: str, model: Decoder) -> Decoder:
     if given.dense is None:
         raise ValueError(
             f"{folder} is quantized, and errors and thresholds are measured with the model that it was made from: "
@@ -115,6 +135,12 @@ def _dense(given: flags.FlagValues, folder: str) -> Decoder:
     dense: Decoder = load(given.dense)
     if kernels(dense):
         raise ValueError(f"--dense={given.dense} is quantized too: name the folder of the dense model")
+    ours, theirs = asdict(model.config), asdict(dense.config)
+    if differ := [name for name in ours if ours[name] != theirs[name]]:
+        raise ValueError(
+            f"--dense={given.dense} has {differ[0]} = {theirs[differ[0]]}, and {folder} has {ours[differ[0]]}: name "
+            "the folder that it was made from"
+        )
     return dense
 
 
@@ -131,11 +157,13 @@ def _data(given: flags.FlagValues, folder: str, dense: Decoder, text: str | None
             batch=batch,
         )
     first = start_token(folder)
-    start = spelled.encode("\n", add_special_tokens=False).ids[-1] if first is None else first
+    starts = spelled.encode("\n", add_special_tokens=False).ids[-1:] if first is None else [first]
+    if not starts:
+        raise ValueError(f"{folder} has no token that begins a text, nor one for the end of a line: give a TEXT")
     print(
         f"no TEXT: the model writes {SEQUENCES} sequences of {length} tokens itself, at temperature 1 with the seed 0"
     )
-    return written(dense, start, length, batch)
+    return written(dense, starts[0], length, batch)
 
 
 def written(model: Decoder, start: int, length: int, batch: int) -> TextBatches:

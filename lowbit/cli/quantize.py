@@ -12,6 +12,7 @@ from lowbit.cli import choosing
 from lowbit.cli.command import Command, UsageError, expect_free
 from lowbit.cli.spelling import format_of, quantizer_of, read_rules
 from lowbit.models import Decoder, load, save
+from lowbit.models.save import expect_replaceable
 from lowbit.nn.rules import Rule, needed
 
 
@@ -27,6 +28,7 @@ def _run(given: flags.FlagValues, source: str, target: str) -> None:
     if sum(given[name].value is not None for name in ("bits", "format", "rules")) != 1:
         raise UsageError("give one of --bits, --format and --rules")
     expect_free(target, given.force)
+    expect_replaceable(target, given.force)
     resume = Path(f"{target}.unfinished")
     try:
         model = _quantized(given, source, resume)

@@ -78,7 +78,7 @@ def save(
     dtype = model.layers[0].attn.q.dtype
     chosen = settings(model)
     _check(model, kind, dtype, chosen)
-    _check_target(Path(folder), overwrite)
+    expect_replaceable(folder, overwrite)
     stated = {"quant_method": METHOD, "version": SWITCHED if chosen else VERSION}
     stated |= {"dtype": None if dtype is None else jnp.dtype(dtype).name} | ({"switches": chosen} if chosen else {})
     with replacing_folder(folder) as new:
@@ -100,7 +100,9 @@ def _check(model: Model, kind: Family, dtype: Any, chosen: Settings) -> None:
         raise ValueError(f"the model is not as one that is loaded, in {odd}: write it with lb.save")
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
+def expect_replaceable(folder: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raises FileExistsError for a folder that `save` would not write."""
+    folder = Path(folder)
     if not folder.exists():
         return
     if not overwrite:

@@ -170,6 +170,8 @@ def test_quantize_goes_on_where_it_was_stopped(capsys, monkeypatch, tmp_path):
     said(capsys, argv)
     assert len(solved) == len(LAYERS) == len(set(solved))
     assert "exists" in said(capsys, argv, FAILED)
+    elsewhere = said(capsys, ["quantize", TINY, str(tmp_path), *argv[3:], "--force"], FAILED)
+    assert "no folder that lowbit saved" in elsewhere and not Path(f"{tmp_path}.unfinished").exists()
     said(capsys, [*argv, "--force"])
 
 

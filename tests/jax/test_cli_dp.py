@@ -73,6 +73,10 @@ def quantized(folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
         ("--dp --target=3.1 --format=any_precision(2,3)", FAILED, "--target=3.1 is out of reach"),
         ("--dp --target=4.8 --budget=4.5", FAILED, "--target=4.8 is out of reach: here widths are from 3 to 4.5 bits"),
         ("--dp --target=4 --format=uniform(4)", FAILED, "is read at one width: give a nested one"),
+        ("--dp --target=3.5 --budget=2.5", FAILED, "--budget=2.5 is too small: the least widths take 3 bits a weight"),
+        ("--dp --target=3.5 --layers=nothing/*", FAILED, "rule 'nothing/*' matches none of the 16 layers that can be"),
+        ("--dp --target=3.5 --layers=**", FAILED, "--layers=**: 'embed' is Embed, and Linear layers alone choose"),
+        ("--dp --target=3.5 --dense=other", MISUSED, "--dense is of a quantized MODEL, and"),
         ("TEXT --dp --target=3.5 --length=1", FAILED, "the text gives 40 tokens to find thresholds with, and their"),
     ],
 )
@@ -92,6 +96,17 @@ def test_quantized_models_that_cannot_be_taken(capsys: Any, tmp_path: Path, fold
     assert "leave it out" in said(capsys, [*argv, "--format=any_precision(2, 4)"], MISUSED)
     (tmp_path / "there").mkdir()
     assert "there exists" in said(capsys, [*argv, "text", str(tmp_path / "there")], FAILED)
+    assert "no folder that lowbit saved" in said(capsys, [*argv, "text", str(tmp_path / "there"), "--force"], FAILED)
+    other = written(tmp_path / "other", tensors(), rms_norm_eps=1e-6)
+    shown = said(capsys, [*argv, f"--dense={other}"], FAILED)
+    assert f"--dense={other} has eps = 1e-06, and {quantized} has 1e-05: name the folder that it" in shown
+
+
+def test_a_model_that_has_nothing_to_begin_a_text_with(capsys: Any, tmp_path: Path) -> None:
+    folder = written(tmp_path / "llama", tensors())
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(folder / "tokenizer.json"))
+    shown = said(capsys, ["tune", str(folder), "--dp", "--target=4", f"--run={tmp_path / 'run'}"], FAILED)
+    assert "has no token that begins a text, nor one for the end of a line: give a TEXT" in shown
 
 
 @pytest.mark.slow
