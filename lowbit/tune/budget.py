@@ -45,7 +45,8 @@ def max_widths(
       layers: patterns over the paths of the quantized layers that choose their widths.
 
     Raises ValueError for a budget below the least widths (both sizes are named), for layers that are not nested (they
-    are named), and for those that `dense` or `stats` lack; TypeError for what is no module.
+    are named), for those that `dense` or `stats` lack, and for weights that are not those of `dense`: even zeros are
+    nearer to these. TypeError for what is no module.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb
@@ -78,6 +79,11 @@ def _candidates(path: str, kernel: Kernel, layer: nnx.Module, stats: Mapping[str
         t, size = kernel.type.at(b), weights(kernel)
         error = dequantize(QuantArray(kernel.array.fields, t)).astype(jnp.float32) - exact
         out.append(Candidate(path, Rule(path, t.format), size, size * b, harm(error)))
+    if jnp.vdot(error, error) > jnp.vdot(exact, exact):  # at the largest width
+        raise ValueError(
+            f"layer {path!r} is farther from that of the dense model than zeros are, at {b} bits: give the model that "
+            "it was made from"
+        )
     return out
 
 

@@ -102,6 +102,9 @@ def test_budgets_that_are_refused() -> None:
     measured = {**stats(), "first": LayerStats(None, None, 1, gradient_square=np.ones((16, 9), np.float32))}
     with pytest.raises(ValueError, match=r"'first' is \[16, 16\] and in the dense model \[16, 9\]"):
         lb.tune.max_widths(SMALL, other, measured, bits=3)
+    other = nnx.Dict(first=DENSE.first, second=nnx.Linear(16, 8, rngs=nnx.Rngs(1)))
+    with pytest.raises(ValueError, match="'second' is farther from that of the dense model than zeros are, at 4 bits"):
+        lb.tune.max_widths(SMALL, other, stats(), bits=3)
 
 
 def test_planes_beyond_the_largest_widths_are_dropped() -> None:
