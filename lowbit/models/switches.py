@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from lowbit.array import QuantArray
-from lowbit.nn.switch import SETTINGS, WIDTHS, Switch, switches
+from lowbit.nn.switch import SETTINGS, Switch, is_choice, switches
 
 Settings = Mapping[str, Mapping[str, Any]]
 
@@ -41,7 +41,7 @@ def _abstract(path: str, entries: Mapping[str, Any], stated: Any) -> Switch:
             raise ValueError(f"states {name} = {value!r} of layer {path!r}, which is none of {SETTINGS[name]}")
     weight, before = entries.get(f"{path}/kernel"), f"{path}/kernel/reader/"
     arrays = {name.removeprefix(before): a for name, a in entries.items() if name.startswith(before)}
-    if not isinstance(weight, QuantArray) or not arrays.keys() >= {*WIDTHS, "threshold"}:
+    if not isinstance(weight, QuantArray) or not is_choice(arrays.keys() - {"asynchronous"}):
         raise ValueError(f"states that layer {path!r} chooses its width, and stored are {sorted(arrays)} to choose by")
     like = {name: jax.ShapeDtypeStruct((), a.dtype) for name, a in arrays.items()}
     if (g := arrays.get("projection")) is not None:

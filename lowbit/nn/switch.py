@@ -6,7 +6,7 @@ products, or a statistic of x is above T. Where activations are not rounded the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -28,6 +28,12 @@ WIDTHS = ("low", "high", "most")
 TERMS = ("slope", "offset", "largest", "peak", "projection")
 ESTIMATES = tuple(map(frozenset[str], (TERMS[:2], *((term,) for term in TERMS[2:]), ())))
 """What an estimate is made of: of a statistic of x, of a projection, or of both products, which is exact."""
+
+
+def is_choice(names: Collection[str]) -> bool:
+    """Whether a `Switch` can be made of values with these names, whatever input it is asked by."""
+    own = {*WIDTHS, "threshold"}
+    return own <= {*names} and frozenset(names) - own in ESTIMATES
 
 
 class Choice(nnx.Variable[jax.Array]):

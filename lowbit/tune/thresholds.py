@@ -18,7 +18,7 @@ from lowbit.nn.kernel import Kernel, expect_module, layer_kernels
 from lowbit.nn.progress import bar
 from lowbit.nn.reached import Call
 from lowbit.nn.statistics import Statistic, as_estimate
-from lowbit.nn.switch import ESTIMATES, WIDTHS, Switch
+from lowbit.nn.switch import Switch, is_choice
 from lowbit.tune.captured import Measured, Passes
 from lowbit.tune.estimators import Estimators
 from lowbit.tune.nested import fingerprint, nested
@@ -66,7 +66,7 @@ class Thresholds:
             raise CheckpointError(f"{path} holds no thresholds: give a file that lb.tune.thresholds(...).save wrote")
         found = Thresholds({name: v for name, v in read(path).items() if isinstance(v, jax.Array)}, base)
         for layer, values in found.layers.items():
-            if values.keys() - {*WIDTHS, "threshold"} not in ESTIMATES or not values.keys() >= {*WIDTHS, "threshold"}:
+            if not is_choice(values):
                 raise CheckpointError(f"{path}: layer {layer!r} has {sorted(values)}, which is no choice of a width")
         return found
 

@@ -14,6 +14,8 @@ import pytest
 from flax import nnx
 
 import lowbit as lb
+from lowbit.models.switches import abstract_switches
+from lowbit.nn.checkpoint import held
 from lowbit.nn.switch import SETTINGS
 from tests.llama_folder import W, assert_same, tensors, written
 
@@ -180,8 +182,19 @@ def test_layers_that_choose_their_widths_come_back_as_they_were(
 
 def test_all_that_is_static_in_a_switch_is_saved(switched: Any) -> None:
     switch = switched.layers[0].mlp.down.kernel.reader
-    held = {n: v for n, v in vars(switch).items() if not n.startswith("_") and v is not None}
-    assert {n for n, v in held.items() if not isinstance(v, nnx.Variable)} == SETTINGS.keys()
+    has = {n: v for n, v in vars(switch).items() if not n.startswith("_") and v is not None}
+    assert {n for n, v in has.items() if not isinstance(v, nnx.Variable)} == SETTINGS.keys()
+
+
+def test_a_switch_needs_all_that_it_estimates_by(switched: Any) -> None:
+    entries = held(switched)
+    line = next(name.rpartition("/")[0] for name in entries if name.endswith("/slope"))
+    path = line.removesuffix("/kernel/reader")
+    assert list(abstract_switches(entries, {path: {"by": "row"}})) == [path]
+    for name in ("offset", "low"):
+        fewer = {n: v for n, v in entries.items() if n != f"{line}/{name}"}
+        with pytest.raises(ValueError, match=f"layer '{path}' chooses its width, and stored are"):
+            abstract_switches(fewer, {path: {"by": "row"}})
 
 
 @pytest.mark.parametrize(
