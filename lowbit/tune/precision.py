@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -122,7 +122,12 @@ def mean_bits(model: nnx.Module) -> jax.Array:
     """The mean precision of a `blended` model over the weights of its layers, float32 []. Raises ValueError for one
     that has none."""
     found = blends(model).values()
-    return jnp.asarray(sum(blend.weights * blend.bits for blend in found)) / sum(blend.weights for blend in found)
+    return jnp.asarray(_mean(found, lambda blend: blend.bits))
+
+
+def _mean(found: Collection[Blend], of: Callable[[Blend], Any]) -> Any:
+    """Of a number for each layer, by their weights."""
+    return sum(blend.weights * of(blend) for blend in found) / sum(blend.weights for blend in found)
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,7 @@ class Toward:
     def _alpha(self, found: Collection[Blend]) -> float:
         if self.alpha is not None:
             return self.alpha
-        least = sum(b.weights * b.widths[0] for b in found) / sum(b.weights for b in found)
-        return 10.0 if self.target <= least + NEAR else 1.0
+        return 10.0 if self.target <= _mean(found, lambda blend: blend.widths[0]) + NEAR else 1.0
 
 
 def pair(widths: tuple[int, ...], bits: Any) -> tuple[Any, Any]:
