@@ -110,9 +110,7 @@ def blended(
     return out
 
 
-def _levels(
-    path: str, kernel: Kernel, most: int | Mapping[str, int], widths: Sequence[int] | None
-) -> tuple[int, ...]:
+def _levels(path: str, kernel: Kernel, most: int | Mapping[str, int], widths: Sequence[int] | None) -> tuple[int, ...]:
     """Those that a layer may have, up to its largest."""
     if not isinstance(most, int) and path not in most:
         raise ValueError(f"most has no width for layer {path!r}: lb.tune.max_widths gives one for each")

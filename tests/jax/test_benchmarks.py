@@ -129,6 +129,18 @@ def test_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["dense_kivi4_cache_read"]["ratio"] < 1
 
 
+@pytest.mark.slow
+def test_what_choosing_widths_costs() -> None:
+    found = named(list(generate.measure(batch=1, smoke=True, dp=True)))
+    kinds = ["chosen", "forced3", "forced4", "fixed3", "fixed4"]
+    assert list(found) == [f"{kind}_decode" for kind in kinds] + ["choosing3_overhead", "choosing4_overhead"]
+    assert all(found[f"{kind}_decode"]["value"] > 0 for kind in kinds)
+    assert found["fixed3_decode"]["ratio"] == 1
+    step = {kind: 1e6 / found[f"{kind}_decode"]["value"] for kind in kinds}  # of one sequence
+    assert found["choosing3_overhead"]["value"] == pytest.approx(step["forced3"] - step["fixed3"], abs=1e-3)
+    assert found["choosing4_overhead"]["ratio"] == pytest.approx(step["forced4"] / step["fixed4"] - 1, abs=1e-6)
+
+
 def test_options_of_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmark", "--size", "7"])
     given: list[int] = []

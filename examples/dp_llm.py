@@ -1,0 +1,222 @@
+"""DP-LLM beside mixes of widths that are chosen before a model runs: what is lost at the same effective bits.
+
+    python examples/dp_llm.py [--out dp_llm]
+    python examples/dp_llm.py --model FOLDER --text FILE [--steps 5000 --rate 1e-2 --length 512]
+
+Without `--model` it is the tiny language model, on Python's source as it was trained on, and measured on code that it
+never saw; of another text the last tenth is held out. Each figure is of the same sequences, teacher-forced, and each
+position chooses its own widths.
+
+Writes results.json as it goes, and table.md, curve.png, widths.png and drift.png at the end. Exits with 1 where
+something that is claimed does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from math import exp, log
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+if not __package__:  # run as a file: Python then looks for packages beside it, and not above
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import lowbit as lb
+from benchmarks.harness import machine
+from examples import dp_plots, precisions
+from examples.precisions import MIXES, Settings, Subject
+from examples.tinylm import weights
+
+BATCH = 16
+"""Sequences at a time."""
+TOLERANCE = 0.02
+"""Of the target, that effective bits may be off."""
+PAIRS = ((4, 5), (4, 6), (3, 5), (3, 6))
+PAIRS_AT = 4.5
+"""As published."""
+DP, EXACT = "DP-LLM", "DP-LLM, exact"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a model.
+
+    Attributes:
+      target: bits a weight that were asked for.
+      bits: effective bits, the mean over positions.
+      layers: the same by layer.
+      pairs: of layers that choose, their two widths.
+      of_queries: effective bits of each sequence, of a model that chooses.
+    """
+
+    method: str
+    target: float
+    bits: float
+    perplexity: float
+    bits_per_byte: float
+    layers: dict[str, float]
+    pairs: dict[str, tuple[int, int]] = field(default_factory=dict)
+    of_queries: list[float] = field(default_factory=list)
+
+    def drift(self, share: float) -> float:
+        """What so many of the sequences stay within, relative to the mean of all: of effective bits."""
+        return float(np.quantile(np.abs(np.array(self.of_queries) / np.mean(self.of_queries) - 1), share))
+
+
+@nnx.jit
+def _chosen(model: Any, tokens: jax.Array) -> tuple[jax.Array, lb.nn.EffectiveBits]:
+    """The loss and the widths of each sequence."""
+    return jax.vmap(lambda one: lb.nn.effective_bits(lambda m: precisions.mean_loss(m, one[None]), model))(tokens)
+
+
+@nnx.jit
+def _fixed(model: Any, tokens: jax.Array, widths: dict[str, jax.Array]) -> jax.Array:
+    read = lb.at_width(model, widths) if widths else model
+    return jax.vmap(lambda one: precisions.mean_loss(read, one[None]))(tokens)
+
+
+def _over(s: Subject, call: Callable[..., Any], *given: Any) -> Any:
+    """What a function of a model and sequences gives, for all that are held out."""
+    held = s.text.held[: s.settings.held]
+    parts = [call(*given[:1], jnp.asarray(held[i : i + BATCH]), *given[1:]) for i in range(0, len(held), BATCH)]
+    return jax.tree.map(lambda *of: np.concatenate([np.asarray(a, np.float64) for a in of]), *parts)
+
+
+def _row(s: Subject, method: str, target: float, nats: float, layers: Mapping[str, float], **more: Any) -> Row:
+    bits = sum(s.sizes[path] * b for path, b in layers.items()) / sum(s.sizes.values())
+    return Row(method, target, bits, exp(nats), nats / log(2) / s.text.bytes_per_token, dict(layers), **more)
+
+
+def of_widths(s: Subject, method: str, target: float, widths: Mapping[str, int]) -> Row:
+    """Of one width a layer."""
+    nats = _over(s, _fixed, s.small, {path: jnp.int32(b) for path, b in widths.items()}).mean()
+    return _row(s, method, target, float(nats), widths)
+
+
+def of_choices(s: Subject, method: str, target: float, found: lb.tune.Thresholds) -> Row:
+    """Of layers that choose."""
+    nats, bits = _over(s, _chosen, lb.tune.switched(s.small, found))
+    pairs = {p: (int(v["low"]), int(v["high"])) for p, v in found.layers.items() if np.isfinite(v["threshold"])}
+    layers = {path: float(of.mean()) for path, of in bits.layers.items()}
+    return _row(s, method, target, float(nats.mean()), layers, pairs=pairs, of_queries=bits.mean.tolist())
+
+
+def sweep(s: Subject, targets: Sequence[float]) -> Iterator[Row]:
+    """Every method at every target, and uniform widths."""
+    for b in s.settings.widths:
+        yield of_widths(s, "uniform", b, dict.fromkeys(s.sizes, b))
+    for target in targets:
+        for method, harm in MIXES.items():
+            yield of_widths(s, method, target, precisions.mix(s, harm(s), target))
+        model = precisions.precise(s, target)
+        yield of_choices(s, EXACT, target, precisions.thresholds(s, model, None))
+        yield of_choices(s, DP, target, precisions.thresholds(s, model, s.estimators))
+
+
+def pairs(s: Subject, target: float) -> Iterator[Row]:
+    """Two widths for all layers, by the exact errors."""
+    for low, high in PAIRS:
+        model = precisions.precise(s, target, most=high, widths=(low, high))
+        yield of_choices(s, f"({low}, {high})", target, precisions.thresholds(s, model, None))
+
+
+def broken(rows: Sequence[Row]) -> list[str]:
+    """What does not hold of what is claimed: that layers which choose use both widths, that effective bits are at the
+    target, and that no mix loses less at the same target."""
+    wrong = []
+    for r in (r for r in rows if r.pairs):
+        at = f"{r.method} at {r.target}"
+        for path, (low, high) in r.pairs.items():
+            if not low < r.layers[path] < high:
+                wrong.append(f"{at}: layer {path!r} has {r.layers[path]} bits always, of {low} and {high}")
+        if not abs(r.bits / r.target - 1) <= TOLERANCE:
+            wrong.append(f"{at}: {r.bits:.3f} effective bits, more than {TOLERANCE:.0%} off")
+    loss = {(r.method, r.target): r.bits_per_byte for r in rows}
+    for method, target in loss:
+        if method in MIXES and (DP, target) in loss and not loss[DP, target] <= loss[method, target]:  # nor NaN
+            wrong.append(
+                f"{DP} at {target} loses to {method}: {loss[DP, target]:.4f} bits a byte, {loss[method, target]:.4f}"
+            )
+    return wrong
+
+
+def table(rows: Sequence[Row]) -> str:
+    """As Markdown."""
+    lines = [
+        "| target | method | effective bits | perplexity | bits/byte | drift p90 | p99 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(rows, key=lambda r: (r.target, r.method)):
+        drift = f"{r.drift(0.9):.2%} | {r.drift(0.99):.2%}" if r.of_queries else " | "
+        lines.append(
+            f"| {r.target:g} | {r.method} | {r.bits:.3f} | {r.perplexity:.4f} | {r.bits_per_byte:.4f} | {drift} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write(out: pathlib.Path, result: Mapping[str, Any]) -> None:
+    (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def read(result: Mapping[str, Any], name: str) -> list[Row]:
+    """The rows of a file of results."""
+    return [Row(**{**of, "pairs": {path: tuple(pair) for path, pair in of["pairs"].items()}}) for of in result[name]]
+
+
+def run(s: Subject, targets: Sequence[float], out: pathlib.Path, say: Callable[[str], None]) -> list[str]:
+    """Measures and writes everything; what is claimed and does not hold."""
+    out.mkdir(parents=True, exist_ok=True)
+    dense = float(_over(s, _fixed, s.dense, {}).mean())
+    result: dict[str, Any] = {
+        "machine": machine(), "settings": asdict(s.settings), "most": dict(s.most),
+        "float": {"perplexity": exp(dense), "bits_per_byte": dense / log(2) / s.text.bytes_per_token},
+    }  # fmt: skip
+    made: dict[str, list[Row]] = {"rows": [], "pairs": []}
+    has_pairs = s.settings.least <= 3 and s.settings.most >= 6
+    for name, every in (("rows", sweep(s, targets)), ("pairs", pairs(s, PAIRS_AT) if has_pairs else ())):
+        for row in every:
+            made[name].append(row)
+            write(out, result | {n: [asdict(r) for r in rows] for n, rows in made.items()})
+            say(table([row]).splitlines()[-1])
+    (out / "table.md").write_text(table(made["rows"]) + "\n" + table(made["pairs"]))
+    dp_plots.every(made["rows"], DP, out)
+    return broken([*made["rows"], *made["pairs"]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("dp_llm"))
+    parser.add_argument("--model", help="a folder that lb.models.load opens")
+    parser.add_argument("--text", type=pathlib.Path, help="for that model")
+    parser.add_argument("--targets", type=float, nargs="+", help="seven between the least width and the budget")
+    for f in fields(Settings):
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default)
+    given = vars(parser.parse_args())
+    s = Settings(**{f.name: given[f.name] for f in fields(Settings)})
+    if (given["model"] is None) != (given["text"] is None):
+        parser.error("--model and --text go together: a model, and a text for it")
+    targets = given["targets"] or np.linspace(s.least, s.budget, 9)[1:-1].round(4).tolist()
+    folder = given["model"] or str(weights.MODEL)
+    dense = lb.models.load(folder, dtype=jnp.float32)
+    text = (
+        precisions.of_file(folder, dense, given["text"], s.length) if given["text"] else precisions.of_tinylm(s.length)
+    )
+    say = Console(width=120, markup=False, highlight=False).print
+    wrong = run(precisions.prepared(dense, text, s), targets, given["out"], say)
+    say(f"wrote results.json, table.md, curve.png, widths.png and drift.png in {given['out']}")
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
