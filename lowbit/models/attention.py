@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lowbit.models.config import Config
+from lowbit.nn.switch import Rows, ask, asks_older
 
 BLOCK = 512
 """Queries that are scored at once: scores are float32 [B, heads, BLOCK, keys]."""
@@ -159,11 +160,16 @@ class Attention(nnx.Module):
         scale = config.head**-0.5 if config.attention_scale is None else config.attention_scale
         self.how = How(scale, config.attention_cap, config.window(layer), causal)
 
+    @property
+    def asks_older(self) -> bool:
+        return asks_older(self.q, self.k, self.v)
+
     def __call__(
-        self, x: jax.Array, positions: jax.Array, cache: LayerCache | None = None
+        self, x: jax.Array, rows: Rows, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         """[B, T, width] at positions int32 [B, T] -> the same shape, and the new cache."""
-        q, k, v = (self._by_head(layer(x)) for layer in (self.q, self.k, self.v))
+        positions = rows.positions
+        q, k, v = (self._by_head(ask(layer, x, rows)) for layer in (self.q, self.k, self.v))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
@@ -173,7 +179,7 @@ class Attention(nnx.Module):
             out = self.how.attend(grouped, positions, [Dense(k, v, positions[:, None])])
         else:
             out, cache = cache.attend(grouped, k, v, positions, self.how)
-        return self.o(out.reshape(*x.shape[:2], q.shape[2] * self.head)), cache
+        return ask(self.o, out.reshape(*x.shape[:2], q.shape[2] * self.head), rows), cache
 
     def _by_head(self, y: jax.Array) -> jax.Array:
         return y.reshape(*y.shape[:2], y.shape[2] // self.head, self.head)

@@ -13,6 +13,7 @@ from flax import nnx
 from lowbit.models.attention import Attention, LayerCache
 from lowbit.models.config import Config
 from lowbit.models.mlp import MLP, Mixture
+from lowbit.nn.switch import Rows, ask
 
 Cache = tuple[LayerCache, ...]
 
@@ -39,12 +40,41 @@ class Block(nnx.Module):
             self.attn_post_norm, self.mlp_post_norm = (norm(config, dtype=dtype, rngs=rngs) for _ in range(2))
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """[B, T, width] at positions int32 [B, T] -> the same shape, and the layer's new cache."""
-        y, cache = self.attn(self.attn_norm(x) if self.pre_norm else x, positions, cache)
-        x = self._added(x, y, "attn_post_norm")
-        return self._added(x, self.mlp(self.mlp_norm(x) if self.pre_norm else x), "mlp_post_norm"), cache
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        cache: LayerCache | None = None,
+        before: jax.Array | None = None,
+        halfway: bool = False,
+    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+        """One block.
+
+        Layers that choose their widths asynchronously (DP-LLM, Park et al. 2025, section 5.2) are asked by the residual
+        stream as it was one sublayer before, normed as their input is.
+
+        Args:
+          x: [B, T, width], the residual stream.
+          positions: int32 [B, T].
+          cache: of the layer.
+          before: [B, T, width], the stream without what the MLP of the block before added.
+          halfway: whether the next block asks for that of this one.
+
+        Returns the stream, the layer's new cache, and if `halfway` the stream without what the MLP has added.
+        """
+        older = None if before is None else self._normed(before, "attn_norm")
+        y, cache = self.attn(self._normed(x, "attn_norm"), Rows(positions, older), cache)
+        after = self._added(x, y, "attn_post_norm")
+        older = self._normed(x, "mlp_norm") if self.mlp.asks_older else None
+        y = self.mlp(self._normed(after, "mlp_norm"), Rows(positions, older))
+        return self._added(after, y, "mlp_post_norm"), cache, after if halfway else None
+
+    @property
+    def asks_older(self) -> bool:
+        """Whether it asks for `before`."""
+        return self.attn.asks_older
+
+    def _normed(self, x: jax.Array, name: str) -> jax.Array:
+        return getattr(self, name)(x) if self.pre_norm else x
 
     def _added(self, x: jax.Array, y: jax.Array, name: str) -> jax.Array:
         if not self.post_norm:
@@ -101,7 +131,8 @@ class Decoder(nnx.Module):
         learned positions.
         """
         learned = self.config.context if self.config.ropes is None else None
-        return self.logits(self.hidden(tokens, positions(tokens, mask, learned))[0])
+        at = positions(tokens, mask, learned)
+        return self.logits(self.hidden(tokens, at)[0], at)
 
     def hidden(
         self, tokens: jax.Array, positions: jax.Array, cache: Sequence[LayerCache] | None = None
@@ -121,15 +152,21 @@ class Decoder(nnx.Module):
         if self.config.ropes is None:
             x = x + self.positions(jnp.maximum(positions, 0) + self.config.position_offset)
         entries: Sequence[LayerCache | None] = [None] * len(self.layers) if cache is None else cache
-        after = []
-        for block, entry in zip(self.layers, entries, strict=True):
-            x, new = block(x, positions, entry)
+        asks = [getattr(block, "asks_older", False) for block in self.layers]  # what stands for a block may not say
+        after, before = [], None
+        for block, entry, halfway in zip(self.layers, entries, [*asks[1:], False], strict=True):
+            x, new, before = block(x, positions, entry, before, halfway)
             after.append(new)
         return self.norm(x) if self.config.pre_norm else x, tuple(entry for entry in after if entry is not None)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., width] -> float32 [..., vocab]."""
-        out = (self.embed.attend(hidden) if self.config.tied else self.head(hidden)).astype(jnp.float32)
+    def logits(self, hidden: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """[..., width] -> float32 [..., vocab]. `positions` int32 [...], negative where there is no token, tell a head
+        that switches what not to count; all are tokens if None."""
+        if self.config.tied:
+            out = self.embed.attend(hidden)
+        else:
+            out = self.head(hidden) if positions is None else ask(self.head, hidden, Rows(positions))
+        out = out.astype(jnp.float32)
         cap = self.config.logit_cap
         return out if cap is None else cap * jnp.tanh(out / cap)
 

@@ -79,7 +79,7 @@ class Encoder(nnx.Module):
         x = self.embed(jnp.where(at >= 0, tokens, 0)) + self.positions(jnp.maximum(at, 0) + self.config.position_offset)
         x = self.embed_norm(x + self.types(jnp.zeros_like(tokens) if types is None else types))
         for block in self.layers:
-            x, _ = block(x, at)
+            x, *_ = block(x, at)
         return x
 
     def logits(self, hidden: jax.Array) -> jax.Array:

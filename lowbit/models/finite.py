@@ -11,7 +11,7 @@ from flax import nnx
 
 from lowbit.models.decoder import Decoder
 from lowbit.nn.around import Around
-from lowbit.nn.kernel import joined
+from lowbit.nn.kernel import joined, kernels
 
 
 class _NotFiniteError(Exception):
@@ -43,8 +43,10 @@ def first_not_finite(model: Decoder, tokens: Sequence[int]) -> str | None:
     none does without a cache."""
 
     def watch(path: tuple[Any, ...], node: Any) -> Any:
-        return _Watched(node, joined(path)) if path and isinstance(node, nnx.Module) and callable(node) else node
+        watched = path and isinstance(node, nnx.Module) and callable(node) and joined(path) not in readers
+        return _Watched(node, joined(path)) if watched else node
 
+    readers = {f"{path}/reader" for path in kernels(model)}  # which make the products of a layer that is watched
     try:
         nnx.recursive_map(watch, nnx.clone(model))(jnp.asarray([tokens], jnp.int32))
     except _NotFiniteError as found:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from lowbit.models.config import Config
 from lowbit.nn.experts import Experts
+from lowbit.nn.switch import Rows, ask, asks_older
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nnx.silu,
@@ -32,10 +33,14 @@ class MLP(nnx.Module):
             self.gate = linear(config.width, config.hidden)
         self.gated, self.activation = config.gated, config.activation
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    @property
+    def asks_older(self) -> bool:
+        return asks_older(self.up, *((self.gate,) if self.gated else ()))
+
+    def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
         """[..., width] -> [..., width]."""
-        act, up = ACTIVATIONS[self.activation], self.up(x)
-        return self.down(act(self.gate(x)) * up if self.gated else act(up))
+        act, up = ACTIVATIONS[self.activation], ask(self.up, x, rows)
+        return ask(self.down, act(ask(self.gate, x, rows)) * up if self.gated else act(up), rows)
 
 
 class Mixture(nnx.Module):
@@ -50,16 +55,19 @@ class Mixture(nnx.Module):
         self.down = experts(config.hidden, config.width)
         self.config = config
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    @property
+    def asks_older(self) -> bool:
+        return False  # experts do not switch
+
+    def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
         """[..., width] -> [..., width]. Rows are sorted by expert, so that each expert is one product."""
-        c, rows = self.config, x.reshape(-1, x.shape[-1])
-        weights, chosen = jax.lax.top_k(
-            jax.nn.softmax(self.router(rows).astype(jnp.float32), axis=-1), c.experts_per_token
-        )
+        c, flat = self.config, x.reshape(-1, x.shape[-1])
+        scores = ask(self.router, x, rows).astype(jnp.float32).reshape(-1, c.experts)
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), c.experts_per_token)
         if c.normalize_experts:
             weights /= weights.sum(-1, keepdims=True)
         order = jnp.argsort(chosen.ravel())
-        given, sizes = rows[order // c.experts_per_token], jnp.bincount(chosen.ravel(), length=c.experts)
+        given, sizes = flat[order // c.experts_per_token], jnp.bincount(chosen.ravel(), length=c.experts)
         inner = ACTIVATIONS[c.activation](self.gate(given, sizes)) * self.up(given, sizes)
         out = self.down(inner, sizes) * weights.ravel()[order, None].astype(x.dtype)
-        return jnp.zeros_like(rows).at[order // c.experts_per_token].add(out).reshape(x.shape)
+        return jnp.zeros_like(flat).at[order // c.experts_per_token].add(out).reshape(x.shape)

@@ -81,7 +81,7 @@ class Program:
         ) -> tuple[jax.Array, Cache]:
             model = self.model(leaves, width, "call")
             hidden, cache = model.hidden(tokens[:, None], positions[:, None], cache)
-            logits = model.logits(hidden[:, 0])
+            logits = model.logits(hidden[:, 0], positions)
             # Of its own seed and place alone: a sequence is the same whatever else is in the batch.
             keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(seeds, positions)
             return jnp.where(jnp.isfinite(logits).all(axis=-1), sampling(logits, keys), -1), cache

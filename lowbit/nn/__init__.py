@@ -39,6 +39,7 @@ from lowbit.nn.report import report as report
 from lowbit.nn.rules import Rule as Rule
 from lowbit.nn.switch import Choice as Choice
 from lowbit.nn.switch import EffectiveBits as EffectiveBits
+from lowbit.nn.switch import Rows as Rows
 from lowbit.nn.switch import Switch as Switch
 from lowbit.nn.switch import effective_bits as effective_bits
 from lowbit.nn.switch import switching as switching

@@ -30,11 +30,14 @@ class Linear(nnx.Module):
         self.use_bias = bias is not None
         self.dtype = dtype
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """[..., in_features] -> [..., out_features]. Raises ValueError for another last dim."""
+    def __call__(self, inputs: jax.Array, rows: Any = None) -> jax.Array:
+        """[..., in_features] -> [..., out_features]. Raises ValueError for another last dim.
+
+        `rows` is for what makes the products of a layer that switches, `lb.nn.Rows`; no other layer takes them.
+        """
         bias = None if self.bias is None else self.bias.get_value()
         dtype = result_dtype(self.dtype, inputs, self.kernel, bias)
-        y = product(jnp.asarray(inputs, dtype), self.kernel)
+        y = product(jnp.asarray(inputs, dtype), self.kernel, rows=rows)
         return y if bias is None else y + jnp.asarray(bias, dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
@@ -73,12 +76,17 @@ def _shape(weight: nnx.Variable[Any], *said: int) -> tuple[int, ...]:
 
 
 def product(
-    x: jax.Array, kernel: Kernel, stack: tuple[int, ...] = (), by: Callable[[jax.Array, QuantArray], jax.Array] = matmul
+    x: jax.Array,
+    kernel: Kernel,
+    stack: tuple[int, ...] = (),
+    by: Callable[[jax.Array, QuantArray], jax.Array] = matmul,
+    rows: Any = None,
 ) -> jax.Array:
-    """The product of one layer, whose own matrices are a stack of this shape, at the kernel's width."""
+    """The product of one layer, whose own matrices are a stack of this shape, at the kernel's width. `rows` is what its
+    reader is told beside."""
     array = expect_stack(kernel, stack)
     if kernel.reader is not None:
-        made: jax.Array = kernel.reader(x, array)
+        made: jax.Array = kernel.reader(x, array) if rows is None else kernel.reader(x, array, rows)
         return made
     return by(x, array) if kernel.width is None else at_width(by, x, array, kernel.width.get_value().reshape(-1)[0])
 

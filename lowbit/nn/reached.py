@@ -69,8 +69,8 @@ def in_order(model: nnx.Module, paths: Iterable[str], call: Call, batch: Any) ->
     Raises ValueError for one that never runs.
     """
     wanted, seen = set(paths), dict[str, int]()
-    noted = _noted(model, wanted, lambda path, _: seen.update({path: seen.get(path, 0) + 1}))
-    nnx.eval_shape(call, noted, batch)
+    watched = noted(model, wanted, lambda path, _: seen.update({path: seen.get(path, 0) + 1}))
+    nnx.eval_shape(call, watched, batch)
     if missing := sorted(wanted - seen.keys()):
         raise ValueError(f"{missing[0]!r} never runs on the first batch: leave it out, or give one that reaches it")
     return seen
@@ -90,13 +90,14 @@ def inputs_of(model: nnx.Module, path: str, call: Call, batch: Any) -> Inputs:
 
     reached: list[Inputs] = []
     try:
-        call(_noted(model, {path}, stop), batch)
+        call(noted(model, {path}, stop), batch)
     except _ReachedError:
         return reached[0]
     raise ValueError(f"block {path!r} never runs on a batch that was given: leave that out")
 
 
-def _noted(model: nnx.Module, paths: set[str], note: Callable[[str, Inputs], None]) -> nnx.Module:
+def noted(model: nnx.Module, paths: set[str], note: Callable[[str, Inputs], None]) -> nnx.Module:
+    """A copy of a model that calls `note(path, inputs)` whenever one of these modules is called."""
     made: dict[int, _Noted] = {}
 
     def around(path: tuple[Any, ...], node: Any) -> Any:

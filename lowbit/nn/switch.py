@@ -33,6 +33,19 @@ class Seen(nnx.Variable[jax.Array]):
     """float32 [2]: the sum of the widths of rows, and their number."""
 
 
+class Rows(NamedTuple):
+    """What a model tells layers that switch of the rows that they multiply.
+
+    Attributes:
+      positions: int32 [...], negative where there is no token: such a row asks for nothing and is not counted.
+      older: [..., k], the input of the layer as it would be without the sublayer before it; None where no layer is
+        asked by it. What is estimated from it need not wait for that sublayer.
+    """
+
+    positions: jax.Array
+    older: jax.Array | None = None
+
+
 class Switch(nnx.Module):
     """Makes the products of a layer at one of two widths, which its input chooses.
 
@@ -42,6 +55,7 @@ class Switch(nnx.Module):
     Attributes:
       low, high, most: int32 [], the two widths, and that of prompts.
       threshold: float32 []; inf and -inf stand for one width.
+      asynchronous: there if the estimate is of `Rows.older`, not of the input; a Variable, so that files have it too.
       by: see `switching`.
     """
 
@@ -50,18 +64,23 @@ class Switch(nnx.Module):
         self.slope, self.offset, self.projection = (
             nnx.data(Choice(values[name]) if name in values else None) for name in ("slope", "offset", "projection")
         )
+        self.asynchronous = nnx.data(Choice(values["asynchronous"]) if "asynchronous" in values else None)
         self.by: By = "row"
         self.seen: Seen | None = nnx.data(None)
 
-    def __call__(self, x: jax.Array, array: QuantArray) -> jax.Array:
-        """[..., k] -> [..., n]."""
+    def __call__(self, x: jax.Array, array: QuantArray, rows: Rows | None = None) -> jax.Array:
+        """[..., k] -> [..., n]. Without `rows` each row has a token. Raises ValueError for an asynchronous layer that
+        is not told of older inputs."""
         low, high, most = (getattr(self, name).get_value() for name in WIDTHS)
+        has_token = None if rows is None else rows.positions >= 0
         if self.by == "most":
-            return self._read(x, array, most)
-        is_high = self.estimate(x, array) > self.threshold.get_value()
+            return self._read(x, array, most, has_token)
+        is_high = self.estimate(self._asked_by(x, rows), array) > self.threshold.get_value()
+        if has_token is not None:
+            is_high &= has_token
         if self.by == "call":
-            return self._read(x, array, jnp.where(is_high.any(), high, low))
-        self._note(jnp.where(is_high, high, low))
+            return self._read(x, array, jnp.where(is_high.any(), high, low), has_token)
+        self._note(jnp.where(is_high, high, low), has_token)
         return jnp.where(is_high[..., None], at_width(matmul, x, array, high), at_width(matmul, x, array, low))
 
     def estimate(self, x: jax.Array, array: QuantArray) -> jax.Array:
@@ -76,14 +95,42 @@ class Switch(nnx.Module):
         low, high = (at_width(matmul, x, array, w.get_value()) for w in (self.low, self.high))
         return norm(high.astype(jnp.float32) - low.astype(jnp.float32))
 
-    def _read(self, x: jax.Array, array: QuantArray, width: jax.Array) -> jax.Array:
-        self._note(jnp.broadcast_to(width, x.shape[:-1]))
+    def _asked_by(self, x: jax.Array, rows: Rows | None) -> jax.Array:
+        """What the estimate is of."""
+        if self.asynchronous is None:
+            return x
+        if rows is None or rows.older is None:
+            raise ValueError(
+                "this layer chooses its width by an older input than its own, and was given none: call it as a part of "
+                "its lb.models.Decoder, or make the model with lb.tune.switched(..., asynchronous=False)"
+            )
+        return jnp.asarray(rows.older, x.dtype)
+
+    def _read(self, x: jax.Array, array: QuantArray, width: jax.Array, has_token: jax.Array | None) -> jax.Array:
+        self._note(jnp.broadcast_to(width, x.shape[:-1]), has_token)
         return at_width(matmul, x, array, width)
 
-    def _note(self, widths: jax.Array) -> None:
+    def _note(self, widths: jax.Array, has_token: jax.Array | None) -> None:
         if self.seen is not None:
-            now = jnp.stack([widths.sum().astype(jnp.float32), jnp.float32(widths.size)])
-            self.seen.set_value(self.seen.get_value() + now)
+            counts = jnp.ones(widths.shape, bool) if has_token is None else has_token
+            now = jnp.stack([jnp.where(counts, widths, 0).sum(), counts.sum()])
+            self.seen.set_value(self.seen.get_value() + now.astype(jnp.float32))
+
+
+def ask(layer: Any, x: jax.Array, rows: Rows) -> jax.Array:
+    """layer(x), of which it is told more if it switches."""
+    y: jax.Array = layer(x, rows) if isinstance(_reader(layer), Switch) else layer(x)
+    return y
+
+
+def asks_older(*layers: Any) -> bool:
+    """Whether one of these layers chooses its width by `Rows.older`."""
+    found = map(_reader, layers)
+    return any(isinstance(r, Switch) and r.asynchronous is not None and r.by != "most" for r in found)
+
+
+def _reader(layer: Any) -> Any:
+    return getattr(getattr(layer, "kernel", None), "reader", None)
 
 
 def norm(rows: jax.Array) -> jax.Array:
@@ -97,7 +144,7 @@ class EffectiveBits(NamedTuple):
 
     Attributes:
       mean: float32 [], over all switched weights.
-      layers: float32 [] by layer path, over the rows that it multiplied; NaN of a layer that did not run.
+      layers: float32 [] by layer path, over the rows that it multiplied; NaN of a layer that multiplied none.
     """
 
     mean: jax.Array
@@ -112,8 +159,8 @@ def switching(model: M, by: By) -> M:
       by: "row", as it is at first: each position of each sequence has its own width, as if it were decoded alone. Both
         widths are computed, so this is for evaluation. "call": one width for a whole call, the largest that one of its
         rows asks for: a step of decoding, which computes that width alone. "most": the maximum of each layer, for
-        prompts. `lb.models.generate` and `Batcher` read prompts by "most" and take steps by "call", in which rows
-        without a sequence ask too.
+        prompts. `lb.models.generate` and `Batcher` read prompts by "most" and take steps by "call", in which the
+        sequences of a batch have one width, the maximum over them; a row without a sequence asks for nothing.
 
     Raises ValueError for another `by`, TypeError for what is no module.
     """
@@ -130,7 +177,7 @@ def effective_bits(call: Callable[..., Any], model: nnx.Module, *args: Any) -> t
     """What `call(model, *args)` returns, and the widths that were chosen for it.
 
     To be used within a jitted function or outside of one: the bits are arrays, and nothing waits for them. The model is
-    left as it is. Rows that are padding count too.
+    left as it is. A model of `lb.models` does not count places without a token; of others each row counts.
 
     Raises ValueError for a model without layers that switch.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,19 +40,22 @@ class Estimators:
                 "more, and a rate above 0"
             )
 
-    def of(self, x: jax.Array, delta: jax.Array, errors: jax.Array, number: int) -> dict[str, jax.Array]:
-        """The estimator of a layer, the `number`-th, as `lb.nn.Switch` takes it.
+    def line(self, norms: Any, errors: Any) -> dict[str, jax.Array] | None:
+        """The line of a layer, as `lb.nn.Switch` takes it, or None if it explains too little. Of its inputs x, float32
+        [rows], `norms` are ||x|| and `errors` ||(W_h - W_l) x||."""
+        slope, offset, r2 = line(np.asarray(norms, np.float64), np.asarray(errors, np.float64))
+        return {"slope": jnp.float32(slope), "offset": jnp.float32(offset)} if r2 >= self.r2 else None
+
+    def projected(self, x: jax.Array, delta: jax.Array, errors: Any, number: int) -> dict[str, jax.Array]:
+        """The projection of a layer, the `number`-th, as `lb.nn.Switch` takes it.
 
         Args:
           x: float32 [rows, k], its inputs.
           delta: float32 [k, n], W_h - W_l.
           errors: float32 [rows], ||x delta||.
         """
-        slope, offset, r2 = line(np.asarray(norm(x), np.float64), np.asarray(errors, np.float64))
-        if r2 >= self.r2:
-            return {"slope": jnp.float32(slope), "offset": jnp.float32(offset)}
         start = random_projection(jax.random.fold_in(jax.random.key(self.seed), number), delta, self.size)
-        return {"projection": tuned(start, x, errors, self.steps, self.rate).astype(DTYPE)}
+        return {"projection": tuned(start, x, jnp.asarray(errors), self.steps, self.rate).astype(DTYPE)}
 
 
 def line(x: Array, y: Array) -> tuple[float, float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, inf
 from os import PathLike
@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lowbit.array import QuantArray, dequantize
 from lowbit.io import CheckpointError, read, read_header, write
-from lowbit.nn.kernel import Kernel, expect_module, layer_kernels
+from lowbit.models.decoder import Decoder
+from lowbit.nn.kernel import expect_module, layer_kernels
 from lowbit.nn.progress import bar
-from lowbit.nn.reached import inputs_of
-from lowbit.nn.switch import ESTIMATES, WIDTHS, Switch, norm
+from lowbit.nn.reached import Call
+from lowbit.nn.switch import ESTIMATES, WIDTHS, Switch
+from lowbit.tune.captured import Measured, Passes
 from lowbit.tune.estimators import Estimators
 from lowbit.tune.nested import fingerprint, nested
 from lowbit.tune.precision import Blend, blends, pair
@@ -26,6 +27,9 @@ from lowbit.tune.precision import Blend, blends, pair
 M = TypeVar("M", bound=nnx.Module)
 ALWAYS = 0.01
 """A width that fewer inputs than this share would have is left out: the layer has the other one alone."""
+
+FED = ("attn/q", "attn/k", "attn/v", "mlp/gate", "mlp/up")
+"""Layers of a block that have the residual stream as their input, normed."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def thresholds(
     model: nnx.Module,
     dense: nnx.Module,
     batches: Iterable[Any],
-    call: Callable[[Any, Any], Any] | None = None,
+    call: Call | None = None,
     *,
     estimators: Estimators | None = Estimators(),  # noqa: B008, it is frozen
     progress: bool | None = None,
@@ -91,11 +95,12 @@ def thresholds(
       dense: the model that it was made from, with layers at the same paths.
       batches: what `call` takes; they are held. Published are 40 sequences of 512 tokens. Each place counts, also
         padding.
-      call: `call(model, batch)`; `model(batch)` by default. It runs uncompiled, as far as each layer.
+      call: `call(model, batch)`; `model(batch)` by default. It is compiled.
       estimators: how they are found; None for layers that compute both widths, which is exact and dear.
       progress: show a progress bar; by default when standard error is a terminal.
 
-    The device holds the inputs of one layer at a time, in float32.
+    The dense model runs once over the batches, and once more for each layer that needs a projection. The device holds
+    the inputs of one such layer at a time, in float32, and otherwise a few floats a row.
 
     Raises ValueError for a model without precisions, a layer that the dense model does not run or has with other
     inputs, inputs that are not finite, and for fewer inputs than the quantile of a layer needs; TypeError for what is
@@ -112,25 +117,32 @@ def thresholds(
     """
     expect_module(model, "find the thresholds of")
     expect_module(dense, "run")
-    found, given = blends(model), list(batches)
-    held = layer_kernels(model)
-    run = call or (lambda m, batch: m(batch))
+    found, held = blends(model), layer_kernels(model)
+    between = {path: _between(blend) for path, blend in found.items()}
+    pairs = {path: (low, high) for path, (low, high, share) in between.items() if ALWAYS <= share <= 1 - ALWAYS}
+    passes = Passes(dense, call or _called, list(batches), pairs, held)
+    if pairs and not passes.given:
+        raise ValueError("no batches were given: there is nothing to take a quantile of")
+    measured = passes.measured() if pairs else {}
     values: dict[str, jax.Array] = {}
     with bar(progress, len(found), "thresholds") as advance:
         for number, (path, blend) in enumerate(found.items()):
-            low, high, share = _between(blend)
-            made: dict[str, Any] = {"low": low, "high": high, "most": blend.widths[-1]}
-            made = {name: jnp.int32(width) for name, width in made.items()}
-            if ALWAYS <= share <= 1 - ALWAYS:
-                delta = _delta(held[path], low, high)
-                x = _inputs(dense, path, run, given, len(delta))
-                made |= _choice(path, x, delta, 1 - share, estimators, number)
+            low, high, share = between[path]
+            widths = {"low": low, "high": high, "most": blend.widths[-1]}
+            made: dict[str, Any] = {name: jnp.int32(width) for name, width in widths.items()}
+            if path in measured:
+                made["threshold"] = _threshold(path, measured[path], 1 - share)
+                made |= _estimate(path, measured[path], passes, number, estimators)
             else:
                 one = jnp.float32(-inf if share > 0.5 else inf)
                 made |= {"threshold": one, "slope": jnp.float32(0), "offset": jnp.float32(0)}
             values |= {f"{path}/{name}": value for name, value in made.items()}
             advance()
     return Thresholds(values, fingerprint(held, found))
+
+
+def _called(model: Any, batch: Any) -> Any:
+    return model(batch)
 
 
 def _between(blend: Blend) -> tuple[int, int, float]:
@@ -141,53 +153,29 @@ def _between(blend: Blend) -> tuple[int, int, float]:
     return blend.widths[int(index)], blend.widths[int(index) + 1], float(share)
 
 
-def _delta(kernel: Kernel, low: int, high: int) -> jax.Array:
-    """W_h - W_l, float32 [k, n]."""
-    fields, t = kernel.array.fields, kernel.type
-    low_w, high_w = (dequantize(QuantArray(fields, t.at(b))).astype(jnp.float32) for b in (low, high))
-    return high_w - low_w
-
-
-def _inputs(dense: nnx.Module, path: str, call: Callable[[Any, Any], Any], batches: list[Any], k: int) -> jax.Array:
-    """float32 [rows, k], all that a layer multiplies."""
-    rows = []
-    for batch in batches:
-        x = inputs_of(dense, path, call, batch).arrays[0]
-        if x.shape[-1] != k:
-            raise ValueError(
-                f"layer {path!r} multiplies {k} inputs and in the dense model {x.shape[-1]}: give the model "
-                "that it was made from"
-            )
-        rows.append(jnp.asarray(x, jnp.float32).reshape(-1, k))
-    if not rows:
-        raise ValueError("no batches were given: there is nothing to take a quantile of")
-    out = jnp.concatenate(rows)
-    if not bool(jnp.isfinite(out).all()):
+def _threshold(path: str, measured: Measured, r: float) -> jax.Array:
+    """The quantile r of the errors of a layer."""
+    if not measured.is_finite.all():
         raise ValueError(f"the inputs of layer {path!r} in the dense model are NaN or inf: repair it, or the batches")
-    return out
-
-
-def _choice(
-    path: str, x: jax.Array, delta: jax.Array, r: float, estimators: Estimators | None, number: int
-) -> dict[str, jax.Array]:
-    """The threshold of a layer at the quantile r, and its estimator."""
-    if len(x) < (needed := ceil(1 / min(r, 1 - r))):
+    if len(measured.errors) < (needed := ceil(1 / min(r, 1 - r))):
         raise ValueError(
-            f"layer {path!r} takes the quantile {r:.3f} of {len(x)} inputs, which needs {needed} at least: give more "
-            "or longer batches"
+            f"layer {path!r} takes the quantile {r:.3f} of {len(measured.errors)} inputs, which needs {needed} at least:"
+            " give more or longer batches"
         )
-    errors = exact(x, delta)
-    threshold = jnp.float32(np.quantile(np.asarray(errors), r))
-    return {"threshold": threshold} | ({} if estimators is None else estimators.of(x, delta, errors, number))
+    return jnp.float32(np.quantile(measured.errors, r))
 
 
-@jax.jit
-def exact(x: jax.Array, delta: jax.Array) -> jax.Array:
-    """||x delta|| of each row."""
-    return norm(jnp.matmul(x, delta, precision=jax.lax.Precision.HIGHEST))
+def _estimate(
+    path: str, measured: Measured, passes: Passes, number: int, estimators: Estimators | None
+) -> dict[str, jax.Array]:
+    if estimators is None:
+        return {}
+    if (line := estimators.line(measured.norms, measured.errors)) is not None:
+        return line
+    return estimators.projected(passes.inputs(path), passes.difference(path), measured.errors, number)
 
 
-def switched(model: M, found: Thresholds) -> M:
+def switched(model: M, found: Thresholds, *, asynchronous: bool = False) -> M:
     """A copy of a model of nested weights whose layers choose their widths by what they are given.
 
     `model(tokens)` then gives each position its own width, and `lb.models.generate` chooses anew at each step: see
@@ -197,10 +185,16 @@ def switched(model: M, found: Thresholds) -> M:
     Args:
       model: quantized, blended or switched; left as it is, and its arrays are shared.
       found: of `thresholds`, or `Thresholds.load`.
+      asynchronous: of an `lb.models.Decoder`, the layers that the residual stream feeds, from the second block on, are
+        asked by it as it was before the last sublayer: q, k and v by what their norm makes of it without the output of
+        the MLP before, gate and up without that of attention. So an estimate need not wait for the sublayer before. o
+        and down and the first block have their own input. Files of the model have this too.
 
-    Raises ValueError for thresholds of another model, and for layers that it lacks or that are not nested.
+    Raises ValueError for thresholds of another model, for layers that it lacks or that are not nested, and for
+    `asynchronous` of another model than an `lb.models.Decoder`.
     """
     out: M = nnx.clone(model)
+    fed = _fed(out) if asynchronous else frozenset[str]()
     if missing := sorted(found.layers.keys() - layer_kernels(out).keys()):
         raise ValueError(f"the thresholds are of another model: this one has no quantized layer {missing[0]!r}")
     held = nested(out, list(found.layers))
@@ -212,5 +206,15 @@ def switched(model: M, found: Thresholds) -> M:
     for path, values in found.layers.items():
         if held[path].width is not None:
             del held[path].width
-        held[path].reader = Switch(values)
+        held[path].reader = Switch({**values, "asynchronous": jnp.bool_(True)} if path in fed else values)
     return out
+
+
+def _fed(model: nnx.Module) -> frozenset[str]:
+    """The layers that have the residual stream as their input, but for those of the first block."""
+    if not isinstance(model, Decoder):
+        raise ValueError(
+            f"asynchronous=True needs to know what feeds each layer, and of a {type(model).__name__} that is not known: "
+            "give an lb.models.Decoder, or leave it out"
+        )
+    return frozenset(f"layers/{i}/{name}" for i in range(1, len(model.layers)) for name in FED)

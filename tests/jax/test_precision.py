@@ -16,10 +16,11 @@ from flax import nnx
 
 import lowbit as lb
 from lowbit.nn.calibrate import LayerStats
+from lowbit.nn.switch import norm
 from lowbit.testing.tolerance import gamma
+from lowbit.tune.captured import exact
 from lowbit.tune.estimators import Estimators, line, random_projection, tuned
 from lowbit.tune.precision import _blend, pair
-from lowbit.tune.thresholds import exact
 
 RNG = np.random.default_rng(0)
 FORMAT = lb.any_precision(2, 4, table_dtype="float32")
@@ -307,9 +308,11 @@ def test_lines_are_taken_where_they_explain_enough() -> None:
     assert line(norms, noise)[2] == pytest.approx(np.corrcoef(norms, noise)[0, 1] ** 2)
     rows = jnp.asarray(RNG.uniform(1, 9, (64, 1)), jnp.float32) * X
     straight = jnp.eye(16)
-    assert QUICK.of(rows, straight, exact(rows, straight), 0).keys() == {"slope", "offset"}
+    found = QUICK.line(norm(rows), exact(rows, straight))
+    assert found is not None and found.keys() == {"slope", "offset"}
     one = jnp.zeros((16, 4)).at[0].set(1.0)
-    bent = QUICK.of(X, one, exact(X, one), 0)
+    assert QUICK.line(norm(X), exact(X, one)) is None
+    bent = QUICK.projected(X, one, exact(X, one), 0)
     assert {n: (a.shape, a.dtype) for n, a in bent.items()} == {"projection": ((64, 16), jnp.bfloat16)}
     for wrong in ({"size": 0}, {"steps": -1}, {"rate": 0.0}):
         with pytest.raises(ValueError, match="a projection has a row at least"):
