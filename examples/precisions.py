@@ -205,10 +205,10 @@ class Once(lb.tune.Estimators):
 
     found: dict[tuple[int, bytes], dict[str, jax.Array]] = field(default_factory=dict, compare=False)
 
-    def of(self, x: jax.Array, delta: jax.Array, errors: jax.Array, number: int) -> dict[str, jax.Array]:
+    def projected(self, x: jax.Array, delta: jax.Array, errors: Any, number: int) -> dict[str, jax.Array]:
         key = number, np.asarray(delta.sum(0)).tobytes()
         if key not in self.found:
-            self.found[key] = super().of(x, delta, errors, number)
+            self.found[key] = super().projected(x, delta, errors, number)
         return self.found[key]
 
 

@@ -222,6 +222,14 @@ def test_a_threshold_is_a_quantile_of_the_exact_errors(found: lb.tune.Thresholds
         assert float(values["threshold"]) == pytest.approx(np.quantile(errors, 0.5), rel=1e-5)
 
 
+def test_a_threshold_that_is_a_quantile_of_estimates_keeps_the_share_of_inputs() -> None:
+    values = choices(2.25, quantile_of="estimate", estimators=Estimators(r2=2.0, size=2, steps=0)).layers["first"]
+    estimates = lb.nn.Switch(values).estimate(X, SMALL.first.kernel.array)
+    assert float((estimates > values["threshold"]).mean()) == 0.25
+    with pytest.raises(ValueError, match="quantile_of='x' must be one of error, estimate"):
+        choices(quantile_of="x")
+
+
 def test_precisions_near_a_width_have_that_width_alone() -> None:
     model = lb.tune.blended(SMALL, {"first": 4, "second": 2}, 2.5)
     for bits, low, threshold in ((3.005, 3, np.inf), (3.995, 3, -np.inf)):
