@@ -36,6 +36,7 @@ from benchmarks.harness import machine
 from examples import dp_plots, precisions
 from examples.precisions import MIXES, Settings, Subject
 from examples.tinylm import weights
+from lowbit.tune.precision import blends
 
 BATCH = 16
 """Sequences at a time."""
@@ -44,7 +45,9 @@ TOLERANCE = 0.02
 PAIRS = ((4, 5), (4, 6), (3, 5), (3, 6))
 PAIRS_AT = 4.5
 """As published."""
-DP, EXACT = "DP-LLM", "DP-LLM, exact"
+DP, EXACT, BLENDED, SOME = "DP-LLM", "DP-LLM, exact", "DP-LLM, blended", "DP-LLM, some layers"
+CARRIED = 0.3
+"""Of a layer's squared differences, by the quarter of inputs where they are largest: those with more are `SOME`."""
 
 
 @dataclass(frozen=True)
@@ -103,24 +106,43 @@ def of_widths(s: Subject, method: str, target: float, widths: Mapping[str, int])
     return _row(s, method, target, float(nats), widths)
 
 
-def of_choices(s: Subject, method: str, target: float, found: lb.tune.Thresholds) -> Row:
-    """Of layers that choose."""
-    nats, bits = _over(s, _chosen, lb.tune.switched(s.small, found))
+def of_choices(
+    s: Subject, method: str, target: float, found: lb.tune.Thresholds, base: Mapping[str, int] | None = None
+) -> Row:
+    """Of layers that choose, and others at the widths of `base`."""
+    base = base or {}
+    nats, bits = _over(s, _chosen, lb.tune.switched(precisions.at(s, base), found))
     pairs = {p: (int(v["low"]), int(v["high"])) for p, v in found.layers.items() if np.isfinite(v["threshold"])}
-    layers = {path: float(of.mean()) for path, of in bits.layers.items()}
-    return _row(s, method, target, float(nats.mean()), layers, pairs=pairs, of_queries=bits.mean.tolist())
+    layers = {path: base.get(path) or float(bits.layers[path].mean()) for path in s.sizes}
+    fixed = {path: s.sizes[path] for path in base}
+    total = sum(s.sizes.values())
+    of_queries = bits.mean * (1 - sum(fixed.values()) / total) + sum(fixed[p] * b for p, b in base.items()) / total
+    return _row(s, method, target, float(nats.mean()), layers, pairs=pairs, of_queries=of_queries.tolist())
 
 
-def sweep(s: Subject, targets: Sequence[float]) -> Iterator[Row]:
-    """Every method at every target, and uniform widths."""
+def sweep(s: Subject, targets: Sequence[float], choosing: Sequence[str]) -> Iterator[Row]:
+    """Every method at every target, and uniform widths. `choosing` are the layers of `SOME`."""
     for b in s.settings.widths:
         yield of_widths(s, "uniform", b, dict.fromkeys(s.sizes, b))
     for target in targets:
-        for method, harm in MIXES.items():
-            yield of_widths(s, method, target, precisions.mix(s, harm(s), target))
+        mixes = {method: precisions.mix(s, harm(s), target) for method, harm in MIXES.items()}
+        for method, mix in mixes.items():
+            yield of_widths(s, method, target, mix)
         model = precisions.precise(s, target)
+        layers = {path: float(blend.bits) for path, blend in blends(model).items()}
+        yield _row(s, BLENDED, target, float(_over(s, _fixed, model, {}).mean()), layers)
         yield of_choices(s, EXACT, target, precisions.thresholds(s, model, None))
         yield of_choices(s, DP, target, precisions.thresholds(s, model, s.estimators))
+        if choosing:
+            yield some(s, target, mixes["HAWQ-V2"], choosing)
+
+
+def some(s: Subject, target: float, mix: Mapping[str, int], choosing: Sequence[str]) -> Row:
+    """The mix, in which these layers choose and have together as many bits as in it."""
+    base = {path: b for path, b in mix.items() if path not in choosing}
+    bits = sum(s.sizes[path] * mix[path] for path in choosing) / sum(s.sizes[path] for path in choosing)
+    model = precisions.precise(s, bits, base=base)
+    return of_choices(s, SOME, target, precisions.thresholds(s, model, s.estimators), base)
 
 
 def pairs(s: Subject, target: float) -> Iterator[Row]:
@@ -176,14 +198,18 @@ def read(result: Mapping[str, Any], name: str) -> list[Row]:
 def run(s: Subject, targets: Sequence[float], out: pathlib.Path, say: Callable[[str], None]) -> list[str]:
     """Measures and writes everything; what is claimed and does not hold."""
     out.mkdir(parents=True, exist_ok=True)
-    dense = float(_over(s, _fixed, s.dense, {}).mean())
+    dense, carried = float(_over(s, _fixed, s.dense, {}).mean()), precisions.carried(s)
     result: dict[str, Any] = {
-        "machine": machine(), "settings": asdict(s.settings), "most": dict(s.most),
+        "machine": machine(),
+        "settings": asdict(s.settings),
+        "most": dict(s.most),
+        "carried": carried,
         "float": {"perplexity": exp(dense), "bits_per_byte": dense / log(2) / s.text.bytes_per_token},
-    }  # fmt: skip
+    }
     made: dict[str, list[Row]] = {"rows": [], "pairs": []}
+    choosing = [path for path, part in carried.items() if part > CARRIED]
     has_pairs = s.settings.least <= 3 and s.settings.most >= 6
-    for name, every in (("rows", sweep(s, targets)), ("pairs", pairs(s, PAIRS_AT) if has_pairs else ())):
+    for name, every in (("rows", sweep(s, targets, choosing)), ("pairs", pairs(s, PAIRS_AT) if has_pairs else ())):
         for row in every:
             made[name].append(row)
             write(out, result | {n: [asdict(r) for r in rows] for n, rows in made.items()})

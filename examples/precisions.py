@@ -20,6 +20,7 @@ from lowbit.nn.allocate import harm_by
 from lowbit.nn.allocation import Candidate, solve
 from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.kinds import dense_matrices, layers
+from lowbit.tune.captured import Passes
 from lowbit.tune.nested import nested
 from lowbit.tune.nested import weights as size_of
 from lowbit.tune.precision import NEAR
@@ -47,13 +48,13 @@ class Settings:
     least: int = 3
     most: int = 6
     budget: float = 5.0
-    steps: int = 200
+    steps: int = 100
     rate: float = 1e-1
-    batch: int = 4
-    gradients: int = 128
-    calibration: int = 32
-    estimator_steps: int = 200
-    held: int = 128
+    batch: int = 2
+    gradients: int = 64
+    calibration: int = 16
+    estimator_steps: int = 100
+    held: int = 64
     length: int = 256
 
     @property
@@ -203,26 +204,43 @@ MIXES: Mapping[str, Callable[[Subject], Harm]] = {"HAWQ-V2": hawq, "LLM-MQ": llm
 class Once(lb.tune.Estimators):
     """Estimators that are found once for each layer and pair of widths: they do not depend on the target."""
 
-    found: dict[tuple[int, bytes], dict[str, jax.Array]] = field(default_factory=dict, compare=False)
+    found: dict[bytes, dict[str, jax.Array]] = field(default_factory=dict, compare=False)
 
     def projected(self, x: jax.Array, delta: jax.Array, errors: Any, number: int) -> dict[str, jax.Array]:
-        key = number, np.asarray(delta.sum(0)).tobytes()
+        key = np.asarray(delta.sum(0)).tobytes()
         if key not in self.found:
             self.found[key] = super().projected(x, delta, errors, number)
         return self.found[key]
 
 
-def precise(s: Subject, target: float, most: Any = None, widths: Sequence[int] | None = None) -> Any:
-    """The second phase. The target is data, so that one compiled step serves all."""
-    start = lb.tune.blended(s.small, s.most if most is None else most, target, widths=widths, layers=BLOCKS)
+def precise(
+    s: Subject,
+    target: float,
+    *,
+    most: int | None = None,
+    widths: Sequence[int] | None = None,
+    base: Mapping[str, int] | None = None,
+) -> Any:
+    """The second phase. The target is data, so that one compiled step serves all.
+
+    Args:
+      target: of the mean over all layers; with `base` over those that choose.
+      most: of all layers, instead of the first phase's.
+      widths: see `lb.tune.blended`.
+      base: widths of the layers that do not choose; all choose if None.
+    """
+    layers = BLOCKS if base is None else [path for path in s.sizes if path not in base]
+    start = lb.tune.blended(at(s, base), s.most if most is None else most, target, widths=widths, layers=layers)
     alpha = 10.0 if target <= s.settings.least + NEAR else 1.0  # as published
     pull = {"target": np.float32(target), "alpha": np.float32(alpha)}
-    seen = s.text.seen
-    data = [
-        pull | {"tokens": seen[i % len(seen)][None], "mask": np.ones((1, seen.shape[1]), bool)}
-        for i in range(s.settings.steps)
-    ]
+    order = np.arange(s.settings.steps * s.settings.batch).reshape(-1, s.settings.batch) % len(s.text.seen)
+    data = [pull | {"tokens": s.text.seen[i], "mask": np.ones_like(s.text.seen[i], bool)} for i in order]
     return lb.tune.train(start, data, tx=s.tx, steps=s.settings.steps, wrt=lb.Threshold, loss=_toward).model
+
+
+def at(s: Subject, widths: Mapping[str, int] | None) -> Any:
+    """The quantized model with these layers at a width, which is data too."""
+    return lb.at_width(s.small, {path: jnp.int32(b) for path, b in widths.items()}) if widths else s.small
 
 
 def _toward(model: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
@@ -230,6 +248,22 @@ def _toward(model: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def thresholds(s: Subject, model: Any, estimators: lb.tune.Estimators | None) -> lb.tune.Thresholds:
-    """The third phase."""
+    """The third phase. Estimates here err by more than the norms differ, hence their quantiles."""
     batches = [jnp.asarray(s.text.seen[: s.settings.calibration, :-1])]
-    return lb.tune.thresholds(model, s.dense, batches, estimators=estimators, progress=False)
+    given = {"estimators": estimators, "quantile_of": "error" if estimators is None else "estimate"}
+    return lb.tune.thresholds(model, s.dense, batches, progress=False, **given)  # type: ignore[arg-type]
+
+
+def carried(s: Subject) -> dict[str, float]:
+    """Of the squared difference that the two least widths of a layer make, the part that falls on the quarter of its
+    inputs for which it is largest: a quarter where all inputs are alike, and then there is nothing to choose by."""
+    low = s.settings.least
+    batches = [jnp.asarray(s.text.seen[: s.settings.calibration, :-1])]
+    passes = Passes(s.dense, _called, batches, dict.fromkeys(s.sizes, (low, low + 1)), nested(s.small, BLOCKS))
+    squares = {path: np.sort(of.errors.astype(np.float64) ** 2) for path, of in passes.measured().items()}
+    return {path: float(of[-(len(of) // 4) :].sum() / of.sum()) for path, of in squares.items()}
+
+
+def _called(model: Any, tokens: jax.Array) -> jax.Array:
+    out: jax.Array = model(tokens)
+    return out
