@@ -234,9 +234,7 @@ def main() -> None:
     targets = given["targets"] or np.linspace(s.least, s.budget, 9)[1:-1].round(4).tolist()
     folder = given["model"] or str(weights.MODEL)
     dense = lb.models.load(folder, dtype=jnp.float32)
-    text = (
-        precisions.of_file(folder, dense, given["text"], s.length) if given["text"] else precisions.of_tinylm(s.length)
-    )
+    text = precisions.text_of(folder, dense, given["text"], s.length)
     say = Console(width=120, markup=False, highlight=False).print
     wrong = run(precisions.prepared(dense, text, s), targets, given["out"], say)
     say(f"wrote results.json, table.md, curve.png, widths.png and drift.png in {given['out']}")

@@ -8,8 +8,10 @@ The shipped weights took 3,050 steps of 8,192 bytes (25 million, 2.7 passes) and
 The first was stopped at its checkpoint of step 2750, its rate at 0.57 of the peak; the second starts from the same rate
 and brings it down to 0 in 300 steps rather than 850. ``train_log.jsonl`` holds both. One replica runs on
 each core: XLA's CPU backend spreads a matrix product over cores, but little else, and two replicas of half the batch
-were twice as fast as one. ``--size 12M`` is a larger model, for an accelerator. glibc's allocator returns each step's buffers to the system unless told otherwise;
+were twice as fast as one. glibc's allocator returns each step's buffers to the system unless told otherwise;
 ``MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=8589934592`` keeps them.
+
+``--size 12M`` is a larger model, for an accelerator, of which nothing is shipped.
 """
 
 from __future__ import annotations
