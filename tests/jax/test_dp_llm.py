@@ -14,7 +14,7 @@ from flax import nnx
 
 import lowbit as lb
 from examples import dp_llm, dp_plots, precisions
-from examples.dp_llm import DP, Row, broken, read, table
+from examples.dp_llm import DP, SOME, Row, broken, read, table
 from examples.precisions import Settings, Text
 
 RNG = np.random.default_rng(0)
@@ -33,17 +33,22 @@ def test_the_page_has_the_table_of_the_results() -> None:
     page = (root / "docs/dp_llm.md").read_text()
     for file in root.glob("benchmarks/results/*/dp_llm.json"):
         result = json.loads(file.read_text())
-        assert table(read(result, "rows")) in page and table(read(result, "pairs")) in page
+        rows, pairs = read(result, "rows"), read(result, "pairs")
+        assert table(rows) in page and table(pairs) in page
+        assert broken([*rows, *pairs], result["claimed"]) == []
 
 
 def test_claims() -> None:
-    assert broken([chosen(1.5), row("HAWQ-V2", 1.5), row("uniform", 1.0)]) == []
-    (lost,) = broken([chosen(1.5), row("LLM-MQ", 1.4)])
+    assert broken([chosen(1.5), row("HAWQ-V2", 1.5), row("uniform", 1.0)], DP) == []
+    assert broken([chosen(1.5), row("HAWQ-V2", 1.4)], SOME) == []
+    (lost,) = broken([chosen(1.5), row("LLM-MQ", 1.4)], DP)
     assert lost == "DP-LLM at 3.5 loses to LLM-MQ: 1.5000 bits a byte, 1.4000"
-    assert len(broken([chosen(float("nan")), row("LLM-MQ", 1.4)])) == 1
-    (off,) = broken([chosen(1.5, bits=3.58)])
+    assert len(broken([chosen(float("nan")), row("LLM-MQ", 1.4)], DP)) == 1
+    (off,) = broken([chosen(1.5, bits=3.58)], DP)
     assert off == "DP-LLM at 3.5: 3.580 effective bits, more than 2% off"
-    (constant,) = broken([replace(chosen(1.5), layers={"a": 4.0, "b": 4.0})])
+    (constant,) = broken([replace(chosen(1.5), layers={"a": 4.0, "b": 4.0})], SOME)
+    assert dp_llm.claimed({"a": 0.29, "b": 0.31}, {"a": 1, "b": 1}) == DP
+    assert dp_llm.claimed({"a": 0.29, "b": 0.31}, {"a": 2, "b": 1}) == SOME
     assert constant == "DP-LLM at 3.5: layer 'a' has 4.0 bits always, of 3 and 4"
 
 
@@ -83,12 +88,13 @@ def test_a_small_run_of_all_of_it(tmp_path: Path) -> None:
     dp_llm.run(s, [3.5], tmp_path, print)
     result = json.loads((tmp_path / "results.json").read_text())
     rows, pairs = read(result, "rows"), read(result, "pairs")
-    assert [r.method for r in rows] == ["uniform"] * 4 + [*precisions.MIXES, dp_llm.EXACT, DP]
+    by = [r.method for r in rows if r.method != SOME]  # that only if there are layers of which inputs differ
+    assert by == ["uniform"] * 4 + [*precisions.MIXES, dp_llm.BLENDED, dp_llm.EXACT, DP]
     assert [r.method for r in pairs] == ["(4, 5)", "(4, 6)", "(3, 5)", "(3, 6)"]
     for r in rows[:4]:
         logits = lb.at_width(s.small, int(r.target))(jnp.asarray(s.text.held[:, :-1]))
         nats = -np.take_along_axis(np.asarray(nnx.log_softmax(logits)), s.text.held[:, 1:, None], -1).mean()
         assert r.bits == r.target and r.perplexity == pytest.approx(np.exp(nats), rel=1e-5)
-    assert all(3 <= r.bits <= 6 and len(r.of_queries) == 4 for r in [*rows[6:], *pairs])
+    assert all(3 <= r.bits <= 6 and len(r.of_queries) == 4 for r in [*rows[7:], *pairs])
     assert table(rows) in (tmp_path / "table.md").read_text()
     assert {p.name for p in tmp_path.iterdir()} >= {"curve.png", "widths.png", "drift.png"}
