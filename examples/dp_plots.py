@@ -37,11 +37,11 @@ def widths(rows: Sequence[Row]) -> Any:
     """How many tokens each layer reads at which width, at the middle one of the targets."""
     r = rows[len(rows) // 2]
     figure, axes = _empty()
-    shares = {path: shares(r, path) for path in r.layers}
-    start = np.zeros(len(shares))
-    for b in sorted({b for of in shares.values() for b in of}):
-        share = np.array([of.get(b, 0.0) for of in shares.values()])
-        axes.barh(list(shares), share, left=start, label=f"{b} bits")
+    layers = {path: shares(r, path) for path in r.layers}
+    start = np.zeros(len(layers))
+    for b in sorted({b for of in layers.values() for b in of}):
+        share = np.array([of.get(b, 0.0) for of in layers.values()])
+        axes.barh(list(layers), share, left=start, label=f"{b} bits")
         start += share
     axes.set(xlabel="share of tokens", title=f"{r.method} at {r.target:g} bits", xlim=(0, 1))
     axes.invert_yaxis()
