@@ -77,6 +77,15 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def folder_at(path: str | os.PathLike[str]) -> Path:
+    """The folder, made if it is not there. Raises NotADirectoryError for a file, OSError when it cannot be made."""
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{str(path)!r} is a file: name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _beside(target: Path) -> Path:
     """A name in the same folder, for a rename is atomic only within a file system; cut, for names have a limit."""
     return target.with_name(f".{target.name[:40]}.{secrets.token_hex(6)}.tmp")

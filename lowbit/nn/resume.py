@@ -8,13 +8,13 @@ import pickle
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import jax
 from absl import logging
 
 from lowbit.io import CheckpointError, read, read_header, write
+from lowbit.io.atomic import folder_at
 from lowbit.io.tensors import sha256, to_host
 from lowbit.ir.dtypes import short
 from lowbit.nn.kernel import Kernel, error_stats
@@ -28,8 +28,7 @@ class Folder:
 
     def __init__(self, folder: str | PathLike[str]) -> None:
         """Raises OSError when the folder cannot be made."""
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder_at(folder)
 
     def entries(self, path: str, key: Mapping[str, Any], solve: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What is stored of a layer under this key, or what `solve` makes, which is then stored.

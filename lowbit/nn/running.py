@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from lowbit.io import read, read_header, write
+from lowbit.io.atomic import folder_at
 from lowbit.io.tensors import sha256, to_host
 from lowbit.nn.checkpoint import plain, restored, variables
 from lowbit.nn.gradients import Means
@@ -27,8 +27,7 @@ class Running:
     def __init__(
         self, folder: str | PathLike[str], model: nnx.Module, wanted: Mapping[str, frozenset[str]], chunks: int
     ) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder_at(folder)
         self.file = self.folder / "calibration.safetensors"
         self.of = _identity(model, (chunks, sorted((path, *sorted(names)) for path, names in wanted.items())))
         self.counted, self.counted_batches = 0, ""

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowbit.io.atomic import replacing
+from lowbit.io.atomic import folder_at, replacing
 from lowbit.nn.checkpoint import plain
 
 
@@ -59,11 +59,11 @@ class Kept:
           start: a checkpoint is made of it if there is none.
           keep: how many checkpoints; older ones are deleted.
 
-        Raises ValueError for the folder of another run.
+        Raises ValueError for the folder of another run, OSError when it cannot be made.
         """
         import orbax.checkpoint as ocp  # takes half a second
 
-        self.orbax, self.folder, self.of = ocp.args, Path(folder).resolve(), dict(of)
+        self.orbax, self.folder, self.of = ocp.args, folder_at(folder).resolve(), dict(of)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         self.manager = ocp.CheckpointManager(self.folder / "checkpoints", options=options)
         self.file = self.folder / "log.jsonl"

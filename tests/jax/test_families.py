@@ -113,6 +113,7 @@ def test_a_missing_key_is_named(name, key):
         ("llama", {"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor = 0.5"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling.type = 'dynamic'"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "lacks rope_scaling.factor"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": "4"}}, "rope_scaling.factor = '4': it must be a number"),
         ("llama", {"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention = {}"),
         ("llama", {"hidden_size": 0}, "describes no model: width = 0"),
         ("llama", {"hidden_size": "32"}, "hidden_size = '32': it must be an integer"),

@@ -64,6 +64,12 @@ def test_finished_layers_are_not_solved_again(tmp_path: Path) -> None:
     assert donated.up.kernel.get_value().is_deleted() and len(SOLVED) == 1
 
 
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file' is a file: name a folder"):
+        lb.quantize(model(), lb.bcq(2), resume=tmp_path / "file")
+
+
 def test_what_was_made_of_something_else_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(tmp_path) == 2
     assert run(tmp_path, of=model(1)) == 2

@@ -25,17 +25,20 @@ TYPES: Mapping[str, tuple[type, tuple[str, ...]]] = {
         "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
         "sliding_window_pattern", "max_window_layers", "num_local_experts", "num_experts", "num_experts_per_tok",
         "n_embd", "n_head", "n_layer", "n_inner", "n_positions", "ffn_dim", "type_vocab_size", "pad_token_id",
+        "original_max_position_embeddings",
     )),
     "a number": (float, (
         "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_local_base_freq",
         "partial_rotary_factor", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+        "factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim",
     )),
     "true or false": (bool, (
         "tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob", "use_sliding_window",
-        "scale_attn_weights", "do_layer_norm_before", "enable_bias",
+        "scale_attn_weights", "do_layer_norm_before", "enable_bias", "truncate",
     )),
 }  # fmt: skip
-"""What the values of keys must be, where they are not null."""
+"""What the values of keys must be, where they are not null, in config.json and in the rotations it describes."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -72,9 +75,10 @@ def reader(make: Callable[[Stated], Config]) -> Callable[[Mapping[str, Any]], Co
 
     @wraps(make)
     def read(j: Mapping[str, Any]) -> Config:
-        _check_types(j)
+        stated = Stated(j)
+        _check_types(stated)
         try:
-            return make(Stated(j))
+            return make(stated)
         except CheckpointError:
             raise
         except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -83,12 +87,12 @@ def reader(make: Callable[[Stated], Config]) -> Callable[[Mapping[str, Any]], Co
     return read
 
 
-def _check_types(j: Mapping[str, Any]) -> None:
+def _check_types(j: Stated) -> None:
     for what, (kind, keys) in TYPES.items():
         for key in keys:
             if (given := j.get(key)) is None or type(given) is kind or (kind is float and type(given) is int):
                 continue
-            raise CheckpointError(f"config.json states {key} = {given!r}: it must be {what}")
+            raise CheckpointError(f"config.json states {j.at}{key} = {given!r}: it must be {what}")
 
 
 def head_size(j: Stated) -> int:
@@ -120,6 +124,7 @@ def rotation(j: Stated, given: Stated, base: float, *, partial: bool = False) ->
     for key, value in given.items():
         if isinstance(value, Mapping):
             raise given.refusal(key, "one rotation for all layers")
+    _check_types(given)
     key = "partial_rotary_factor"
     given.setdefault(key, j.get(key) or 1.0)
     if not partial:
