@@ -8,7 +8,8 @@ takes a tiny model, to see that all runs.
 
 `--dp` instead times the tiny language model of examples/ with layers that choose their widths as they run (DP-LLM):
 with thresholds that they choose by, with thresholds that leave them no choice and are compared with all the same, and
-at fixed widths, without estimates. The last two differ by what choosing costs.
+at fixed widths, without estimates. The last two differ by what choosing costs; `benchmarks/selector.py` adds what it
+costs in products as large as those of an 8B model.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if __name__ == "__main__":  # as a script; as a module it has the repository's r
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lowbit as lb
+from benchmarks import selector
 from benchmarks.harness import Row, interleaved, main, row
 from lowbit.models import CacheKind, Config, Decoder, DenseKV, Rope, Sampling
 from lowbit.models.steps import Runner
@@ -37,6 +39,7 @@ CACHES: dict[str, CacheKind] = {
     "int8": lb.models.Int8KV(), "fp8": lb.models.Fp8KV(), "kivi4": lb.models.Kivi(4), "kivi2": lb.models.Kivi(2),
 }  # fmt: skip
 
+SHAPES_8B = {"width": 4096, "hidden": 14336}
 FOLDER = Path(__file__).parents[1] / "examples/tinylm/model"
 BLOCKS = ("layers/*/attn/*", "layers/*/mlp/*")
 """The linear layers that choose their widths."""
@@ -131,6 +134,7 @@ def measure_choosing(batch: int, smoke: bool = False) -> Iterator[Row]:
     for b in (3, 4):
         step, more = seconds[f"fixed{b}"] / s.new, (seconds[f"forced{b}"] - seconds[f"fixed{b}"]) / s.new
         yield row(f"choosing{b}_overhead", 1e6 * more, "us/step", f"fixed{b}", 1e6 * step)
+    yield from selector.measure(**SHAPES_8B, smoke=smoke)
 
 
 def measure(batch: int, smoke: bool = False, dp: bool = False) -> Iterator[Row]:

@@ -16,6 +16,8 @@ from lowbit.models.mlp import MLP, Mixture
 from lowbit.nn.switch import Rows, ask
 
 Cache = tuple[LayerCache, ...]
+FED = ("attn/q", "attn/k", "attn/v", "mlp/gate", "mlp/up")
+"""Layers of a block that multiply the residual stream, normed."""
 
 
 def norm(config: Config, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
@@ -158,6 +160,11 @@ class Decoder(nnx.Module):
             x, new, before = block(x, positions, entry, before, halfway)
             after.append(new)
         return self.norm(x) if self.config.pre_norm else x, tuple(entry for entry in after if entry is not None)
+
+    @property
+    def fed(self) -> frozenset[str]:
+        """The layers that are told of an older input, by path: see `lb.tune.switched`."""
+        return frozenset(f"layers/{i}/{name}" for i in range(1, len(self.layers)) for name in FED)
 
     def logits(self, hidden: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """[..., width] -> float32 [..., vocab]. `positions` int32 [...], negative where there is no token, tell a head

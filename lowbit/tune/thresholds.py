@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 
 from lowbit.io import CheckpointError, read, read_header, write
-from lowbit.models.decoder import Decoder
 from lowbit.nn.kernel import expect_module, layer_kernels
 from lowbit.nn.progress import bar
 from lowbit.nn.reached import Call
@@ -28,9 +27,6 @@ M = TypeVar("M", bound=nnx.Module)
 QuantileOf = Literal["error", "estimate"]
 ALWAYS = 0.01
 """A width that fewer inputs than this share would have is left out: the layer has the other one alone."""
-
-FED = ("attn/q", "attn/k", "attn/v", "mlp/gate", "mlp/up")
-"""Layers of a block that have the residual stream as their input, normed."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +166,8 @@ def _threshold(path: str, measured: Measured, errors: np.ndarray, r: float) -> j
         raise ValueError(f"the inputs of layer {path!r} in the dense model are NaN or inf: repair it, or the batches")
     if len(errors) < (needed := ceil(1 / min(r, 1 - r))):
         raise ValueError(
-            f"layer {path!r} takes the quantile {r:.3f} of {len(errors)} inputs, which needs {needed} at least:"
-            " give more or longer batches"
+            f"layer {path!r} takes the quantile {r:.3f} of {len(errors)} inputs, which needs {needed} at "
+            "least: give more or longer batches"
         )
     return jnp.float32(np.quantile(errors, r))
 
@@ -222,10 +218,10 @@ def switched(model: M, found: Thresholds, *, asynchronous: bool = False) -> M:
 
 
 def _fed(model: nnx.Module) -> frozenset[str]:
-    """The layers that have the residual stream as their input, but for those of the first block."""
-    if not isinstance(model, Decoder):
+    """The layers that the model tells of an older input."""
+    if not hasattr(model, "fed"):
         raise ValueError(
-            f"asynchronous=True needs to know what feeds each layer, and of a {type(model).__name__} that is not known: "
-            "give an lb.models.Decoder, or leave it out"
+            f"asynchronous=True needs a model that tells its layers of older inputs, as an lb.models.Decoder does, and "
+            f"not a {type(model).__name__}: leave it out"
         )
-    return frozenset(f"layers/{i}/{name}" for i in range(1, len(model.layers)) for name in FED)
+    return frozenset(model.fed)

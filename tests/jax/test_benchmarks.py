@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lowbit as lb
-from benchmarks import cpu_matmul, generate, gradient_memory, harness, load_memory, quantize_speed
+from benchmarks import cpu_matmul, generate, gradient_memory, harness, load_memory, quantize_speed, selector
 
 
 @pytest.fixture(autouse=True)
@@ -130,15 +130,27 @@ def test_generation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_what_choosing_widths_costs() -> None:
+def test_what_choosing_widths_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    more = harness.row("block_fixed", 1.0, "ms", "block_fixed", 1.0)
+    monkeypatch.setattr(selector, "measure", lambda width, hidden, smoke: [more])
     found = named(list(generate.measure(batch=1, smoke=True, dp=True)))
     kinds = ["chosen", "forced3", "forced4", "fixed3", "fixed4"]
-    assert list(found) == [f"{kind}_decode" for kind in kinds] + ["choosing3_overhead", "choosing4_overhead"]
+    overheads = ["choosing3_overhead", "choosing4_overhead", "block_fixed"]
+    assert list(found) == [f"{kind}_decode" for kind in kinds] + overheads
     assert all(found[f"{kind}_decode"]["value"] > 0 for kind in kinds)
     assert found["fixed3_decode"]["ratio"] == 1
     step = {kind: 1e6 / found[f"{kind}_decode"]["value"] for kind in kinds}  # of one sequence
     assert found["choosing3_overhead"]["value"] == pytest.approx(step["forced3"] - step["fixed3"], abs=1e-3)
     assert found["choosing4_overhead"]["ratio"] == pytest.approx(step["forced4"] / step["fixed4"] - 1, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_choosing_widths() -> None:
+    found = named(selector.measure(512, 512, smoke=True))
+    layers = {f"{k}x{n}_{way}" for k, n in ((512, 512), (512, 128)) for way in ("fixed", "line", "projection")}
+    ways = ("fixed", "line", "projection", "both", "both_asynchronous")
+    assert set(found) == layers | {f"block_{way}" for way in ways}
+    assert all(r["value"] > 0 for r in found.values())
 
 
 def test_options_of_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
