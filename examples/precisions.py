@@ -152,17 +152,17 @@ def prepared(dense: Any, text: Text, s: Settings) -> Subject:
 
 def _gradient(dense: Any, tokens: list[jax.Array]) -> dict[str, jax.Array]:
     """The mean gradient of the loss by each layer's matrix."""
-    graph, params, rest = nnx.split(dense, nnx.Param, ...)
+    graph, params, *rest = nnx.split(dense, nnx.Param, ...)
 
     @jax.jit
     def add(total: Any, tokens: jax.Array) -> Any:
-        own = jax.grad(lambda params: mean_loss(nnx.merge(graph, params, rest), tokens))(params)
+        own = jax.grad(lambda params: mean_loss(nnx.merge(graph, params, *rest), tokens))(params)
         return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, own)
 
     total = jax.tree.map(lambda p: jnp.zeros(p.shape), params)
     for batch in tokens:
         total = add(total, batch)
-    summed = nnx.merge(graph, total, rest)
+    summed = nnx.merge(graph, total, *rest)
     return {path: dense_matrices(layer) / len(tokens) for path, layer in layers(summed).items()}
 
 
@@ -248,10 +248,12 @@ def _toward(model: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def thresholds(s: Subject, model: Any, estimators: lb.tune.Estimators | None) -> lb.tune.Thresholds:
-    """The third phase. Estimates here err by more than the norms differ, hence their quantiles."""
+    """The third phase, over the inputs that layers have with the others at their trained precisions. Published are those
+    of the dense model; a table's entries are means, so what 3 bits make is smaller, and fewer inputs than the share would
+    be above a threshold of dense ones. Estimates here err by more than the norms differ, hence quantiles of estimates."""
     batches = [jnp.asarray(s.text.seen[: s.settings.calibration, :-1])]
     given = {"estimators": estimators, "quantile_of": "error" if estimators is None else "estimate"}
-    return lb.tune.thresholds(model, s.dense, batches, progress=False, **given)  # type: ignore[arg-type]
+    return lb.tune.thresholds(model, model, batches, progress=False, **given)
 
 
 def carried(s: Subject) -> dict[str, float]:
