@@ -248,9 +248,12 @@ def _toward(model: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def thresholds(s: Subject, model: Any, estimators: lb.tune.Estimators | None) -> lb.tune.Thresholds:
-    """The third phase, over the inputs that layers have with the others at their trained precisions. Published are those
-    of the dense model; a table's entries are means, so what 3 bits make is smaller, and fewer inputs than the share would
-    be above a threshold of dense ones. Estimates here err by more than the norms differ, hence quantiles of estimates."""
+    """The third phase, over the inputs that layers have beside blended ones.
+
+    Published are those of the dense model. The entries of a table are means, so what layers of 3 bits give is smaller,
+    and fewer inputs than the share are above a threshold of dense ones. Estimates err by more than most layers' norms
+    differ, hence the quantiles of estimates.
+    """
     batches = [jnp.asarray(s.text.seen[: s.settings.calibration, :-1])]
     given = {"estimators": estimators, "quantile_of": "error" if estimators is None else "estimate"}
     return lb.tune.thresholds(model, model, batches, progress=False, **given)
