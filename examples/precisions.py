@@ -24,6 +24,7 @@ from lowbit.tune.captured import Passes
 from lowbit.tune.nested import nested
 from lowbit.tune.nested import weights as size_of
 from lowbit.tune.precision import NEAR
+from lowbit.tune.thresholds import QuantileOf
 
 BLOCKS = ("layers/*/attn/*", "layers/*/mlp/*")
 """The linear layers that choose."""
@@ -255,8 +256,8 @@ def thresholds(s: Subject, model: Any, estimators: lb.tune.Estimators | None) ->
     differ, hence the quantiles of estimates.
     """
     batches = [jnp.asarray(s.text.seen[: s.settings.calibration, :-1])]
-    given = {"estimators": estimators, "quantile_of": "error" if estimators is None else "estimate"}
-    return lb.tune.thresholds(model, model, batches, progress=False, **given)
+    of: QuantileOf = "error" if estimators is None else "estimate"
+    return lb.tune.thresholds(model, model, batches, estimators=estimators, quantile_of=of, progress=False)
 
 
 def carried(s: Subject) -> dict[str, float]:
