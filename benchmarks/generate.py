@@ -102,7 +102,7 @@ class Timed:
         cache, seeds = jax.tree.map(jnp.copy, self.filled), np.zeros(self.s.batch, np.uint32)
         tokens, positions = np.zeros(self.s.batch, np.int32), np.full(self.s.batch, self.s.prompt, np.int32)
         for i in range(self.s.new):
-            tokens, cache = self.runner.step(cache, tokens, positions + i, seeds)
+            tokens, cache, _ = self.runner.step(cache, tokens, positions + i, seeds)
         return tokens
 
 

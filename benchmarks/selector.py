@@ -83,7 +83,7 @@ def program(model: Any, call: Callable[..., Any], *args: jax.Array) -> Program:
 def rows(name: str, programs: Mapping[str, Program], rounds: int) -> Iterator[Row]:
     seconds = interleaved(programs, rounds)
     for way, s in seconds.items():
-        yield row(f"{name}_{way}", 1e3 * s, "ms", f"{name}_fixed", seconds["fixed"])
+        yield row(f"{name}_{way}", 1e3 * s, "ms", f"{name}_fixed", 1e3 * seconds["fixed"])
 
 
 def of_layer(k: int, n: int, rounds: int) -> Iterator[Row]:

@@ -92,12 +92,12 @@ def statistics(
         model,
         batches,
         statistics=sorted(wanted),  # type: ignore[arg-type]
-        loss=_loss if wanted & OF_GRADIENTS else None,
+        loss=mean_loss if wanted & OF_GRADIENTS else None,
         resume=None if resume is None else resume / "calibration",
     )
 
 
-def _loss(model: Decoder, tokens: jax.Array) -> jax.Array:
+def mean_loss(model: Decoder, tokens: jax.Array) -> jax.Array:
     """The mean cross entropy of int [B, T]."""
     total, count = next_token_loss(model, {"tokens": tokens, "mask": jnp.ones_like(tokens, bool)})
     return total / count

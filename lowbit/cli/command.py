@@ -25,7 +25,7 @@ class Command:
 
     Attributes:
       name: that word.
-      arguments: names of what follows it.
+      arguments: names of what follows it; the last ones may be in brackets, and left out.
       summary: what it does, a sentence or two.
       examples: command lines that work in this repository.
       define: adds its flags.
@@ -65,8 +65,10 @@ class Command:
             given = flags.FLAGS(rest)[1:]
         except flags.Error as err:
             raise UsageError(f"{err}; lowbit {self.name} --help lists the flags") from err
-        if len(given) != len(self.arguments):
-            raise UsageError(f"takes {len(self.arguments)} arguments, not {len(given)}: {self.usage}")
+        most, least = len(self.arguments), sum(not name.startswith("[") for name in self.arguments)
+        if not least <= len(given) <= most:
+            takes = f"{most}" if least == most else f"{least} to {most}"
+            raise UsageError(f"takes {takes} arguments, not {len(given)}: {self.usage}")
         if missing := [f"--{name}" for name in self.required if own[name].value is None]:
             raise UsageError(f"give {' and '.join(missing)}; lowbit {self.name} --help says what for")
         return own, given

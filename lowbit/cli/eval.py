@@ -12,6 +12,7 @@ from lowbit.cli.command import Command
 from lowbit.cli.tasks import with_task
 from lowbit.models import load
 from lowbit.models.evaluate import evaluate
+from lowbit.nn import switching
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -27,18 +28,22 @@ def _define(values: flags.FlagValues) -> None:
 
 def _run(given: flags.FlagValues, folder: str) -> None:
     model, text = with_task(load(folder), given.task), texts.read(given.text)
+    model = switching(model, "row")  # as if each token were decoded alone
     ids = texts.encoded(folder, model, text)
     found = evaluate(model, ids, length=given.length, batch=given.batch, size=len(text.encode()))
     if given.json:
         print(json.dumps(asdict(found)))
     else:
-        print(f"{found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:.3f} over {found.tokens} tokens")
+        chosen = "" if found.effective_bits is None else f", {found.effective_bits:.3f} effective bits"
+        score = f"{found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:.3f} over {found.tokens} tokens"
+        print(score + chosen)
 
 
 COMMAND = Command(
     "eval",
     ("MODEL",),
-    "How well a model predicts a text. Each token but the first is predicted once, from at least half a window.",
+    "How well a model predicts a text. Each token but the first is predicted once, from at least half a window. Of a "
+    "model whose layers choose their widths, with the effective bits: each token chooses as if it were decoded alone.",
     ("lowbit eval build/q --text README.md",),
     _define,
     _run,

@@ -16,7 +16,7 @@ COMMANDS: Mapping[str, str] = {
     "generate": "Continue a prompt.",
     "report": "What a model stores, layer by layer.",
     "explain": "Every way to run a layer's product, and which one is taken.",
-    "tune": "Adapt a quantized model to a text through its scales, codebooks or adapters.",
+    "tune": "Adapt a quantized model to a text, or let its layers choose their widths (--dp).",
     "allocate": "Choose a format for each layer, within a budget.",
     "compare": "How the error of quantization grows from layer to layer.",
     "convert": "A checkpoint of another project as a file of lowbit, or a model for another project.",

@@ -10,6 +10,8 @@ from lowbit.models.decoder import Decoder as Decoder
 from lowbit.models.encoder import Encoder as Encoder
 from lowbit.models.evaluate import Score as Score
 from lowbit.models.evaluate import evaluate as evaluate
+from lowbit.models.generate import Generation as Generation
+from lowbit.models.generate import Step as Step
 from lowbit.models.generate import generate as generate
 from lowbit.models.generate import read as read
 from lowbit.models.generate import stream as stream

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from lowbit.models.decoder import Decoder
+from lowbit.nn.switch import effective_bits, switches
 
 LONGEST = 2048
 """Of a window whose length is not given."""
@@ -26,12 +27,15 @@ class Score:
       nats: of each, on average.
       perplexity: e to the power of that.
       bits_per_byte: of the text, whose size the caller gave; of a byte level model, bits a token.
+      effective_bits: of a model whose layers choose their widths, their mean over all weights and the tokens of all
+        windows; None of others.
     """
 
     tokens: int
     nats: float
     perplexity: float
     bits_per_byte: float
+    effective_bits: float | None = None
 
 
 def evaluate(model: Decoder, ids: Any, *, length: int | None = None, batch: int = 8, size: int | None = None) -> Score:
@@ -41,7 +45,8 @@ def evaluate(model: Decoder, ids: Any, *, length: int | None = None, batch: int 
     predicted from at least half a window, or from all there is.
 
     Args:
-      model: dense or quantized.
+      model: dense or quantized. One whose layers choose their widths (`lb.tune.switched`) chooses as it says
+        (`lb.nn.switching`): at first for each token, as if it were decoded alone.
       ids: int [tokens], at least two.
       length: of a window; the model's context, at most 2048, if None.
       batch: windows that run at once.
@@ -68,14 +73,16 @@ def evaluate(model: Decoder, ids: Any, *, length: int | None = None, batch: int 
         raise ValueError(f"length = {length}: it must be from 2 to the model's {model.config.context}")
     length = min(length + length % 2, len(ids) - 1 + (len(ids) - 1) % 2)
     inputs, targets, counts = windows(ids, length)
-    missing = -len(inputs) % batch
-    padded = [np.concatenate([a, np.zeros((missing, a.shape[1]), a.dtype)]) for a in (inputs, targets, counts)]
+    there = np.arange(len(inputs))[:, None] * (length // 2) + np.arange(length) < len(ids) - 1
+    padded = [np.pad(a, ((0, -len(a) % batch), (0, 0))) for a in (inputs, targets, counts, there)]
     # Summed in float64 here: a running float32 sum over all batches would lose the digits that are shown.
-    total = 0.0
+    totals = np.zeros(2)
     for i in range(0, len(padded[0]), batch):
-        total += float(_nats(model, *(jnp.asarray(a[i : i + batch]) for a in padded)))
-    nats = total / (len(ids) - 1)
-    return Score(len(ids) - 1, nats, exp(nats), total / log(2) / (len(ids) if size is None else size))
+        totals += np.asarray(_sums(model, *(jnp.asarray(a[i : i + batch]) for a in padded)), np.float64)
+    nats = float(totals[0]) / (len(ids) - 1)
+    per_byte = float(totals[0]) / log(2) / (len(ids) if size is None else size)
+    bits = float(totals[1] / there.sum()) if switches(model) else None
+    return Score(len(ids) - 1, nats, exp(nats), per_byte, bits)
 
 
 def windows(ids: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -89,7 +96,14 @@ def windows(ids: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 @nnx.jit
-def _nats(model: Decoder, inputs: jax.Array, targets: jax.Array, counts: jax.Array) -> jax.Array:
-    scores = jax.nn.log_softmax(model(inputs))
-    picked = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-    return -jnp.sum(picked, where=counts)
+def _sums(model: Decoder, inputs: jax.Array, targets: jax.Array, counts: jax.Array, there: jax.Array) -> jax.Array:
+    """float32 [2]: the nats of targets that count, and the effective bits of tokens that there are, if any layer
+    switches."""
+    bits = jnp.float32(0)
+    if switches(model):
+        logits, chosen = effective_bits(lambda model: model(inputs, there), model)
+        bits = chosen.mean * there.sum()
+    else:
+        logits = model(inputs)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    return jnp.stack([-jnp.sum(picked, where=counts), bits])

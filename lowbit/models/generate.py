@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from operator import index
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -12,12 +12,48 @@ from lowbit.models.config import Config
 from lowbit.models.context import Context
 from lowbit.models.decoder import Cache, Decoder
 from lowbit.models.finite import not_finite
+from lowbit.models.prompts import Prompt, checked_length, checked_prompts, checked_seeds, checked_tokens
 from lowbit.models.sampling import Sampling
 from lowbit.models.steps import Runner, bucket
+from lowbit.nn.switch import EffectiveBits, expect_switches
 
-Prompt = Sequence[int] | np.ndarray
+
+class Step(NamedTuple):
+    """One step of `stream` with `bits=True`.
+
+    Attributes:
+      tokens: int32 [prompts], the next token of each, -1 for a sequence that has ended.
+      bits: the widths that were chosen for them: arrays on the device, which nothing has waited for.
+    """
+
+    tokens: np.ndarray
+    bits: EffectiveBits
 
 
+class Generation(NamedTuple):
+    """What `generate` returns with `bits=True`.
+
+    Attributes:
+      tokens: the new ones of each prompt.
+      bits: of each step, as `Step` has them.
+    """
+
+    tokens: list[list[int]]
+    bits: list[EffectiveBits]
+
+
+@overload
+def generate(
+    model: Decoder, prompts: Sequence[Prompt], n: int, *, context: Context | None = None, sampling: Sampling = ...,
+    stop: Sequence[int] = (), seed: int | Sequence[int] = 0, cache: CacheKind = ..., slots: int | None = None,
+    chunk: int = 512, bits: Literal[False] = False,
+) -> list[list[int]]: ...  # fmt: skip
+@overload
+def generate(
+    model: Decoder, prompts: Sequence[Prompt], n: int, *, context: Context | None = None, sampling: Sampling = ...,
+    stop: Sequence[int] = (), seed: int | Sequence[int] = 0, cache: CacheKind = ..., slots: int | None = None,
+    chunk: int = 512, bits: Literal[True],
+) -> Generation: ...  # fmt: skip
 def generate(
     model: Decoder,
     prompts: Sequence[Prompt],
@@ -30,11 +66,12 @@ def generate(
     cache: CacheKind = DenseKV(),  # noqa: B008
     slots: int | None = None,
     chunk: int = 512,
-) -> list[list[int]]:
+    bits: bool = False,
+) -> list[list[int]] | Generation:
     """Continuations of prompts, all at once.
 
     Takes what `stream` takes and raises what it raises. Returns the new tokens of each prompt, up to its first stop
-    token, which is left out.
+    token, which is left out; with `bits` as a `Generation`, which has the effective bits of each step too.
 
     >>> from flax import nnx
     >>> import lowbit as lb
@@ -47,25 +84,27 @@ def generate(
     [5, 5]
     """
     out: list[list[int]] = [[] for _ in prompts]
-    steps = stream(
-        model,
-        prompts,
-        n,
-        context=context,
-        sampling=sampling,
-        stop=stop,
-        seed=seed,
-        cache=cache,
-        slots=slots,
-        chunk=chunk,
-    )
-    for tokens in steps:
+    chosen: list[EffectiveBits] = []
+    for tokens, widths in _steps(model, prompts, n, context, sampling, stop, seed, cache, slots, chunk, bits):
+        chosen.append(widths)
         for new, token in zip(out, tokens.tolist(), strict=True):
             if token >= 0:
                 new.append(token)
-    return out
+    return Generation(out, chosen) if bits else out
 
 
+@overload
+def stream(
+    model: Decoder, prompts: Sequence[Prompt], n: int, *, context: Context | None = None, sampling: Sampling = ...,
+    stop: Sequence[int] = (), seed: int | Sequence[int] = 0, cache: CacheKind = ..., slots: int | None = None,
+    chunk: int = 512, bits: Literal[False] = False,
+) -> Iterator[np.ndarray]: ...  # fmt: skip
+@overload
+def stream(
+    model: Decoder, prompts: Sequence[Prompt], n: int, *, context: Context | None = None, sampling: Sampling = ...,
+    stop: Sequence[int] = (), seed: int | Sequence[int] = 0, cache: CacheKind = ..., slots: int | None = None,
+    chunk: int = 512, bits: Literal[True],
+) -> Iterator[Step]: ...  # fmt: skip
 def stream(
     model: Decoder,
     prompts: Sequence[Prompt],
@@ -78,7 +117,8 @@ def stream(
     cache: CacheKind = DenseKV(),  # noqa: B008
     slots: int | None = None,
     chunk: int = 512,
-) -> Iterator[np.ndarray]:
+    bits: bool = False,
+) -> Iterator[np.ndarray] | Iterator[Step]:
     """`generate`, token by token, as they come.
 
     Two programs are compiled, one that reads prompts and one that takes a step, for each number of prompts, `sampling`,
@@ -98,12 +138,15 @@ def stream(
       cache: how keys and values are stored. A context has a cache of its own.
       slots: tokens a sequence that the cache has room for; as many as needed if None.
       chunk: tokens of each prompt that are read at once. It bounds the memory that long prompts take.
+      bits: of a model whose layers choose their widths (`lb.tune.switched`), yield what they have chosen too, a `Step`.
+        That is another program of a step. The step which finds that all sequences have ended is not told.
 
     Yields int32 [prompts], the next token of each, -1 for a sequence that has ended; it ends when all have, or after n.
 
     Raises ValueError for no or empty prompts, tokens that the model does not know, n < 1, sequences too long for the
     cache or for learned positions, or a context of another model, of other than one sequence or one for each prompt, or
-    beside a cache or slots; TypeError for tokens that are no integers or a model that is no `Decoder`;
+    beside a cache or slots, and `bits` of a model whose layers choose no widths; TypeError for tokens that are no
+    integers or a model that is no `Decoder`;
     FloatingPointError, which names the layer, where logits are not finite.
 
     >>> from flax import nnx
@@ -118,6 +161,15 @@ def stream(
     (2,)
     (2,)
     """
+    steps = _steps(model, prompts, n, context, sampling, stop, seed, cache, slots, chunk, bits)
+    return steps if bits else (step.tokens for step in steps)
+
+
+def _steps(
+    model: Decoder, prompts: Sequence[Prompt], n: int, context: Context | None, sampling: Sampling, stop: Sequence[int],
+    seed: int | Sequence[int], cache: CacheKind, slots: int | None, chunk: int, bits: bool,
+) -> Iterator[Step]:  # fmt: skip
+    """What `stream` takes, checked before the first step."""
     runner = Runner(model, cache, sampling)
     given = checked_prompts(prompts, model.config, "prompt")
     _check_chunk(chunk)
@@ -129,7 +181,9 @@ def stream(
         start = _continued(context, model.config, given, n)
     seeds = checked_seeds(seed, len(given))
     ends = checked_tokens(stop, model.config, "stop")
-    return _stream(runner, start, given, n, ends, seeds, chunk)
+    if bits:
+        expect_switches(model)
+    return _stream(runner, start, given, n, ends, seeds, chunk, bits)
 
 
 def read(
@@ -213,8 +267,9 @@ def _stored(runner: Runner, cache: Cache, texts: list[np.ndarray], past: list[in
 
 
 def _stream(
-    runner: Runner, context: Context, prompts: list[np.ndarray], n: int, ends: np.ndarray, seeds: np.ndarray, chunk: int
-) -> Iterator[np.ndarray]:
+    runner: Runner, context: Context, prompts: list[np.ndarray], n: int, ends: np.ndarray, seeds: np.ndarray,
+    chunk: int, bits: bool,
+) -> Iterator[Step]:  # fmt: skip
     past = [len(tokens) for tokens in context.tokens]
     # The last token of a prompt takes the first step: so reading needs no logits, and rows may end anywhere.
     cache = _stored(runner, context.cache, [prompt[:-1] for prompt in prompts], past, chunk)
@@ -222,7 +277,7 @@ def _stream(
     positions = np.array([len(text) - 1 for text in written], np.int32)
     tokens = np.array([prompt[-1] for prompt in prompts], np.int32)
     for _ in range(n):
-        out, cache = runner.step(cache, tokens, positions, seeds)
+        out, cache, chosen = runner.step(cache, tokens, positions, seeds, bits=bits)
         running = positions >= 0
         for row in np.flatnonzero(running & (out < 0)):
             raise not_finite(runner.model, written[row], f"prompt {row}")
@@ -232,7 +287,7 @@ def _stream(
             return
         for row in going:
             written[row].append(int(out[row]))
-        yield out
+        yield Step(out, chosen)  # type: ignore[arg-type]  # None without `bits`, and then dropped
         positions = np.where(out >= 0, positions + 1, -1)
         tokens = np.maximum(out, 0)
 
@@ -240,59 +295,3 @@ def _stream(
 def _check_chunk(chunk: int) -> None:
     if chunk < 1:
         raise ValueError(f"chunk = {chunk}: read at least 1 token at once")
-
-
-def checked_prompts(prompts: Sequence[Prompt], config: Config, what: str) -> list[np.ndarray]:
-    """Each as `checked_prompt` gives it: at least one."""
-    if not len(prompts):
-        raise ValueError(f"there are no {what}s: give at least one")
-    return [checked_prompt(prompt, config, f"{what} {i}") for i, prompt in enumerate(prompts)]
-
-
-def checked_prompt(prompt: Prompt, config: Config, what: str) -> np.ndarray:
-    """int32 [tokens], at least one."""
-    tokens = checked_tokens(prompt, config, what)
-    if not tokens.size:
-        raise ValueError(f"{what} is empty: give at least one token, such as the one that begins a text")
-    return tokens
-
-
-def checked_tokens(tokens: Prompt, config: Config, what: str) -> np.ndarray:
-    """int32 [tokens], all of which the model knows."""
-    found = np.asarray(tokens)
-    if found.ndim != 1 or (found.size and not np.issubdtype(found.dtype, np.integer)):
-        raise TypeError(f"{what} is {found.dtype}{list(found.shape)}: give a sequence of integers, the tokens")
-    if (bad := np.flatnonzero((found < 0) | (found >= config.vocab))).size:
-        raise ValueError(
-            f"{what} has token {found[bad[0]]} at place {bad[0]}, and the model knows {config.vocab}, from 0 to "
-            f"{config.vocab - 1}: use the tokenizer that belongs to it"
-        )
-    return found.astype(np.int32)
-
-
-def checked_length(size: int, n: int, config: Config, slots: int | None, what: str, past: int = 0) -> int:
-    """The slots that a prompt of this size and n tokens take, after `past` tokens: the last one is never read again."""
-    if n < 1:
-        raise ValueError(f"n = {n}: generate at least 1 token")
-    needed = size + n - 1
-    told = f"{what} has {size} tokens, and with n = {n} new ones"
-    if slots is not None and needed > slots:
-        raise ValueError(
-            f"{told} takes {needed} slots of a cache that has {slots}: give slots={needed}, or less of both"
-        )
-    if config.ropes is None and past + needed > config.context:
-        after = f" after {past} of its context" if past else ""
-        raise ValueError(
-            f"{told} takes {needed} positions{after} of a model that has learned {config.context}: give it less of both"
-        )
-    return needed
-
-
-def checked_seeds(seed: int | Sequence[int], count: int) -> np.ndarray:
-    """uint32 [count]."""
-    seeds = [index(s) for s in seed] if isinstance(seed, Sequence) else [index(seed) + i for i in range(count)]
-    if len(seeds) != count:
-        raise ValueError(f"seed has {len(seeds)} numbers for {count} prompts: give one for each, or one integer")
-    if bad := [s for s in seeds if not 0 <= s < 2**32]:
-        raise ValueError(f"seed = {bad[0]}: it must be from 0 to {2**32 - 1}")
-    return np.array(seeds, np.uint32)

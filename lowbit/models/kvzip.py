@@ -31,8 +31,8 @@ from lowbit.models.attention import Dense, How, blocks
 from lowbit.models.cache import DenseCache
 from lowbit.models.context import Context
 from lowbit.models.decoder import Cache, Decoder
-from lowbit.models.generate import checked_tokens
 from lowbit.models.kv import QuantKV, expect_dense
+from lowbit.models.prompts import checked_tokens
 from lowbit.models.repeats import Array, Repeat
 from lowbit.models.repeats import repeats as repeats
 

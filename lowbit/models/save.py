@@ -24,14 +24,16 @@ from lowbit.models.encoder import Encoder
 from lowbit.models.families import Family
 from lowbit.models.hub import local
 from lowbit.models.source import abstract, described
+from lowbit.models.switches import Settings, abstract_switches, settings
 from lowbit.nn.checkpoint import fitted, held, some
 from lowbit.nn.checkpoint import save as save_model
 from lowbit.nn.kernel import Kernel, joined
 from lowbit.nn.kinds import KINDS
 
 Model = Decoder | Encoder
-METHOD, VERSION = "lowbit", 1
-"""In `quantization_config` of config.json."""
+METHOD, VERSION, SWITCHED = "lowbit", 1, 2
+"""In `quantization_config` of config.json. Models whose layers choose their widths have a version of their own, so that
+a library that does not know of them says so; others are as before."""
 BESIDE = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
@@ -45,8 +47,8 @@ def save(
     """Write a model, quantized or not, to a folder that `lb.models.load` opens.
 
     In it are model.safetensors, as `lb.save` writes it; the config.json of `source`, which now says that lowbit wrote
-    the weights; and the files of its tokenizer. The folder appears whole or not at all: a save that fails or is killed
-    leaves the old one.
+    the weights, and how layers choose their widths where they do (`lb.tune.switched`); and the files of its tokenizer.
+    The folder appears whole or not at all: a save that fails or is killed leaves the old one.
 
     Args:
       model: what `lb.models.load` gave, or `lb.quantize`, fine-tuning and so on made of it.
@@ -74,9 +76,11 @@ def save(
     if config != model.config or type(model) is not kind.model:
         raise ValueError(f"{origin / 'config.json'} describes another model: name the folder that this one came from")
     dtype = model.layers[0].attn.q.dtype
-    _check(model, kind, dtype)
+    chosen = settings(model)
+    _check(model, kind, dtype, chosen)
     _check_target(Path(folder), overwrite)
-    stated = {"quant_method": METHOD, "version": VERSION, "dtype": None if dtype is None else jnp.dtype(dtype).name}
+    stated = {"quant_method": METHOD, "version": SWITCHED if chosen else VERSION}
+    stated |= {"dtype": None if dtype is None else jnp.dtype(dtype).name} | ({"switches": chosen} if chosen else {})
     with replacing_folder(folder) as new:
         for name in BESIDE:
             if (origin / name).exists():
@@ -87,11 +91,10 @@ def save(
             file.write(json.dumps({**j, "quantization_config": stated}, indent=2).encode() + b"\n")
 
 
-def _check(model: Model, kind: Family, dtype: Any) -> None:
+def _check(model: Model, kind: Family, dtype: Any, chosen: Settings) -> None:
     """Raises ValueError unless `reopened` would make a model of the same Variables."""
     has = held(model)
-    arrays = {name: v for name, v in has.items() if isinstance(v, QuantArray)}
-    made = held(_like(kind, model.config, arrays, dtype, jnp.float32))
+    made = held(_like(kind, model.config, has, chosen, dtype, jnp.float32))
     if has.keys() != made.keys():
         odd = some(has.keys() ^ made.keys())
         raise ValueError(f"the model is not as one that is loaded, in {odd}: write it with lb.save")
@@ -117,18 +120,21 @@ def is_saved(j: Mapping[str, Any]) -> bool:
 def reopened(folder: Path, j: Mapping[str, Any], kind: Family, config: Config, dtype: Any) -> Any:
     """What `save` wrote, bit for bit; layers compute in `dtype`, or what they did if None."""
     stated, file = j["quantization_config"], folder / SINGLE
-    if stated.get("version") != VERSION:
+    if stated.get("version") not in (VERSION, SWITCHED):
         raise CheckpointError(
             f"{folder / 'config.json'} states version {stated.get('version')!r} of lowbit's folders, and this library "
-            f"reads {VERSION}: upgrade lowbit"
+            f"reads {VERSION} and {SWITCHED}: upgrade lowbit"
         )
     if not file.exists():
         raise CheckpointError(f"{folder} holds no {SINGLE}: {AGAIN}")
     entries = read(file)
-    arrays = {name: value for name, value in entries.items() if isinstance(value, QuantArray)}
     table = entries.get("embed/embedding")
     dtype = jax.dtypes.canonicalize_dtype(dtype) if dtype is not None else _dtype(folder, stated.get("dtype"))
-    model = _like(kind, config, arrays, dtype, jnp.float32 if table is None else table.dtype)
+    try:
+        chosen = stated.get("switches", {})
+        model = _like(kind, config, entries, chosen, dtype, jnp.float32 if table is None else table.dtype)
+    except ValueError as err:
+        raise CheckpointError(f"{folder / 'config.json'} {err}: {AGAIN}") from err
     for path, module in nnx.iter_modules(model):
         for name, variable in vars(module).items():
             stored = entries.get(f"{joined(path)}/{name}")
@@ -146,14 +152,17 @@ def _dtype(folder: Path, stated: Any) -> Any:
     raise CheckpointError(f"{folder / 'config.json'} states dtype = {stated!r}, which is no type of floats: {AGAIN}")
 
 
-def _like(kind: Family, config: Config, quantized: Mapping[str, QuantArray], dtype: Any, param_dtype: Any) -> Any:
-    """A model without arrays, with these quantized weights."""
+def _like(kind: Family, config: Config, entries: Mapping[str, Any], chosen: Any, dtype: Any, param_dtype: Any) -> Any:
+    """A model without arrays, with the quantized weights among these entries, and switches of these settings."""
+    readers = abstract_switches(entries, chosen)
 
     def replace(path: tuple[Any, ...], node: Any) -> Any:
-        array = quantized.get(f"{joined(path)}/{KINDS[type(node)].attribute}") if type(node) in KINDS else None
-        if array is None:
+        array = entries.get(f"{joined(path)}/{KINDS[type(node)].attribute}") if type(node) in KINDS else None
+        if not isinstance(array, QuantArray):
             return node
-        stats = jax.ShapeDtypeStruct((*array.stack, 2), jnp.float32)
-        return KINDS[type(node)].make(node, Kernel(array, stats))  # type: ignore[arg-type]
+        kernel = Kernel(array, jax.ShapeDtypeStruct((*array.stack, 2), jnp.float32))  # type: ignore[arg-type]
+        if joined(path) in readers:
+            kernel.reader = readers[joined(path)]
+        return KINDS[type(node)].make(node, kernel)
 
     return nnx.recursive_map(replace, abstract(kind, config, dtype, param_dtype))

@@ -12,7 +12,7 @@ import numpy as np
 from lowbit.models.cache import CacheKind, DenseKV
 from lowbit.models.decoder import Cache, Decoder
 from lowbit.models.finite import not_finite
-from lowbit.models.generate import Prompt, checked_length, checked_prompt, checked_seeds, checked_tokens
+from lowbit.models.prompts import Prompt, checked_length, checked_prompt, checked_seeds, checked_tokens
 from lowbit.models.sampling import Sampling
 from lowbit.models.steps import Runner
 from lowbit.nn.reading import at_width
@@ -171,7 +171,7 @@ class Batcher:
         for row in run:
             s = self._at(row)
             tokens[row], positions[row], seeds[row] = s.text[-1], len(s.text) - 1, s.seed
-        out, self.cache = self.runner.step(self.cache, tokens, positions, seeds, width)
+        out, self.cache, _ = self.runner.step(self.cache, tokens, positions, seeds, width)
         found = []
         for row in run:
             s, token = self._at(row), int(out[row])

@@ -17,7 +17,7 @@ from lowbit.models.cache import CacheKind
 from lowbit.models.decoder import Cache, Decoder
 from lowbit.models.sampling import Sampling
 from lowbit.nn.reading import at_width
-from lowbit.nn.switch import By, switching
+from lowbit.nn.switch import By, EffectiveBits, effective_bits, switching
 
 LEAST = 16
 """The smallest bucket."""
@@ -67,8 +67,9 @@ class Program:
 
     @cached_property
     def step(self) -> Any:
-        """(leaves, cache, sampling, tokens int32 [B], positions int32 [B], seeds uint32 [B], width) -> the next tokens
-        int32 [B], -1 where logits are not finite, and the cache with those that were given."""
+        """(leaves, cache, sampling, tokens int32 [B], positions int32 [B], seeds uint32 [B], width, bits) -> the next
+        tokens int32 [B], -1 where logits are not finite, the cache with those that were given, and with `bits` the
+        widths that were chosen."""
 
         def step(
             leaves: list[jax.Array],
@@ -78,15 +79,19 @@ class Program:
             positions: jax.Array,
             seeds: jax.Array,
             width: jax.Array | None,
-        ) -> tuple[jax.Array, Cache]:
+            bits: bool,
+        ) -> tuple[jax.Array, Cache, EffectiveBits | None]:
+            def run(model: Decoder) -> tuple[jax.Array, Cache]:
+                hidden, new = model.hidden(tokens[:, None], positions[:, None], cache)
+                return model.logits(hidden[:, 0], positions), new
+
             model = self.model(leaves, width, "call")
-            hidden, cache = model.hidden(tokens[:, None], positions[:, None], cache)
-            logits = model.logits(hidden[:, 0], positions)
+            (logits, new), chosen = effective_bits(run, model) if bits else (run(model), None)
             # Of its own seed and place alone: a sequence is the same whatever else is in the batch.
             keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(seeds, positions)
-            return jnp.where(jnp.isfinite(logits).all(axis=-1), sampling(logits, keys), -1), cache
+            return jnp.where(jnp.isfinite(logits).all(axis=-1), sampling(logits, keys), -1), new, chosen
 
-        return jax.jit(step, donate_argnums=1, static_argnums=2)
+        return jax.jit(step, donate_argnums=1, static_argnums=(2, 7))
 
     @cached_property
     def join(self) -> Any:
@@ -138,7 +143,14 @@ class Runner:
         return new
 
     def step(
-        self, cache: Cache, tokens: np.ndarray, positions: np.ndarray, seeds: np.ndarray, width: Any = None
-    ) -> tuple[np.ndarray, Cache]:
-        out, cache = self.program.step(self.leaves, cache, self.sampling, tokens, positions, seeds, width)
-        return np.asarray(out), cache
+        self,
+        cache: Cache,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        seeds: np.ndarray,
+        width: Any = None,
+        bits: bool = False,
+    ) -> tuple[np.ndarray, Cache, EffectiveBits | None]:
+        take = self.program.step
+        out, cache, chosen = take(self.leaves, cache, self.sampling, tokens, positions, seeds, width, bits)
+        return np.asarray(out), cache, chosen

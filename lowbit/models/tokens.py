@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from lowbit.io.error import CheckpointError
@@ -47,13 +48,19 @@ def stop_tokens(path: str | os.PathLike[str], revision: str | None = None) -> tu
     >>> lb.models.stop_tokens("examples/tinylm/model")
     ()
     """
-    folder = local(path, revision)
+    return _stated(local(path, revision), "eos_token_id")
+
+
+def start_token(path: str | os.PathLike[str], revision: str | None = None) -> int | None:
+    """The token that begins a text, by the same files: their `bos_token_id`. None if there is none."""
+    return next(iter(_stated(local(path, revision), "bos_token_id")), None)
+
+
+def _stated(folder: Path, key: str) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists() and (stated := read_json(folder / name).get("eos_token_id")) is not None:
+        if (folder / name).exists() and (stated := read_json(folder / name).get(key)) is not None:
             tokens = stated if isinstance(stated, list) else [stated]
             if not all(type(token) is int for token in tokens):
-                raise CheckpointError(
-                    f"{folder / name} states eos_token_id = {stated!r}: give an int or a list of them"
-                )
+                raise CheckpointError(f"{folder / name} states {key} = {stated!r}: give an int or a list of them")
             return tuple(tokens)
     return ()

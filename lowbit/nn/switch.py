@@ -1,6 +1,7 @@
 """Layers that choose their width by what they are given (DP-LLM, Park et al. 2025), on the device.
 
-A layer has two widths l < h and a threshold T, and uses h where an estimate of ||(W_h - W_l) x|| is above T.
+A layer has two widths l < h and a threshold T, and uses h where an estimate of ||y_h - y_l||, what that changes in its
+products, or a statistic of x is above T. Where activations are not rounded the norm is ||(W_h - W_l) x||.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ from flax import nnx
 
 from lowbit.array import QuantArray
 from lowbit.nn.kernel import Kernel, expect_module, layer_kernels
+from lowbit.nn.statistics import largest, norm, peak
 from lowbit.ops import matmul
 from lowbit.widths import at_width
 
 M = TypeVar("M", bound=nnx.Module)
 By = Literal["row", "call", "most"]
+SETTINGS: Mapping[str, tuple[Any, ...]] = {"by": get_args(By)}
+"""What of a `Switch` is no array, and the values that it may have: a saved model has it beside the arrays."""
 WIDTHS = ("low", "high", "most")
-ESTIMATES = (frozenset(("slope", "offset")), frozenset(("projection",)), frozenset[str]())
-"""What an estimate is made of: of ||x||, of a projection, or of both products, which is exact."""
+TERMS = ("slope", "offset", "largest", "peak", "projection")
+ESTIMATES = tuple(map(frozenset[str], (TERMS[:2], *((term,) for term in TERMS[2:]), ())))
+"""What an estimate is made of: of a statistic of x, of a projection, or of both products, which is exact."""
 
 
 class Choice(nnx.Variable[jax.Array]):
@@ -49,8 +54,9 @@ class Rows(NamedTuple):
 class Switch(nnx.Module):
     """Makes the products of a layer at one of two widths, which its input chooses.
 
-    All that it chooses by is in Variables, so one compiled function serves any thresholds. The estimate e of
-    ||(W_h - W_l) x|| is `slope` ||x|| + `offset`, or ||`projection` x||, or without either made of both products.
+    All that it chooses by is in Variables, so one compiled function serves any thresholds. The estimate e is
+    `slope` ||x|| + `offset`, `largest` max |x|, `peak` max |x| / rms x, or ||`projection` x||; without any of these it
+    is ||y_h - y_l||, made of both products. Where e is NaN, as of a row with a NaN, the layer uses h.
 
     Attributes:
       low, high, most: int32 [], the two widths, and that of prompts.
@@ -61,8 +67,8 @@ class Switch(nnx.Module):
 
     def __init__(self, values: Mapping[str, jax.Array]) -> None:
         self.low, self.high, self.most, self.threshold = (Choice(values[name]) for name in (*WIDTHS, "threshold"))
-        self.slope, self.offset, self.projection = (
-            nnx.data(Choice(values[name]) if name in values else None) for name in ("slope", "offset", "projection")
+        self.slope, self.offset, self.largest, self.peak, self.projection = (
+            nnx.data(Choice(values[name]) if name in values else None) for name in TERMS
         )
         self.asynchronous = nnx.data(Choice(values["asynchronous"]) if "asynchronous" in values else None)
         self.by: By = "row"
@@ -75,7 +81,7 @@ class Switch(nnx.Module):
         has_token = None if rows is None else rows.positions >= 0
         if self.by == "most":
             return self._read(x, array, most, has_token)
-        is_high = self.estimate(self._asked_by(x, rows), array) > self.threshold.get_value()
+        is_high = ~(self.estimate(self._asked_by(x, rows), array) <= self.threshold.get_value())  # so also of NaN
         if has_token is not None:
             is_high &= has_token
         if self.by == "call":
@@ -91,9 +97,11 @@ class Switch(nnx.Module):
             return norm(projected)
         if self.slope is not None:
             assert self.offset is not None
-            return self.slope.get_value() * norm(x.astype(jnp.float32)) + self.offset.get_value()
-        low, high = (at_width(matmul, x, array, w.get_value()) for w in (self.low, self.high))
-        return norm(high.astype(jnp.float32) - low.astype(jnp.float32))
+            return self.slope.get_value() * norm(x) + self.offset.get_value()
+        for factor, statistic in ((self.largest, largest), (self.peak, peak)):
+            if factor is not None:
+                return factor.get_value() * statistic(x)
+        return changed(x, array, self.low.get_value(), self.high.get_value())
 
     def _asked_by(self, x: jax.Array, rows: Rows | None) -> jax.Array:
         """What the estimate is of."""
@@ -133,10 +141,10 @@ def _reader(layer: Any) -> Any:
     return getattr(getattr(layer, "kernel", None), "reader", None)
 
 
-def norm(rows: jax.Array) -> jax.Array:
-    """Of each row, with the gradient 0 at 0."""
-    squares = jnp.square(rows).sum(-1)
-    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+def changed(x: jax.Array, array: QuantArray, low: int | jax.Array, high: int | jax.Array) -> jax.Array:
+    """||y_h - y_l|| of each row, float32 [...]: the products as they are made, so with activations rounded or not."""
+    y_low, y_high = (at_width(matmul, x, array, width).astype(jnp.float32) for width in (low, high))
+    return norm(y_high - y_low)
 
 
 class EffectiveBits(NamedTuple):
@@ -179,7 +187,8 @@ def effective_bits(call: Callable[..., Any], model: nnx.Module, *args: Any) -> t
     To be used within a jitted function or outside of one: the bits are arrays, and nothing waits for them. The model is
     left as it is. A model of `lb.models` does not count places without a token; of others each row counts.
 
-    Raises ValueError for a model without layers that switch.
+    Raises ValueError for a model without layers that switch, and Flax its TraceContextError where `call` runs such
+    layers within `jax.vmap`, `jax.lax.scan` or `jax.checkpoint`: count within these, or use `nnx.remat`.
 
     >>> from flax import nnx
     >>> import jax, jax.numpy as jnp, lowbit as lb
@@ -194,9 +203,7 @@ def effective_bits(call: Callable[..., Any], model: nnx.Module, *args: Any) -> t
     """
     expect_module(model, "count the bits of")
     own = nnx.merge(*nnx.split(model), copy=True)  # Variables of this trace, which may be set
-    found = switches(own)
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no layer that switches: make them with lb.tune.switched")
+    found = expect_switches(own)
     for switch in found.values():
         switch.seen = Seen(jnp.zeros(2))
     out = call(own, *args)
@@ -215,3 +222,11 @@ def switched_kernels(model: Any) -> dict[str, Kernel]:
 
 def switches(model: Any) -> dict[str, Switch]:
     return {path: kernel.reader for path, kernel in switched_kernels(model).items()}
+
+
+def expect_switches(model: nnx.Module) -> dict[str, Switch]:
+    """By layer path. Raises ValueError for a model that has none."""
+    found = switches(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no layer that switches: make them with lb.tune.switched")
+    return found

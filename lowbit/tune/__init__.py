@@ -2,8 +2,8 @@
 
 `alpha_tuning` adapts a model to a task through a handful of scales, `train` runs that, codebook tuning and adapters on
 models and texts of any size, and `extract` and `apply` keep many tasks beside one model; `reconstruct` brings a
-quantized model's blocks back to what those of the dense model return. `max_widths`, `blended`, `thresholds` and
-`switched` make a model whose layers choose their widths token by token.
+quantized model's blocks back to what those of the dense model return. `max_widths`, `narrowed`, `blended`, `thresholds`
+and `switched` make a model whose layers choose their widths token by token.
 """
 
 from lowbit.tune.alpha import AlphaTuning as AlphaTuning
@@ -11,6 +11,8 @@ from lowbit.tune.alpha import alpha_tuning as alpha_tuning
 from lowbit.tune.alpha import fold as fold
 from lowbit.tune.board import tensorboard as tensorboard
 from lowbit.tune.budget import max_widths as max_widths
+from lowbit.tune.budget import narrowed as narrowed
+from lowbit.tune.by_statistic import switched_by as switched_by
 from lowbit.tune.estimators import Estimators as Estimators
 from lowbit.tune.precision import Blend as Blend
 from lowbit.tune.precision import Toward as Toward

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
 
 from lowbit.array import QuantArray, dequantize
+from lowbit.formats.format import Format
 from lowbit.nn.allocate import harm_by
 from lowbit.nn.allocation import Candidate, solve
 from lowbit.nn.calibrate import LayerStats
@@ -15,7 +18,9 @@ from lowbit.nn.kernel import Kernel
 from lowbit.nn.kinds import dense_matrices
 from lowbit.nn.kinds import layers as dense_layers
 from lowbit.nn.rules import Rule
-from lowbit.tune.nested import nested, weights
+from lowbit.tune.nested import largest, nested, weights
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 def max_widths(
@@ -30,7 +35,7 @@ def max_widths(
 
     With D_b the error of a weight read at b bits and F the mean squared gradients of the loss, an integer program picks
     a width for each layer that minimizes the sum of F D_b^2, and is solved exactly. The planes of a layer beyond its
-    width need not be on the device.
+    width need not be stored: `narrowed` drops them.
 
     Args:
       model: quantized in nested formats; left as it is.
@@ -78,3 +83,53 @@ def _candidates(path: str, kernel: Kernel, layer: nnx.Module, stats: Mapping[str
 
 def _total(candidates: Sequence[Candidate]) -> float:
     return sum({c.layer: c.weights for c in candidates}.values()) * (1 + 2**-51)  # a product may be rounded down
+
+
+def narrowed(model: M, most: int | Mapping[str, int], *, layers: str | Sequence[str] = "**") -> M:
+    """A copy of a model of nested weights without the planes and tables that only widths beyond the largest read.
+
+    An `lb.any_precision(3, 6)` layer of the largest width 4 becomes `lb.any_precision(3, 4)`, bit for bit the same at
+    widths 3 and 4. One of the largest width 3 is read at that width alone, and goes through `blended` and what follows
+    like the others.
+
+    Args:
+      model: left as it is; arrays that are stored whole are shared.
+      most: the largest width, of all layers or of each by path, as `max_widths` gives it.
+      layers: patterns over the paths of the quantized layers.
+
+    Raises ValueError for layers that are not nested (they are named), a layer that `most` lacks, a width that a layer
+    does not have or, as 8 of `lb.nested_fp`, cannot have alone, and for layers that were blended, switched or laid out
+    by `lb.prepare`.
+
+    >>> from flax import nnx
+    >>> import lowbit as lb
+    >>> small = lb.quantize(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), lb.any_precision(3, 6))
+    >>> less = lb.tune.narrowed(small, 4)
+    >>> less.kernel.type.format.widths, less.kernel.planes.shape, small.kernel.planes.shape
+    ((3, 4), (4, 8, 1, 2), (6, 8, 1, 2))
+    """
+    out: M = nnx.clone(model)
+    for path, kernel in nested(out, layers).items():
+        width = largest(path, kernel, most)
+        if kernel.reader is not None or kernel.type.layout != "own":
+            raise ValueError(f"layer {path!r} chooses between its widths or is laid out for a device: narrow it before")
+        if width < kernel.type.format.widths[-1]:
+            _narrow(path, kernel, width)
+    return out
+
+
+def _narrow(path: str, kernel: Kernel, width: int) -> None:
+    fmt = kernel.type.format
+    options = dict(fmt.options)
+    if "hi" not in options:
+        raise ValueError(f"layer {path!r} is {fmt}, which is stored whole: its largest width is {fmt.widths[-1]}")
+    if (fmt["width"] or fmt["hi"]) > width:
+        options["width"] = None
+        kernel.stats.set_value(jnp.full_like(kernel.stats.get_value(), jnp.nan))  # of what it was read at
+    old = kernel.type.fields
+    kernel.type = replace(kernel.type, format=Format(fmt.name, tuple(sorted({**options, "hi": width}.items()))))
+    for name in old.keys() - kernel.type.fields.keys():
+        delattr(kernel, name)
+    for name, leaf in kernel.type.fields.items():  # planes begin with those of the least width
+        variable = getattr(kernel, name)
+        variable.set_value(variable.get_value()[(..., *map(slice, leaf.dims.values()))])

@@ -12,18 +12,22 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import get_opaque_trace_state
 
-from lowbit.array import QuantArray, dequantize
+from lowbit.array import QuantArray, dequantize, own
 from lowbit.nn.kernel import Kernel
 from lowbit.nn.reached import Call, Inputs, noted
-from lowbit.nn.switch import norm
+from lowbit.nn.statistics import STATISTICS, Statistic, norm
+from lowbit.nn.switch import changed
+
+Array = jax.Array | np.ndarray[Any, Any]
 
 
 class Measured(NamedTuple):
-    """Of all rows x that a layer multiplies: ||x|| and ||(W_h - W_l) x||, float32 [rows], and whether x is finite."""
+    """Of all rows x that a layer multiplies: ||x|| and ||y_h - y_l||, or another statistic of x in place of that,
+    float32 [rows], and whether x is finite."""
 
-    norms: np.ndarray
-    errors: np.ndarray
-    is_finite: np.ndarray
+    norms: Array
+    errors: Array
+    is_finite: Array
 
 
 class Passes:
@@ -35,6 +39,7 @@ class Passes:
       batches: they are held; what in them is no array is a constant of what is compiled.
       pairs: of the layers that are looked at, by path, the widths l and h.
       held: the quantized weights of these layers.
+      statistic: what is measured of x; what the widths change in products if None.
     """
 
     def __init__(
@@ -44,15 +49,16 @@ class Passes:
         batches: Sequence[Any],
         pairs: Mapping[str, tuple[int, int]],
         held: Mapping[str, Kernel],
+        statistic: Statistic | None = None,
     ) -> None:
         self.graph, self.state = nnx.split(dense)
-        self.call, self.pairs = call, dict(pairs)
+        self.call, self.pairs, self.statistic = call, dict(pairs), statistic
         self.arrays = {path: held[path].array for path in pairs}
         self.given = [Inputs.of([batch], {}) for batch in batches]
 
     def measured(self) -> dict[str, Measured]:
-        """Of every layer, by one pass a batch. The device holds the difference of one weight's widths at a time."""
-        static = self.graph, self.call, tuple(self.pairs.items())
+        """Of every layer, by one pass a batch."""
+        static = self.graph, self.call, tuple(self.pairs.items()), self.statistic
         parts = [jax.device_get(_measured(*static, self.state, self.arrays, given)) for given in self.given]
         return {
             path: Measured(*map(np.concatenate, zip(*(part[path] for part in parts), strict=True)))
@@ -75,17 +81,19 @@ def _difference(array: QuantArray, low: int, high: int) -> jax.Array:
     return high_w - low_w
 
 
-@jax.jit
-def exact(x: jax.Array, delta: jax.Array) -> jax.Array:
-    """||x delta|| of each row."""
-    return norm(jnp.matmul(x, delta, precision=jax.lax.Precision.HIGHEST))
+@partial(jax.jit, static_argnums=(2, 3))
+def exact(x: jax.Array, array: QuantArray, low: int, high: int) -> jax.Array:
+    """||y_h - y_l|| of each row, in as many bits as the platform has."""
+    with jax.default_matmul_precision("highest"):
+        return changed(x, own(array), low, high)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _measured(
     graph: Any,
     call: Call,
     pairs: tuple[tuple[str, tuple[int, int]], ...],
+    statistic: Statistic | None,
     state: Any,
     arrays: Mapping[str, QuantArray],
     given: Inputs,
@@ -93,7 +101,7 @@ def _measured(
     widths, seen = dict(pairs), {path: list[Any]() for path, _ in pairs}
 
     def see(path: str, x: jax.Array) -> None:
-        errors = exact(x, _difference(arrays[path], *widths[path]))
+        errors = STATISTICS[statistic](x) if statistic else exact(x, arrays[path], *widths[path])
         seen[path].append(Measured(norm(x), errors, jnp.isfinite(x).all()[None]))
 
     _run(nnx.merge(graph, state), call, {path: array.shape[0] for path, array in arrays.items()}, given, see)

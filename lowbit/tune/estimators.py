@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit.nn.switch import norm
+from lowbit.nn.statistics import norm
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 DTYPE = jnp.bfloat16
@@ -52,9 +52,10 @@ class Estimators:
         Args:
           x: float32 [rows, k], its inputs.
           delta: float32 [k, n], W_h - W_l.
-          errors: float32 [rows], ||x delta||.
+          errors: float32 [rows], ||x delta||; more where a format rounds activations too.
         """
-        start = random_projection(jax.random.fold_in(jax.random.key(self.seed), number), delta, self.size)
+        drawn = random_projection(jax.random.fold_in(jax.random.key(self.seed), number), delta, self.size)
+        start = fitted(drawn, x, jnp.asarray(errors))
         return {"projection": tuned(start, x, jnp.asarray(errors), self.steps, self.rate).astype(DTYPE)}
 
 
@@ -70,6 +71,14 @@ def random_projection(key: jax.Array, delta: jax.Array, size: int) -> jax.Array:
     """G [size, k] with ||G x|| near ||x delta||: A delta^T, A [size, n] normal with the variance 1 / size."""
     a = jax.random.normal(key, (size, delta.shape[1])) / size**0.5
     return jnp.matmul(a, delta.T, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.jit
+def fitted(g: jax.Array, x: jax.Array, errors: jax.Array) -> jax.Array:
+    """The multiple of a projection whose estimates are nearest to the errors in squares."""
+    estimates = norm(x @ g.T)
+    square = jnp.vdot(estimates, estimates)
+    return g * jnp.where(square > 0, jnp.vdot(estimates, errors) / jnp.where(square > 0, square, 1), 1)
 
 
 @jax.jit

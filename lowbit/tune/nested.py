@@ -17,8 +17,8 @@ from lowbit.tune.digest import digest
 def nested(model: nnx.Module, layers: str | Sequence[str] = "**") -> dict[str, Kernel]:
     """The weights of the quantized layers that patterns name, by layer path.
 
-    Raises ValueError, which names them, for layers that are no `lb.nn.Linear` of one matrix in a format of several
-    widths; and for a pattern without layers.
+    Raises ValueError, which names them, for layers that are no `lb.nn.Linear` of one matrix in a nested format; and for
+    a pattern without layers. One whose planes were dropped up to its least width is nested still.
     """
     expect_module(model, "choose widths of")
     expect_arrays(model, "choose widths of")
@@ -38,7 +38,17 @@ def nested(model: nnx.Module, layers: str | Sequence[str] = "**") -> dict[str, K
 
 
 def _is_nested(kernel: Kernel) -> bool:
-    return len(kernel.type.format.widths) > 1 and not kernel.array.stack
+    return bool(kernel.type.format.widths) and not kernel.array.stack
+
+
+def largest(path: str, kernel: Kernel, most: int | Mapping[str, int]) -> int:
+    """The largest width that a layer may have. Raises ValueError for one that it does not have, or is not given."""
+    if not isinstance(most, int) and path not in most:
+        raise ValueError(f"most has no width for layer {path!r}: lb.tune.max_widths gives one for each")
+    width = most if isinstance(most, int) else most[path]
+    if width not in kernel.type.format.widths:
+        raise ValueError(f"layer {path!r} is {kernel.type.format}, of widths {kernel.type.format.widths}, not {width}")
+    return width
 
 
 def weights(kernel: Kernel) -> int:

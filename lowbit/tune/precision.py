@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lowbit.array import QuantArray
-from lowbit.nn.kernel import Kernel, Threshold, layer_kernels
+from lowbit.nn.kernel import Threshold, layer_kernels
 from lowbit.ops import matmul
 from lowbit.quant_type import QuantType
-from lowbit.tune.nested import mean_over, nested, weights
+from lowbit.tune.nested import largest, mean_over, nested, weights
 from lowbit.tune.step import Loss
 from lowbit.tune.text import next_token_loss
 
@@ -96,8 +96,8 @@ def blended(
     out: M = nnx.clone(model)
     found = nested(out, layers)
     levels = {path: _levels(path, kernel, most, widths) for path, kernel in found.items()}
-    least, largest = ({path: of[end] for path, of in levels.items()} for end in (0, -1))
-    low, high = mean_over(found, least), mean_over(found, largest)
+    least, highest = ({path: of[end] for path, of in levels.items()} for end in (0, -1))
+    low, high = mean_over(found, least), mean_over(found, highest)
     if not low <= target <= high:
         raise ValueError(
             f"target={target} is out of reach: with these widths the mean over {len(found)} layers is from {low:.4g} to"
@@ -112,15 +112,13 @@ def blended(
 
 def _levels(path: str, kernel: Kernel, most: int | Mapping[str, int], widths: Sequence[int] | None) -> tuple[int, ...]:
     """Those that a layer may have, up to its largest."""
-    if not isinstance(most, int) and path not in most:
-        raise ValueError(f"most has no width for layer {path!r}: lb.tune.max_widths gives one for each")
-    largest, held = most if isinstance(most, int) else most[path], kernel.type.format.widths
-    for width in (largest, *(widths or ())):
+    highest, held = largest(path, kernel, most), kernel.type.format.widths
+    for width in widths or ():
         if width not in held:
             raise ValueError(f"layer {path!r} is {kernel.type.format}, of widths {held}, not {width}")
-    if widths is not None and largest not in widths:
-        raise ValueError(f"most={largest} of layer {path!r} is none of widths={tuple(widths)}: add it, or give another")
-    return tuple(b for b in held if b <= largest and (widths is None or b in widths))
+    if widths is not None and highest not in widths:
+        raise ValueError(f"most={highest} of layer {path!r} is none of widths={tuple(widths)}: add it, or give another")
+    return tuple(b for b in held if b <= highest and (widths is None or b in widths))
 
 
 def _start(widths: tuple[int, ...], target: float) -> float | None:

@@ -14,9 +14,10 @@ import numpy as np
 from flax import nnx
 
 from lowbit.io import CheckpointError, read, read_header, write
-from lowbit.nn.kernel import expect_module, layer_kernels
+from lowbit.nn.kernel import Kernel, expect_module, layer_kernels
 from lowbit.nn.progress import bar
 from lowbit.nn.reached import Call
+from lowbit.nn.statistics import Statistic, as_estimate
 from lowbit.nn.switch import ESTIMATES, WIDTHS, Switch
 from lowbit.tune.captured import Measured, Passes
 from lowbit.tune.estimators import Estimators
@@ -77,7 +78,7 @@ def thresholds(
     batches: Iterable[Any],
     call: Call | None = None,
     *,
-    estimators: Estimators | None = Estimators(),  # noqa: B008, it is frozen
+    estimators: Estimators | Statistic | None = Estimators(),  # noqa: B008, it is frozen
     quantile_of: QuantileOf = "error",
     progress: bool | None = None,
 ) -> Thresholds:
@@ -85,8 +86,9 @@ def thresholds(
 
     A layer with the precision p between the widths l < h uses h for the share 1 - r = (p - l) / (h - l) of its inputs,
     those for which it matters most: its threshold is the quantile r of ||(W_h - W_l) x|| over the inputs x that it has
-    in the dense model. Where r is above 0.99 or below 0.01 it has one width. When it runs, the norm is estimated: by a
-    line in ||x|| where that explains 0.9 of its variance, or else by a projection G of 64 rows, ||G x||.
+    in the dense model. Of a format that rounds activations, such as `lb.nested_fp`, it is that of the same difference
+    of products, ||y_h - y_l||. Where r is above 0.99 or below 0.01 it has one width. When it runs, the norm is
+    estimated: by a line in ||x|| where that explains 0.9 of its variance, or else by ||G x||, a projection of 64 rows.
 
     Args:
       model: of `lb.tune.blended`, trained; left as it is.
@@ -94,19 +96,19 @@ def thresholds(
       batches: what `call` takes; they are held. Published are 40 sequences of 512 tokens. Each place counts, also
         padding.
       call: `call(model, batch)`; `model(batch)` by default. It is compiled.
-      estimators: how they are found; None for layers that compute both widths, which is exact and dear.
+      estimators: how they are found; None for layers that compute both widths, which is exact and dear. Or the name of
+        a statistic of x, see `lb.tune.switched_by`: the threshold is then the quantile of that.
       quantile_of: "error", as published: the quantile is that of the norms themselves. Where these differ less from
         input to input than estimates of them err, more inputs than the share, or fewer, are estimated above it.
         "estimate": the quantile of what is estimated, so that the share is kept whatever the estimates are worth.
       progress: show a progress bar; by default when standard error is a terminal.
 
     The dense model runs once over the batches, and once more for each layer that needs a projection or the quantile of
-    its estimates. The device holds
-    the inputs of one such layer at a time, in float32, and otherwise a few floats a row.
+    its estimates. The device holds the inputs of one such layer at a time, in float32, and otherwise a few floats a row.
 
     Raises ValueError for a model without precisions, a layer that the dense model does not run or has with other
-    inputs, inputs that are not finite, and for fewer inputs than the quantile of a layer needs; TypeError for what is
-    no module.
+    inputs, inputs that are not finite, fewer inputs than the quantile of a layer needs, and a statistic that there is
+    not; TypeError for what is no module.
 
     >>> from flax import nnx
     >>> import jax, lowbit as lb
@@ -121,10 +123,12 @@ def thresholds(
     expect_module(dense, "run")
     if quantile_of not in get_args(QuantileOf):
         raise ValueError(f"quantile_of={quantile_of!r} must be one of {', '.join(get_args(QuantileOf))}")
+    statistic = estimators if isinstance(estimators, str) else None
+    one_width = as_estimate(statistic or "norm")
     found, held = blends(model), layer_kernels(model)
     between = {path: _between(blend) for path, blend in found.items()}
     pairs = {path: (low, high) for path, (low, high, share) in between.items() if ALWAYS <= share <= 1 - ALWAYS}
-    passes = Passes(dense, call or _called, list(batches), pairs, held)
+    passes = Passes(dense, call or _called, list(batches), pairs, held, statistic)
     if pairs and not passes.given:
         raise ValueError("no batches were given: there is nothing to take a quantile of")
     measured = passes.measured() if pairs else {}
@@ -142,7 +146,7 @@ def thresholds(
                     made["threshold"] = _threshold(path, measured[path], np.asarray(estimates), 1 - share)
             else:
                 one = jnp.float32(-inf if share > 0.5 else inf)
-                made |= {"threshold": one, "slope": jnp.float32(0), "offset": jnp.float32(0)}
+                made |= {"threshold": one, **one_width}
             values |= {f"{path}/{name}": value for name, value in made.items()}
             advance()
     return Thresholds(values, fingerprint(held, found))
@@ -173,10 +177,12 @@ def _threshold(path: str, measured: Measured, errors: np.ndarray, r: float) -> j
 
 
 def _estimate(
-    path: str, measured: Measured, passes: Passes, number: int, estimators: Estimators | None
+    path: str, measured: Measured, passes: Passes, number: int, estimators: Estimators | Statistic | None
 ) -> dict[str, jax.Array]:
     if estimators is None:
         return {}
+    if isinstance(estimators, str):
+        return as_estimate(estimators)
     if (line := estimators.line(measured.norms, measured.errors)) is not None:
         return line
     return estimators.projected(passes.inputs(path), passes.difference(path), measured.errors, number)
@@ -211,10 +217,15 @@ def switched(model: M, found: Thresholds, *, asynchronous: bool = False) -> M:
             "tables differ; give the model that they were found for"
         )
     for path, values in found.layers.items():
-        if held[path].width is not None:
-            del held[path].width
-        held[path].reader = Switch({**values, "asynchronous": jnp.bool_(True)} if path in fed else values)
+        choose_by(held[path], {**values, "asynchronous": jnp.bool_(True)} if path in fed else values)
     return out
+
+
+def choose_by(kernel: Kernel, values: Mapping[str, jax.Array]) -> None:
+    """The kernel from now on chooses its width by these: see `lb.nn.Switch`."""
+    if kernel.width is not None:
+        del kernel.width
+    kernel.reader = Switch(values)
 
 
 def _fed(model: nnx.Module) -> frozenset[str]:

@@ -151,6 +151,7 @@ def test_choosing_widths() -> None:
     ways = ("fixed", "line", "projection", "both", "both_asynchronous")
     assert set(found) == layers | {f"block_{way}" for way in ways}
     assert all(r["value"] > 0 for r in found.values())
+    assert all(found[f"{name}_fixed"]["ratio"] == 1 for name in ("512x512", "512x128", "block"))
 
 
 def test_options_of_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:

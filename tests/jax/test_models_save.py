@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 import lowbit as lb
+from lowbit.nn.switch import SETTINGS
 from tests.llama_folder import W, assert_same, tensors, written
 
 RULES = {"layers/*/mlp/*": lb.uniform(4, group=16), "embed": lb.uniform(4, group=16)}
@@ -102,8 +104,8 @@ def test_a_model_that_load_would_not_make_is_not_saved(folder: Path, tmp_path: P
     ("spoil", "message"),
     [
         (
-            lambda f, j: j["quantization_config"].update(version=2),
-            r"states version 2 of lowbit's folders, and this library re",
+            lambda f, j: j["quantization_config"].update(version=3),
+            r"states version 3 of lowbit's folders, and this library reads 1 and 2: upgrade",
         ),
         (
             lambda f, j: j["quantization_config"].update(dtype="int8"),
@@ -130,4 +132,85 @@ def test_a_folder_of_lowbit_that_does_not_fit_is_refused(
     spoil(saved, j)
     (saved / "config.json").write_text(json.dumps(j))
     with pytest.raises(lb.CheckpointError, match=message):
+        lb.models.load(saved)
+
+
+# ---------------------------------------------------------------- layers that choose their widths
+
+ESTIMATES = {
+    "up": {"slope": np.float32(0.5), "offset": np.float32(0.125)},
+    "gate": {"projection": jnp.full((3, W), 0.25, jnp.bfloat16)},
+    "down": {},
+}
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("models") / "llama", tensors())
+
+
+@pytest.fixture(scope="module")
+def switched(origin: Path) -> Any:
+    """A model with each kind of estimator, one of whose layers has lost planes."""
+    model = lb.models.load(origin, {"layers/0/mlp/*": lb.any_precision(2, 4)})
+    model = lb.tune.narrowed(model, {"layers/0/mlp/down": 3}, layers="layers/0/mlp/down")
+    widths = {name: np.int32(b) for name, b in {"low": 2, "high": 3, "most": 3}.items()}
+    for name, estimate in ESTIMATES.items():
+        values = {**widths, "threshold": np.float32(1.5), **estimate}
+        getattr(model.layers[0].mlp, name).kernel.reader = lb.nn.Switch({n: jnp.asarray(v) for n, v in values.items()})
+    return model
+
+
+@pytest.mark.parametrize("by", ["row", "call"])
+def test_layers_that_choose_their_widths_come_back_as_they_were(
+    origin: Path, tmp_path: Path, switched: Any, by: Any
+) -> None:
+    model = lb.nn.switching(switched, by)
+    lb.models.save(model, tmp_path / "saved", origin)
+    again = lb.models.load(tmp_path / "saved")
+    assert_same(again, model)
+    assert hash(nnx.graphdef(again)) == hash(nnx.graphdef(model))
+    stated = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert stated["version"] == 2 and stated["switches"]["layers/0/mlp/up"]["by"] == by
+    lb.models.save(again, tmp_path / "again", tmp_path / "saved")  # its own source
+    blended = lb.tune.blended(model, {f"layers/0/mlp/{n}": 3 for n in ESTIMATES}, 2.5)
+    with pytest.raises(ValueError, match=r"in 'layers/0/mlp/\w+/kernel/reader/z'"):
+        lb.models.save(blended, tmp_path / "blended", origin)
+
+
+def test_all_that_is_static_in_a_switch_is_saved(switched: Any) -> None:
+    switch = switched.layers[0].mlp.down.kernel.reader
+    held = {n: v for n, v in vars(switch).items() if not n.startswith("_") and v is not None}
+    assert {n for n, v in held.items() if not isinstance(v, nnx.Variable)} == SETTINGS.keys()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda found: found.clear(), r"the model lacks 'layers/0/mlp/down/kernel/reader/high'"),
+        (lambda found: found.update({"layers/1/mlp/up": found["layers/0/mlp/up"]}), r"'layers/1/mlp/up' chooses its w"),
+        (
+            lambda found: found["layers/0/mlp/up"].update(by="token"),
+            r"by = 'token' of layer 'layers/0/mlp/up', which",
+        ),
+        (lambda found: found["layers/0/mlp/up"].clear(), r"states {} of layer 'layers/0/mlp/up', which are not the se"),
+    ],
+)
+def test_switches_that_do_not_fit_are_refused(
+    origin: Path, tmp_path: Path, switched: Any, spoil: Any, message: str
+) -> None:
+    saved = tmp_path / "saved"
+    lb.models.save(switched, saved, origin)
+    j = json.loads((saved / "config.json").read_text())
+    spoil(j["quantization_config"]["switches"])
+    (saved / "config.json").write_text(json.dumps(j))
+    with pytest.raises(lb.CheckpointError, match=message):
+        lb.models.load(saved)
+    j["quantization_config"]["switches"] = 3
+    (saved / "config.json").write_text(json.dumps(j))
+    with pytest.raises(lb.CheckpointError, match="states switches = 3, which are no settings by layer: get the file"):
+        lb.models.load(saved)
+    data = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(data[:-100])
+    with pytest.raises(lb.CheckpointError, match=r"model\.safetensors"):
         lb.models.load(saved)

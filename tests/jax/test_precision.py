@@ -16,10 +16,11 @@ from flax import nnx
 
 import lowbit as lb
 from lowbit.nn.calibrate import LayerStats
-from lowbit.nn.switch import norm
+from lowbit.nn.kernel import Kernel, layer_kernels
+from lowbit.nn.statistics import norm
 from lowbit.testing.tolerance import gamma, unit
-from lowbit.tune.captured import exact
 from lowbit.tune.estimators import Estimators, line, random_projection, tuned
+from lowbit.tune.nested import fingerprint
 from lowbit.tune.precision import _blend, pair
 
 RNG = np.random.default_rng(0)
@@ -49,6 +50,11 @@ def weight(path: str, width: int) -> np.ndarray:
 
 def delta(path: str, low: int, high: int) -> np.ndarray:
     return weight(path, high) - weight(path, low)
+
+
+def exact(x: Any, difference: Any) -> jax.Array:
+    """||x difference|| of each row."""
+    return jnp.asarray(np.linalg.norm(np.asarray(x, np.float64) @ np.asarray(difference), axis=1), jnp.float32)
 
 
 def bound(x: Any, *read: np.ndarray) -> np.ndarray:
@@ -96,6 +102,56 @@ def test_budgets_that_are_refused() -> None:
     measured = {**stats(), "first": LayerStats(None, None, 1, gradient_square=np.ones((16, 9), np.float32))}
     with pytest.raises(ValueError, match=r"'first' is \[16, 16\] and in the dense model \[16, 9\]"):
         lb.tune.max_widths(SMALL, other, measured, bits=3)
+
+
+def test_planes_beyond_the_largest_widths_are_dropped() -> None:
+    most = {"first": 3, "second": 2}
+    less = lb.tune.narrowed(SMALL, most)
+    assert {p: getattr(less, p).kernel.type.format.widths for p in most} == {"first": (2, 3), "second": (2,)}
+    assert set(less.first.kernel.type.fields) == {"planes", "table2", "table3"}
+    expected = sum(n * (16 * b // 8 + 4 * sum(2**w for w in range(2, b + 1))) for n, b in ((16, 3), (8, 2)))
+    stored = sum(row.bytes for row in lb.report(less).rows if row.format.startswith("any_precision"))
+    assert stored == expected
+    for path, b in (("first", 2), ("first", 3), ("second", 2)):
+        array = getattr(less, path).kernel.array
+        read = lb.dequantize(lb.QuantArray(array.fields, array.type.at(b)))
+        np.testing.assert_array_equal(np.asarray(read, np.float64), weight(path, b))
+    assert float(lb.tune.mean_bits(lb.tune.blended(less, most, 2.5))) == pytest.approx((256 * 2.5 + 128 * 2) / 384)
+    assert np.isnan(less.first.kernel.stats.get_value()).all()
+    at = lb.tune.narrowed(lb.at_width(SMALL, 2), 3)
+    assert at.first.kernel.type.format["width"] == 2
+    assert SMALL.first.kernel.planes.shape[0] == 4 and lb.tune.narrowed(SMALL, 4).first.kernel.type.format == FORMAT
+    bcq = nnx.Dict(first=layer(lb.any_bcq(1, 3, group=8, offset=True)))
+    two = lb.at_width(bcq, 2).first.kernel.array
+    np.testing.assert_array_equal(lb.dequantize(lb.tune.narrowed(bcq, 2).first.kernel.array), lb.dequantize(two))
+
+
+def test_planes_that_cannot_be_dropped() -> None:
+    with pytest.raises(ValueError, match="most has no width for layer 'second'"):
+        lb.tune.narrowed(SMALL, {"first": 3})
+    with pytest.raises(ValueError, match=r"'first' is nested_fp\(\), which is stored whole: its largest width is 16"):
+        lb.tune.narrowed(nnx.Dict(first=layer(lb.nested_fp())), 8)
+    with pytest.raises(ValueError, match=r"'first' chooses between its widths or is laid.*: narrow it before"):
+        lb.tune.narrowed(lb.tune.blended(SMALL, 4, 2.5), 3)
+
+
+def layer(fmt: lb.Format) -> lb.nn.Linear:
+    """Of random codes."""
+    array = lb.testing.random_array(lb.QuantType((("k", 16), ("n", 4)), "f32", fmt))
+    return lb.nn.Linear(Kernel(array, jnp.zeros(2)), None, None)
+
+
+@pytest.mark.slow
+def test_a_model_without_the_planes_it_does_not_need_switches_as_the_whole_one() -> None:
+    most = {"first": 3, "second": 2}
+    less = lb.tune.narrowed(SMALL, most)
+    found = lb.tune.thresholds(lb.tune.blended(less, most, 2.5), DENSE, [X], estimators=None)
+    assert float(found.layers["second"]["threshold"]) == np.inf
+    of_whole = replace(found, base=fingerprint(layer_kernels(SMALL), SIZES))
+    np.testing.assert_array_equal(lb.tune.switched(SMALL, of_whole)(X), lb.tune.switched(less, found)(X))
+    assert lb.tune.max_widths(less, DENSE, stats(), bits=9) == most
+    with pytest.raises(ValueError, match=r"'first' chooses between its widths or is laid.*: narrow it before"):
+        lb.tune.narrowed(lb.prepare(SMALL, "hopper"), 3)
 
 
 # ---------------------------------------------------------------- precisions
@@ -420,11 +476,36 @@ def test_decoding_chooses_anew_at_each_step_in_one_program(decoder: Any) -> None
     assert np.mean(means) == pytest.approx(float(bits.mean), rel=1e-5)
 
 
+def test_generating_tells_the_widths_of_each_step(decoder: Any) -> None:
+    _, model = decoder
+    made, bits = lb.models.generate(model, [[3]], 6, bits=True)
+    assert len(bits) == len(made[0]) == 6
+    for step in bits:
+        widths = [float(b) for b in step.layers.values()]
+        assert len(widths) == 3 and {*widths} <= {2.0, 3.0}
+        assert float(step.mean) == pytest.approx(np.mean(widths))  # the layers are of one size
+    assert len({float(step.mean) for step in bits}) > 1
+    with pytest.raises(ValueError, match="Decoder has no layer that switches"):
+        lb.models.stream(lb.at_width(model, 2), [[3]], 4, bits=True)
+
+
+def test_scores_come_with_effective_bits(decoder: Any) -> None:
+    tokens, model = decoder
+    text = np.asarray(tokens[0, :17])  # one window, all of whose targets count
+    score = lb.models.evaluate(model, text, length=16, batch=1)
+    logits, bits = nnx.jit(lambda m, t: lb.nn.effective_bits(lambda m: m(t), m))(model, tokens[:1, :16])
+    assert score.effective_bits == pytest.approx(float(bits.mean), rel=1e-6) and 2 < score.effective_bits < 3
+    picked = np.asarray(jax.nn.log_softmax(logits[0]))[np.arange(16), text[1:]]
+    assert score.nats == pytest.approx(-picked.mean(), rel=1e-5)
+    assert lb.models.evaluate(lb.at_width(model, 2), text, length=16, batch=1).effective_bits is None
+
+
 @pytest.mark.slow
 def test_generating_takes_steps_at_the_chosen_widths(decoder: Any) -> None:
     tokens, model = decoder
     prompt = tokens[0, :3].tolist()
     found = lb.models.generate(model, [prompt], 4)[0]
+    assert found == lb.models.generate(model, [prompt], 4, bits=True).tokens[0]
     text = [*prompt]
     cache = lb.models.DenseKV().empty(model.config, 1, 16, jnp.float32)
     most, call = lb.nn.switching(model, "most"), lb.nn.switching(model, "call")
