@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lowbit.array import QuantArray
-from lowbit.nn.kernel import Threshold, layer_kernels
+from lowbit.nn.kernel import Kernel, Threshold, layer_kernels
 from lowbit.ops import matmul
 from lowbit.quant_type import QuantType
 from lowbit.tune.nested import largest, mean_over, nested, weights

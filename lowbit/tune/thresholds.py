@@ -104,7 +104,7 @@ def thresholds(
       progress: show a progress bar; by default when standard error is a terminal.
 
     The dense model runs once over the batches, and once more for each layer that needs a projection or the quantile of
-    its estimates. The device holds the inputs of one such layer at a time, in float32, and otherwise a few floats a row.
+    its estimates. The device holds the inputs of one such layer at a time, float32, and otherwise a few floats a row.
 
     Raises ValueError for a model without precisions, a layer that the dense model does not run or has with other
     inputs, inputs that are not finite, fewer inputs than the quantile of a layer needs, and a statistic that there is
@@ -142,8 +142,7 @@ def thresholds(
                 made["threshold"] = _threshold(path, measured[path], measured[path].errors, 1 - share)
                 made |= _estimate(path, measured[path], passes, number, estimators)
                 if quantile_of == "estimate":
-                    estimates = Switch(made).estimate(passes.inputs(path), held[path].array)
-                    made["threshold"] = _threshold(path, measured[path], np.asarray(estimates), 1 - share)
+                    made["threshold"] = _threshold(path, measured[path], _estimates(path, made, passes), 1 - share)
             else:
                 one = jnp.float32(-inf if share > 0.5 else inf)
                 made |= {"threshold": one, **one_width}
@@ -174,6 +173,11 @@ def _threshold(path: str, measured: Measured, errors: np.ndarray, r: float) -> j
             "least: give more or longer batches"
         )
     return jnp.float32(np.quantile(errors, r))
+
+
+def _estimates(path: str, values: Mapping[str, jax.Array], passes: Passes) -> np.ndarray:
+    """Of all rows that a layer multiplies, float32 [rows]."""
+    return np.asarray(Switch(values).estimate(passes.inputs(path), passes.arrays[path]))
 
 
 def _estimate(
