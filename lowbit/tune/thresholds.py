@@ -144,8 +144,7 @@ def thresholds(
                 if quantile_of == "estimate":
                     made["threshold"] = _threshold(path, measured[path], _estimates(path, made, passes), 1 - share)
             else:
-                one = jnp.float32(-inf if share > 0.5 else inf)
-                made |= {"threshold": one, **one_width}
+                made |= {"threshold": jnp.float32(-inf if share > 0.5 else inf), **one_width}
             values |= {f"{path}/{name}": value for name, value in made.items()}
             advance()
     return Thresholds(values, fingerprint(held, found))
