@@ -19,7 +19,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from math import exp, log
+from math import exp, log, nan
 from typing import Any
 
 import jax
@@ -45,9 +45,9 @@ TOLERANCE = 0.02
 PAIRS = ((4, 5), (4, 6), (3, 5), (3, 6))
 PAIRS_AT = 4.5
 """As published."""
-DP, EXACT, BLENDED, SOME = "DP-LLM", "DP-LLM, exact", "DP-LLM, blended", "DP-LLM, some layers"
-CARRIED = 0.3
-"""Of a layer's squared differences, by the quarter of inputs where they are largest: those with more are `SOME`."""
+DP, EXACT, BLENDED = "DP-LLM", "DP-LLM, exact", "DP-LLM, blended"
+ERRORS = 2.0
+"""Standard errors of a mean of differences that may be chance."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Row:
       target: bits a weight that were asked for.
       bits: effective bits, the mean over positions.
       layers: the same by layer.
+      losses: bits a byte of each sequence.
       pairs: of layers that choose, their two widths.
       of_queries: effective bits of each sequence, of a model that chooses.
     """
@@ -68,6 +69,7 @@ class Row:
     perplexity: float
     bits_per_byte: float
     layers: dict[str, float]
+    losses: list[float] = field(default_factory=list)
     pairs: dict[str, tuple[int, int]] = field(default_factory=dict)
     of_queries: list[float] = field(default_factory=list)
 
@@ -75,7 +77,14 @@ class Row:
         """What so many of the sequences stay within, relative to the mean of all: of effective bits."""
         return float(np.quantile(np.abs(np.array(self.of_queries) / np.mean(self.of_queries) - 1), share))
 
+    def over(self, other: Row) -> tuple[float, float]:
+        """By how many bits a byte this loses more than another on the same sequences, and the standard error."""
+        differences = np.array(self.losses) - np.array(other.losses)
+        count = len(differences)
+        return float(differences.mean()), float(differences.std(ddof=1) / count**0.5) if count > 1 else nan
 
+
+Nats = np.ndarray[Any, np.dtype[np.float64]]
 Made = dict[tuple[str, float], Row]
 """By method and target."""
 
@@ -99,57 +108,43 @@ def _over(s: Subject, call: Callable[..., Any], *given: Any) -> Any:
     return jax.tree.map(lambda *of: np.concatenate([np.asarray(a, np.float64) for a in of]), *parts)
 
 
-def _row(s: Subject, method: str, target: float, nats: float, layers: Mapping[str, float], **more: Any) -> Row:
+def _row(s: Subject, method: str, target: float, nats: Nats, layers: Mapping[str, float], **more: Any) -> Row:
     bits = sum(s.sizes[path] * b for path, b in layers.items()) / sum(s.sizes.values())
-    return Row(method, target, bits, exp(nats), nats / log(2) / s.text.bytes_per_token, dict(layers), **more)
+    losses = nats / log(2) / s.text.bytes_per_token
+    return Row(
+        method, target, bits, exp(nats.mean()), float(losses.mean()), dict(layers), losses.round(6).tolist(), **more
+    )
 
 
 def of_widths(s: Subject, method: str, target: float, widths: Mapping[str, int]) -> Row:
     """Of one width a layer."""
-    nats = _over(s, _fixed, s.small, {path: jnp.int32(b) for path, b in widths.items()}).mean()
-    return _row(s, method, target, float(nats), widths)
+    nats = _over(s, _fixed, s.small, {path: jnp.int32(b) for path, b in widths.items()})
+    return _row(s, method, target, nats, widths)
 
 
-def of_choices(
-    s: Subject, method: str, target: float, found: lb.tune.Thresholds, base: Mapping[str, int] | None = None
-) -> Row:
-    """Of layers that choose, and others at the widths of `base`."""
-    base = base or {}
-    nats, bits = _over(s, _chosen, lb.tune.switched(precisions.at(s, base), found))
+def of_choices(s: Subject, method: str, target: float, found: lb.tune.Thresholds) -> Row:
+    """Of layers that choose."""
+    nats, bits = _over(s, _chosen, lb.tune.switched(s.small, found))
     pairs = {p: (int(v["low"]), int(v["high"])) for p, v in found.layers.items() if np.isfinite(v["threshold"])}
-    layers = {path: base.get(path) or float(bits.layers[path].mean()) for path in s.sizes}
-    fixed = {path: s.sizes[path] for path in base}
-    total = sum(s.sizes.values())
-    of_queries = bits.mean * (1 - sum(fixed.values()) / total) + sum(fixed[p] * b for p, b in base.items()) / total
-    return _row(s, method, target, float(nats.mean()), layers, pairs=pairs, of_queries=of_queries.tolist())
+    layers = {path: float(bits.layers[path].mean()) for path in s.sizes}
+    return _row(s, method, target, nats, layers, pairs=pairs, of_queries=bits.mean.round(6).tolist())
 
 
-def sweep(s: Subject, targets: Sequence[float], choosing: Sequence[str], done: Made) -> Iterator[Row]:
-    """Every method at every target, and uniform widths. `choosing` are the layers of `SOME`."""
+def sweep(s: Subject, targets: Sequence[float], done: Made) -> Iterator[Row]:
+    """Every method at every target, and uniform widths."""
     for b in s.settings.widths:
         if ("uniform", b) not in done:
             yield of_widths(s, "uniform", b, dict.fromkeys(s.sizes, b))
     for target in targets:
-        if (SOME if choosing else DP, target) in done:  # the last one
+        if (DP, target) in done:  # the last one
             continue
-        mixes = {method: precisions.mix(s, harm(s), target) for method, harm in MIXES.items()}
-        for method, mix in mixes.items():
-            yield of_widths(s, method, target, mix)
+        for method, harm in MIXES.items():
+            yield of_widths(s, method, target, precisions.mix(s, harm(s), target))
         model = precisions.precise(s, target)
         layers = {path: float(blend.bits) for path, blend in blends(model).items()}
-        yield _row(s, BLENDED, target, float(_over(s, _fixed, model, {}).mean()), layers)
+        yield _row(s, BLENDED, target, _over(s, _fixed, model, {}), layers)
         yield of_choices(s, EXACT, target, precisions.thresholds(s, model, None))
         yield of_choices(s, DP, target, precisions.thresholds(s, model, s.estimators))
-        if choosing:
-            yield some(s, target, mixes["HAWQ-V2"], choosing)
-
-
-def some(s: Subject, target: float, mix: Mapping[str, int], choosing: Sequence[str]) -> Row:
-    """The mix, in which these layers choose and have together as many bits as in it."""
-    base = {path: b for path, b in mix.items() if path not in choosing}
-    bits = sum(s.sizes[path] * mix[path] for path in choosing) / sum(s.sizes[path] for path in choosing)
-    model = precisions.precise(s, bits, base=base)
-    return of_choices(s, SOME, target, precisions.thresholds(s, model, s.estimators), base)
 
 
 def pairs(s: Subject, target: float, done: Made) -> Iterator[Row]:
@@ -161,9 +156,9 @@ def pairs(s: Subject, target: float, done: Made) -> Iterator[Row]:
         yield of_choices(s, f"({low}, {high})", target, precisions.thresholds(s, model, None))
 
 
-def broken(rows: Sequence[Row], claimed: str) -> list[str]:
+def broken(rows: Sequence[Row]) -> list[str]:
     """What does not hold of what is claimed: that layers which choose use both widths, that effective bits are at the
-    target, and that no mix loses less than the method `claimed` at the same target."""
+    target, and that no mix loses less than DP-LLM at the same target, beyond what may be chance."""
     wrong = []
     for r in (r for r in rows if r.pairs):
         at = f"{r.method} at {r.target}"
@@ -172,19 +167,28 @@ def broken(rows: Sequence[Row], claimed: str) -> list[str]:
                 wrong.append(f"{at}: layer {path!r} has {r.layers[path]} bits always, of {low} and {high}")
         if not abs(r.bits / r.target - 1) <= TOLERANCE:
             wrong.append(f"{at}: {r.bits:.3f} effective bits, more than {TOLERANCE:.0%} off")
-    loss = {(r.method, r.target): r.bits_per_byte for r in rows}
-    for method, target in loss:
-        own = loss.get((claimed, target))
-        if method in MIXES and own is not None and not own <= loss[method, target]:  # nor NaN
-            both = f"{own:.4f} bits a byte, {loss[method, target]:.4f}"
-            wrong.append(f"{claimed} at {target} loses to {method}: {both}")
+    for r, mix in beside(rows, (DP,)):
+        more, error = r.over(mix)
+        if not more <= ERRORS * error:  # nor NaN
+            wrong.append(f"{r.method} at {r.target} loses {more:.4f} bits a byte to {mix.method}, +- {error:.4f}")
     return wrong
 
 
-def claimed(carried: Mapping[str, float], sizes: Mapping[str, int]) -> str:
-    """The method that is no worse than mixes: where all layers choose, if most weights have something to choose by."""
-    has = sum(sizes[path] for path, part in carried.items() if part > CARRIED)
-    return DP if 2 * has >= sum(sizes.values()) else SOME
+def beside(rows: Sequence[Row], methods: Sequence[str] = (DP, EXACT)) -> list[tuple[Row, Row]]:
+    """Rows of layers that choose, each with those of the mixes at its target."""
+    own, mixes = ([r for r in rows if r.method in names] for names in (methods, MIXES))
+    return [(r, mix) for r in own for mix in mixes if mix.target == r.target]
+
+
+def gains(rows: Sequence[Row]) -> str:
+    """What layers that choose lose more than mixes, in bits a byte with its standard error, as Markdown."""
+    names = [f"{method} over {mix}" for method in (DP, EXACT) for mix in MIXES]
+    found = {(r.target, f"{r.method} over {mix.method}"): r.over(mix) for r, mix in beside(rows)}
+    lines = [f"| target | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for target in sorted({target for target, _ in found}):
+        cells = ("{:+.4f} ± {:.4f}".format(*found[target, name]) for name in names)
+        lines.append(f"| {target:g} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -209,19 +213,17 @@ def read(result: Mapping[str, Any], name: str) -> list[Row]:
 def run(s: Subject, targets: Sequence[float], out: pathlib.Path, say: Callable[[str], None]) -> list[str]:
     """Measures and writes everything; what is claimed and does not hold."""
     out.mkdir(parents=True, exist_ok=True)
-    dense, carried = float(_over(s, _fixed, s.dense, {}).mean()), precisions.carried(s)
+    dense = float(_over(s, _fixed, s.dense, {}).mean())
     result: dict[str, Any] = {
         "machine": machine(),
         "settings": asdict(s.settings),
         "most": dict(s.most),
-        "carried": carried,
-        "claimed": claimed(carried, s.sizes),
+        "carried": precisions.carried(s),
         "float": {"perplexity": exp(dense), "bits_per_byte": dense / log(2) / s.text.bytes_per_token},
     }
     made = {name: _kept(out, result, name) for name in ("rows", "pairs")}
-    choosing = [path for path, part in carried.items() if part > CARRIED]
     has_pairs = s.settings.least <= PAIRS[-1][0] and s.settings.most >= PAIRS[-1][1]
-    rows = sweep(s, targets, choosing, made["rows"])
+    rows = sweep(s, targets, made["rows"])
     for name, every in (("rows", rows), ("pairs", pairs(s, PAIRS_AT, made["pairs"]) if has_pairs else ())):
         for row in every:
             made[name][row.method, row.target] = row
@@ -229,9 +231,9 @@ def run(s: Subject, targets: Sequence[float], out: pathlib.Path, say: Callable[[
             (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
             say(table([row]).splitlines()[-1])
     found, wide = (list(of.values()) for of in made.values())
-    (out / "table.md").write_text(table(found) + "\n" + table(wide))
+    (out / "table.md").write_text("\n".join((table(found), gains(found), table(wide))))
     dp_plots.every(found, DP, out)
-    return broken([*found, *wide], result["claimed"])
+    return broken([*found, *wide])
 
 
 def _kept(out: pathlib.Path, result: Mapping[str, Any], name: str) -> Made:

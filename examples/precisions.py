@@ -214,34 +214,20 @@ class Once(lb.tune.Estimators):
         return self.found[key]
 
 
-def precise(
-    s: Subject,
-    target: float,
-    *,
-    most: int | None = None,
-    widths: Sequence[int] | None = None,
-    base: Mapping[str, int] | None = None,
-) -> Any:
+def precise(s: Subject, target: float, *, most: int | None = None, widths: Sequence[int] | None = None) -> Any:
     """The second phase. The target is data, so that one compiled step serves all.
 
     Args:
-      target: of the mean over all layers; with `base` over those that choose.
+      target: of the mean over all layers.
       most: of all layers, instead of the first phase's.
       widths: see `lb.tune.blended`.
-      base: widths of the layers that do not choose; all choose if None.
     """
-    layers = BLOCKS if base is None else [path for path in s.sizes if path not in base]
-    start = lb.tune.blended(at(s, base), s.most if most is None else most, target, widths=widths, layers=layers)
+    start = lb.tune.blended(s.small, s.most if most is None else most, target, widths=widths, layers=BLOCKS)
     alpha = 10.0 if target <= s.settings.least + NEAR else 1.0  # as published
     pull = {"target": np.float32(target), "alpha": np.float32(alpha)}
     order = np.arange(s.settings.steps * s.settings.batch).reshape(-1, s.settings.batch) % len(s.text.seen)
     data = [pull | {"tokens": s.text.seen[i], "mask": np.ones_like(s.text.seen[i], bool)} for i in order]
     return lb.tune.train(start, data, tx=s.tx, steps=s.settings.steps, wrt=lb.Threshold, loss=_toward).model
-
-
-def at(s: Subject, widths: Mapping[str, int] | None) -> Any:
-    """The quantized model with these layers at a width, which is data too."""
-    return lb.at_width(s.small, {path: jnp.int32(b) for path, b in widths.items()}) if widths else s.small
 
 
 def _toward(model: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
