@@ -19,7 +19,7 @@ from lowbit.nn.progress import bar
 from lowbit.nn.reached import Call
 from lowbit.nn.statistics import Statistic, as_estimate
 from lowbit.nn.switch import ESTIMATES, WIDTHS, Switch
-from lowbit.tune.captured import Measured, Passes
+from lowbit.tune.captured import Array, Measured, Passes
 from lowbit.tune.estimators import Estimators
 from lowbit.tune.nested import fingerprint, nested
 from lowbit.tune.precision import Blend, blends, pair
@@ -162,7 +162,7 @@ def _between(blend: Blend) -> tuple[int, int, float]:
     return blend.widths[int(index)], blend.widths[int(index) + 1], float(share)
 
 
-def _threshold(path: str, measured: Measured, errors: np.ndarray, r: float) -> jax.Array:
+def _threshold(path: str, measured: Measured, errors: Array, r: float) -> jax.Array:
     """The quantile r of the errors of a layer, or of estimates of them."""
     if not measured.is_finite.all():
         raise ValueError(f"the inputs of layer {path!r} in the dense model are NaN or inf: repair it, or the batches")
@@ -174,7 +174,7 @@ def _threshold(path: str, measured: Measured, errors: np.ndarray, r: float) -> j
     return jnp.float32(np.quantile(errors, r))
 
 
-def _estimates(path: str, values: Mapping[str, jax.Array], passes: Passes) -> np.ndarray:
+def _estimates(path: str, values: Mapping[str, jax.Array], passes: Passes) -> Array:
     """Of all rows that a layer multiplies, float32 [rows]."""
     return np.asarray(Switch(values).estimate(passes.inputs(path), passes.arrays[path]))
 
