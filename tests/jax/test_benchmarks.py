@@ -50,6 +50,7 @@ def test_gradients() -> None:
         assert found[f"{name}_time"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_solver_is_as_good_as_the_published_one() -> None:
     found = named(list(quantize_speed.binary()))
     assert 0.02 < found["bcq3_alternating_mse"]["value"] < 0.04
@@ -79,6 +80,7 @@ def test_the_solvers_run_as_a_script() -> None:
     assert run.returncode == 0 and "--json" in run.stdout, run.stderr
 
 
+@pytest.mark.slow
 def test_nested_k_means_beside_the_published_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize_speed, "find_spec", lambda name: None)
     found = named(list(quantize_speed.nested()))
