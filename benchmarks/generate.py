@@ -1,10 +1,15 @@
 """Tokens a second and bytes a token of generation, dense and quantized.
 
-    python benchmarks/generate.py [--batch 1] [--smoke] [--json out.json]
+    python benchmarks/generate.py [--batch 1] [--dp] [--smoke] [--json out.json]
 
 A random model, shaped as those of Llama are, is timed in each format and with each kind of cache in turn, in one run.
 Prompts are read as generation reads them, without logits: of the last layer that is keys and values alone. `--smoke`
 takes a tiny model, to see that all runs.
+
+`--dp` instead times the tiny language model of examples/ with layers that choose their widths as they run (DP-LLM):
+with thresholds that they choose by, with thresholds that leave them no choice and are compared with all the same, and
+at fixed widths, without estimates. The last two differ by what choosing costs; `benchmarks/selector.py` adds what it
+costs in products as large as those of an 8B model.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ if __name__ == "__main__":  # as a script; as a module it has the repository's r
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lowbit as lb
+from benchmarks import selector
 from benchmarks.harness import Row, interleaved, main, row
 from lowbit.models import CacheKind, Config, Decoder, DenseKV, Rope, Sampling
 from lowbit.models.steps import Runner
@@ -32,6 +38,11 @@ FORMATS = {"uniform4": lb.uniform(4, group=128), "bcq3": lb.bcq(3, group=128)}
 CACHES: dict[str, CacheKind] = {
     "int8": lb.models.Int8KV(), "fp8": lb.models.Fp8KV(), "kivi4": lb.models.Kivi(4), "kivi2": lb.models.Kivi(2),
 }  # fmt: skip
+
+SHAPES_8B = {"width": 4096, "hidden": 14336}
+FOLDER = Path(__file__).parents[1] / "examples/tinylm/model"
+BLOCKS = ("layers/*/attn/*", "layers/*/mlp/*")
+"""The linear layers that choose their widths."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,8 @@ class Sizes:
     new: int = 128
 
 
+TINY = Sizes(width=256, hidden=768, layers=3, vocab=256, prompt=64, new=128)
+"""The model in `FOLDER`."""
 SMOKE = Sizes(width=128, hidden=128, layers=1, vocab=64, prompt=16, new=2)
 
 
@@ -93,7 +106,41 @@ class Timed:
         return tokens
 
 
-def measure(batch: int, smoke: bool = False) -> Iterator[Row]:
+def choosing(s: Sizes, model: Decoder) -> dict[str, Decoder]:
+    """With 3 and 4 bits to choose from: by thresholds, forced to one of the two, and of that width alone."""
+    small = lb.quantize(model, {**dict.fromkeys(BLOCKS, lb.any_precision(3, 6)), "**": None})
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, s.vocab, (4, s.prompt)), jnp.int32)
+    start = lb.tune.blended(small, 6, 3.5, layers=BLOCKS)
+    found = lb.tune.thresholds(start, model, [tokens], estimators=lb.tune.Estimators(steps=0), progress=False)
+
+    def at(threshold: float) -> Decoder:
+        values = {n: jnp.float32(threshold) if n.endswith("/threshold") else v for n, v in found.values.items()}
+        return lb.tune.switched(small, replace(found, values=values))
+
+    forced = {"forced3": at(np.inf), "forced4": at(-np.inf)}
+    return {"chosen": lb.tune.switched(small, found), **forced, **{f"fixed{b}": lb.at_width(small, b) for b in (3, 4)}}
+
+
+def measure_choosing(batch: int, smoke: bool = False) -> Iterator[Row]:
+    """Decoding, and the seconds that choosing adds to a step."""
+    s = replace(SMOKE if smoke else TINY, batch=batch)
+    model = dense(s) if smoke else lb.models.load(FOLDER)
+    timed = {name: Timed(of, DenseKV(), s) for name, of in choosing(s, model).items()}
+    seconds = interleaved({name: t.decode for name, t in timed.items()}, rounds=7)
+    base = {"chosen": "fixed3", "forced3": "fixed3", "forced4": "fixed4", "fixed3": "fixed3", "fixed4": "fixed4"}
+    for name, to in base.items():
+        rate = {n: s.batch * s.new / seconds[n] for n in (name, to)}
+        yield row(f"{name}_decode", rate[name], "tokens/s", to, rate[to])
+    for b in (3, 4):
+        step, more = seconds[f"fixed{b}"] / s.new, (seconds[f"forced{b}"] - seconds[f"fixed{b}"]) / s.new
+        yield row(f"choosing{b}_overhead", 1e6 * more, "us/step", f"fixed{b}", 1e6 * step)
+    yield from selector.measure(**SHAPES_8B, smoke=smoke)
+
+
+def measure(batch: int, smoke: bool = False, dp: bool = False) -> Iterator[Row]:
+    if dp:
+        yield from measure_choosing(batch, smoke)
+        return
     s = replace(SMOKE if smoke else Sizes(), batch=batch)
     model = dense(s)
     timed = {"dense": Timed(model, DenseKV(), s)}
@@ -111,7 +158,8 @@ def measure(batch: int, smoke: bool = False) -> Iterator[Row]:
 if __name__ == "__main__":
     main(
         "Generation on this machine's default device",
-        lambda batch, smoke: list(measure(batch, smoke)),
+        lambda batch, smoke, dp: list(measure(batch, smoke, dp)),
         batch=1,
         smoke=False,
+        dp=False,
     )

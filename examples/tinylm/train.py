@@ -10,11 +10,14 @@ and brings it down to 0 in 300 steps rather than 850. ``train_log.jsonl`` holds 
 each core: XLA's CPU backend spreads a matrix product over cores, but little else, and two replicas of half the batch
 were twice as fast as one. glibc's allocator returns each step's buffers to the system unless told otherwise;
 ``MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=8589934592`` keeps them.
+
+``--size 12M`` is a larger model, for an accelerator, of which nothing is shipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import math
@@ -41,6 +44,8 @@ from examples.tinylm.evaluate import bits_per_byte
 from examples.tinylm.model import Config, TinyLM
 from examples.tinylm.optim import optimizer, trapezoid
 
+SIZES = {"2.6M": Config(), "12M": Config(layers=6, width=384, hidden=1152)}
+"""By parameters. The larger one is for an accelerator."""
 AXIS = "replica"
 LOG_EVERY = 25
 SAVE_EVERY = 250
@@ -112,10 +117,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--layers", type=int, default=Config.layers)
-    parser.add_argument("--hidden", type=int, default=Config.hidden)
-    parser.add_argument("--context", type=int, default=Config.context)
+    parser.add_argument("--size", choices=SIZES, default="2.6M", help="parameters")
+    for name in ("layers", "hidden", "context"):
+        parser.add_argument(f"--{name}", type=int, help="instead of that of the size")
     return parser.parse_args()
+
+
+def configured(args: argparse.Namespace) -> Config:
+    """The sizes of the model that is asked for."""
+    own = {name: value for name in ("layers", "hidden", "context") if (value := getattr(args, name)) is not None}
+    return dataclasses.replace(SIZES[args.size], **own)
 
 
 def header(args: argparse.Namespace, parameters: int, text: int) -> dict[str, Any]:
@@ -147,16 +158,15 @@ class Log:
 def setup(args: argparse.Namespace) -> tuple[Mesh, nnx.GraphDef[TinyLM], nnx.State, optax.GradientTransformation]:
     """The replicas, the untrained model that computes in bf16, and the optimizer."""
     jax.config.update("jax_num_cpu_devices", args.replicas)
-    mesh = Mesh(np.array(jax.devices()), (AXIS,))
-    config = Config(layers=args.layers, hidden=args.hidden, context=args.context)
-    graph, params = nnx.split(TinyLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(args.seed)), nnx.Param)
+    mesh = Mesh(np.array(jax.devices()), (AXIS,))  # of accelerators, where there are some
+    graph, params = nnx.split(TinyLM(configured(args), dtype=jnp.bfloat16, rngs=nnx.Rngs(args.seed)), nnx.Param)
     tx = optimizer(
         trapezoid(args.warmup, args.steps, args.decay),
         muon_rate=args.muon_rate,
         adam_rate=args.adam_rate,
         decay=args.weight_decay,
         axis=AXIS,
-        replicas=args.replicas,
+        replicas=mesh.size,
     )
     return mesh, graph, params, tx
 
@@ -166,7 +176,7 @@ def train(args: argparse.Namespace) -> None:
     mesh, graph, params, tx = setup(args)
     text = np.frombuffer(b"".join(corpus.train_code().values()), np.uint8)
     watched = corpus.match_listed("code").text[:WATCHED]
-    config = Config(layers=args.layers, hidden=args.hidden, context=args.context)
+    config = configured(args)
     plain = nnx.graphdef(TinyLM(config, rngs=nnx.Rngs(0)))
     state, first = tx.init(params), 0
     if args.resume:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lowbit.array import QuantArray
-from lowbit.nn.kernel import Threshold, layer_kernels
+from lowbit.nn.kernel import Kernel, Threshold, layer_kernels
 from lowbit.ops import matmul
 from lowbit.quant_type import QuantType
 from lowbit.tune.nested import largest, mean_over, nested, weights
@@ -32,7 +32,7 @@ NEAR = 0.25
 class Blend(nnx.Module):
     """Makes the products of a layer at an average precision, p = lo + (B - lo) sigmoid(z).
 
-    With l <= p <= h two widths next to each other and r = (h - p) / (h - l), y = r x W_l + (1 - r) x W_h.
+    With l <= p <= h two of its widths, none between them, and r = (h - p) / (h - l), y = r x W_l + (1 - r) x W_h.
 
     Attributes:
       widths: from the least, lo, to the largest that the layer may have, B.
@@ -57,7 +57,14 @@ class Blend(nnx.Module):
         return _blend(array.type, self.widths, x, array.fields, self.bits)
 
 
-def blended(model: M, most: int | Mapping[str, int], target: float, *, layers: str | Sequence[str] = "**") -> M:
+def blended(
+    model: M,
+    most: int | Mapping[str, int],
+    target: float,
+    *,
+    widths: Sequence[int] | None = None,
+    layers: str | Sequence[str] = "**",
+) -> M:
     """A copy of a model of nested weights in which each layer has an average precision that can be trained.
 
     Each of the layers gets a `lb.Threshold`, one number, and its products blend the two widths next to its precision.
@@ -72,10 +79,12 @@ def blended(model: M, most: int | Mapping[str, int], target: float, *, layers: s
       most: the largest width, of all layers or of each by path, as `max_widths` gives it. A layer whose largest width
         is its least has nothing to train.
       target: the mean precision in bits over all weights of these layers, at which all of them start.
+      widths: that may be blended, such as (3, 6); every width of a layer's format if None, so that the two are next to
+        each other. Published is that pairs farther apart lose more.
       layers: patterns over the paths of the layers that choose; all quantized ones by default.
 
     Raises ValueError for a target that these widths cannot have on average, layers that are not nested (they are
-    named), a layer that `most` lacks, and a width that a layer does not have.
+    named), a layer that `most` lacks, a width that a layer does not have, and a largest width that `widths` lacks.
 
     >>> from flax import nnx
     >>> import jax, lowbit as lb
@@ -86,8 +95,8 @@ def blended(model: M, most: int | Mapping[str, int], target: float, *, layers: s
     """
     out: M = nnx.clone(model)
     found = nested(out, layers)
-    highest = {path: largest(path, kernel, most) for path, kernel in found.items()}
-    least = {path: kernel.type.format.widths[0] for path, kernel in found.items()}
+    levels = {path: _levels(path, kernel, most, widths) for path, kernel in found.items()}
+    least, highest = ({path: of[end] for path, of in levels.items()} for end in (0, -1))
     low, high = mean_over(found, least), mean_over(found, highest)
     if not low <= target <= high:
         raise ValueError(
@@ -97,9 +106,19 @@ def blended(model: M, most: int | Mapping[str, int], target: float, *, layers: s
     for path, kernel in found.items():
         if kernel.width is not None:
             del kernel.width
-        widths = tuple(b for b in kernel.type.format.widths if b <= highest[path])
-        kernel.reader = Blend(widths, weights(kernel), _start(widths, target))
+        kernel.reader = Blend(levels[path], weights(kernel), _start(levels[path], target))
     return out
+
+
+def _levels(path: str, kernel: Kernel, most: int | Mapping[str, int], widths: Sequence[int] | None) -> tuple[int, ...]:
+    """Those that a layer may have, up to its largest."""
+    highest, held = largest(path, kernel, most), kernel.type.format.widths
+    for width in widths or ():
+        if width not in held:
+            raise ValueError(f"layer {path!r} is {kernel.type.format}, of widths {held}, not {width}")
+    if widths is not None and highest not in widths:
+        raise ValueError(f"most={highest} of layer {path!r} is none of widths={tuple(widths)}: add it, or give another")
+    return tuple(b for b in held if b <= highest and (widths is None or b in widths))
 
 
 def _start(widths: tuple[int, ...], target: float) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, inf
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,13 @@ from lowbit.nn.progress import bar
 from lowbit.nn.reached import Call
 from lowbit.nn.statistics import Statistic, as_estimate
 from lowbit.nn.switch import Switch, is_choice
-from lowbit.tune.captured import Measured, Passes
+from lowbit.tune.captured import Array, Measured, Passes
 from lowbit.tune.estimators import Estimators
 from lowbit.tune.nested import fingerprint, nested
 from lowbit.tune.precision import Blend, blends, pair
 
 M = TypeVar("M", bound=nnx.Module)
+QuantileOf = Literal["error", "estimate"]
 ALWAYS = 0.01
 """A width that fewer inputs than this share would have is left out: the layer has the other one alone."""
 
@@ -78,6 +79,7 @@ def thresholds(
     call: Call | None = None,
     *,
     estimators: Estimators | Statistic | None = Estimators(),  # noqa: B008, it is frozen
+    quantile_of: QuantileOf = "error",
     progress: bool | None = None,
 ) -> Thresholds:
     """Where each layer of a model whose precisions were trained changes from one width to the next.
@@ -96,10 +98,13 @@ def thresholds(
       call: `call(model, batch)`; `model(batch)` by default. It is compiled.
       estimators: how they are found; None for layers that compute both widths, which is exact and dear. Or the name of
         a statistic of x, see `lb.tune.switched_by`: the threshold is then the quantile of that.
+      quantile_of: "error", as published: the quantile is that of the norms themselves. Where these differ less from
+        input to input than estimates of them err, more inputs than the share, or fewer, are estimated above it.
+        "estimate": the quantile of what is estimated, so that the share is kept whatever the estimates are worth.
       progress: show a progress bar; by default when standard error is a terminal.
 
-    The dense model runs once over the batches, and once more for each layer that needs a projection. The device holds
-    the inputs of one such layer at a time, in float32, and otherwise a few floats a row.
+    The dense model runs once over the batches, and once more for each layer that needs a projection or the quantile of
+    its estimates. The device holds the inputs of one such layer at a time, float32, and otherwise a few floats a row.
 
     Raises ValueError for a model without precisions, a layer that the dense model does not run or has with other
     inputs, inputs that are not finite, fewer inputs than the quantile of a layer needs, and a statistic that there is
@@ -116,6 +121,8 @@ def thresholds(
     """
     expect_module(model, "find the thresholds of")
     expect_module(dense, "run")
+    if quantile_of not in get_args(QuantileOf):
+        raise ValueError(f"quantile_of={quantile_of!r} must be one of {', '.join(get_args(QuantileOf))}")
     statistic = estimators if isinstance(estimators, str) else None
     one_width = as_estimate(statistic or "norm")
     found, held = blends(model), layer_kernels(model)
@@ -132,11 +139,12 @@ def thresholds(
             widths = {"low": low, "high": high, "most": blend.widths[-1]}
             made: dict[str, Any] = {name: jnp.int32(width) for name, width in widths.items()}
             if path in measured:
-                made["threshold"] = _threshold(path, measured[path], 1 - share)
+                made["threshold"] = _threshold(path, measured[path], measured[path].errors, 1 - share)
                 made |= _estimate(path, measured[path], passes, number, estimators)
+                if quantile_of == "estimate":
+                    made["threshold"] = _threshold(path, measured[path], _estimates(path, made, passes), 1 - share)
             else:
-                one = jnp.float32(-inf if share > 0.5 else inf)
-                made |= {"threshold": one, **one_width}
+                made |= {"threshold": jnp.float32(-inf if share > 0.5 else inf), **one_width}
             values |= {f"{path}/{name}": value for name, value in made.items()}
             advance()
     return Thresholds(values, fingerprint(held, found))
@@ -154,16 +162,21 @@ def _between(blend: Blend) -> tuple[int, int, float]:
     return blend.widths[int(index)], blend.widths[int(index) + 1], float(share)
 
 
-def _threshold(path: str, measured: Measured, r: float) -> jax.Array:
-    """The quantile r of the errors of a layer."""
+def _threshold(path: str, measured: Measured, errors: Array, r: float) -> jax.Array:
+    """The quantile r of the errors of a layer, or of estimates of them."""
     if not measured.is_finite.all():
         raise ValueError(f"the inputs of layer {path!r} in the dense model are NaN or inf: repair it, or the batches")
-    if len(measured.errors) < (needed := ceil(1 / min(r, 1 - r))):
+    if len(errors) < (needed := ceil(1 / min(r, 1 - r))):
         raise ValueError(
-            f"layer {path!r} takes the quantile {r:.3f} of {len(measured.errors)} inputs, which needs {needed} at "
+            f"layer {path!r} takes the quantile {r:.3f} of {len(errors)} inputs, which needs {needed} at "
             "least: give more or longer batches"
         )
-    return jnp.float32(np.quantile(measured.errors, r))
+    return jnp.float32(np.quantile(errors, r))
+
+
+def _estimates(path: str, values: Mapping[str, jax.Array], passes: Passes) -> Array:
+    """Of all rows that a layer multiplies, float32 [rows]."""
+    return np.asarray(Switch(values).estimate(passes.inputs(path), passes.arrays[path]))
 
 
 def _estimate(

@@ -20,7 +20,7 @@ FORMAT = lb.act_order(3, group=32, scale_dtype="bfloat16")
 TYPE = lb.QuantType((("k", K), ("n", N)), "f32", FORMAT)
 
 
-@pytest.mark.parametrize("fmt", [FORMAT, lb.act_order(4)])
+@pytest.mark.parametrize("fmt", [FORMAT, pytest.param(lb.act_order(4), marks=pytest.mark.slow)])
 def test_the_kit(fmt: lb.Format) -> None:
     done = lb.testing.check_format(fmt, shapes=[(2, 141)])
     assert {"product apart", "product planes", "gradients"} <= set(done.passed["n=2 k=141"])

@@ -46,6 +46,7 @@ def test_a_wider_beam_finds_better_codes() -> None:
     assert error(quantized(1, beam=3)) < error(quantized(1, beam=1))
 
 
+@pytest.mark.slow
 def test_beats_residual_kmeans_under_either_error() -> None:
     start = lb.quantize_array(W, FMT)
     assert error(quantized()) < 0.5 * error(start)

@@ -70,6 +70,7 @@ def test_estimates(by: Any) -> None:
         np.testing.assert_allclose(c.harm, expected, rtol=1e-4)  # float32 sums of a few hundred squares
 
 
+@pytest.mark.slow
 def test_second_moments_stand_in_for_grams() -> None:
     plain = {path: LayerStats(s.second_moment, None, 9) for path, s in STATS.items()}
     whole = {path: LayerStats(s.second_moment, None, 9, gram=jnp.diag(s.second_moment)) for path, s in STATS.items()}

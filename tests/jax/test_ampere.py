@@ -44,8 +44,10 @@ def check(fmt: lb.Format, dtype: str, m: int, n: int, k: int, tuned: Tuning | No
     [
         (lb.bcq(2, group=128), "bfloat16", 5, 525, Tuning(8, 1, 2)),
         (lb.uniform(4, group=64), "float16", 11, 1500, Tuning(8, 2, 2)),  # two parts of k, two blocks of columns
-        (lb.any_precision(3, 8, width=4), "bfloat16", 3, 900, Tuning(8, 1, 4)),  # a table in shared memory
-        (lb.bcq(3, group=512), "bfloat16", 16, 1100, Tuning(16, 1, 4)),  # two stages share a group
+        # a table in shared memory
+        pytest.param(lb.any_precision(3, 8, width=4), "bfloat16", 3, 900, Tuning(8, 1, 4), marks=pytest.mark.slow),
+        # two stages share a group
+        pytest.param(lb.bcq(3, group=512), "bfloat16", 16, 1100, Tuning(16, 1, 4), marks=pytest.mark.slow),
         pytest.param(lb.bcq(4, group=32), "float16", 3, 1500, Tuning(8, 1, 4), marks=pytest.mark.slow),
         pytest.param(lb.codebook(1, 8, vec=4), "float16", 3, 900, Tuning(8, 1, 4), marks=pytest.mark.slow),
         pytest.param(lb.bcq(2), "float16", 40, 70, None, marks=pytest.mark.slow),

@@ -170,6 +170,7 @@ def test_a_function_without_quantized_products_is_refused() -> None:
         lb.autotune(jnp.sin, X)
 
 
+@pytest.mark.slow
 def test_prepared_weights_are_timed_as_they_are_stored() -> None:
     t = QuantType((("n", 100), ("k", 256)), "bf16", lb.uniform(4, group=128), layout="mma")
     found = tune(1, t, "bf16", Here())

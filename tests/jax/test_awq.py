@@ -265,6 +265,7 @@ FOLDS = (
 )
 
 
+@pytest.mark.slow
 def test_folds_of_a_language_model() -> None:
     tiny = TinyLM(Config(layers=2, width=128, hidden=128, head=32, context=16), rngs=nnx.Rngs(0))
     for layer in tiny.layers:  # zeros at birth, which would hide what lies before them

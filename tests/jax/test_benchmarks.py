@@ -50,6 +50,7 @@ def test_gradients() -> None:
         assert found[f"{name}_time"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_solver_is_as_good_as_the_published_one() -> None:
     found = named(list(quantize_speed.binary()))
     assert 0.02 < found["bcq3_alternating_mse"]["value"] < 0.04
@@ -79,6 +80,7 @@ def test_the_solvers_run_as_a_script() -> None:
     assert run.returncode == 0 and "--json" in run.stdout, run.stderr
 
 
+@pytest.mark.slow
 def test_nested_k_means_beside_the_published_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize_speed, "find_spec", lambda name: None)
     found = named(list(quantize_speed.nested()))
@@ -127,6 +129,21 @@ def test_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["dense_read"]["value"] == 4 * weights / 2 + cache
     assert found["bcq3_read"]["ratio"] < found["uniform4_read"]["ratio"] < 0.3
     assert found["dense_kivi4_cache_read"]["ratio"] < 1
+
+
+@pytest.mark.slow
+def test_what_choosing_widths_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    more = harness.row("block_fixed", 1.0, "ms", "block_fixed", 1.0)
+    monkeypatch.setattr(selector, "measure", lambda width, hidden, smoke: [more])
+    found = named(list(generate.measure(batch=1, smoke=True, dp=True)))
+    kinds = ["chosen", "forced3", "forced4", "fixed3", "fixed4"]
+    overheads = ["choosing3_overhead", "choosing4_overhead", "block_fixed"]
+    assert list(found) == [f"{kind}_decode" for kind in kinds] + overheads
+    assert all(found[f"{kind}_decode"]["value"] > 0 for kind in kinds)
+    assert found["fixed3_decode"]["ratio"] == 1
+    step = {kind: 1e6 / found[f"{kind}_decode"]["value"] for kind in kinds}  # of one sequence
+    assert found["choosing3_overhead"]["value"] == pytest.approx(step["forced3"] - step["fixed3"], abs=1e-3)
+    assert found["choosing4_overhead"]["ratio"] == pytest.approx(step["forced4"] / step["fixed4"] - 1, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -172,6 +172,24 @@ def test_a_precision_blends_the_two_widths_next_to_it() -> None:
     assert SMALL.first.kernel.reader is None
 
 
+def test_which_widths_are_blended_may_be_given() -> None:
+    blend = lb.tune.blended(SMALL, 4, 2.5, widths=(4, 2)).first.kernel.reader
+    assert blend.widths == (2, 4) and float(blend.bits) == pytest.approx(2.5)
+    y = _blend(SMALL.first.kernel.array.type, blend.widths, X, SMALL.first.kernel.array.fields, blend.bits)
+    low, high = weight("first", 2), weight("first", 4)
+    assert (np.abs(np.asarray(y) - np.asarray(X) @ (0.75 * low + 0.25 * high)) <= bound(X, low, high)).all()
+    values = choices(2.5, widths=(2, 4), estimators=None).layers["first"]
+    errors = np.linalg.norm(np.asarray(X, np.float64) @ delta("first", 2, 4), axis=1)
+    assert [int(values[name]) for name in ("low", "high")] == [2, 4]
+    assert float(values["threshold"]) == pytest.approx(np.quantile(errors, 0.75), rel=1e-5)
+    with pytest.raises(ValueError, match=r"'first' is any_precision.* \(2, 3, 4\), not 5"):
+        lb.tune.blended(SMALL, 4, 2.5, widths=(2, 4, 5))
+    with pytest.raises(ValueError, match=r"most=3 of layer 'second' is none of widths=\(2, 4\)"):
+        lb.tune.blended(SMALL, {"first": 4, "second": 3}, 2.5, widths=(2, 4))
+    with pytest.raises(ValueError, match=r"target=2\.5 .* from 3 to 4 bits"):
+        lb.tune.blended(SMALL, 4, 2.5, widths=(3, 4))
+
+
 def test_a_precision_at_a_width_is_that_width() -> None:
     for bits, index, share in ((2.0, 0, 0.0), (2.75, 0, 0.75), (3.0, 1, 0.0), (4.0, 1, 1.0)):
         found = pair((2, 3, 4), jnp.float32(bits))
@@ -246,8 +264,8 @@ def test_models_whose_layers_have_no_precision_are_refused() -> None:
 # ---------------------------------------------------------------- thresholds
 
 
-def choices(target: float = 2.5, most: Any = 4, **given: Any) -> lb.tune.Thresholds:
-    return lb.tune.thresholds(lb.tune.blended(SMALL, most, target), DENSE, [X[:32], X[32:]], **given)
+def choices(target: float = 2.5, most: Any = 4, widths: Any = None, **given: Any) -> lb.tune.Thresholds:
+    return lb.tune.thresholds(lb.tune.blended(SMALL, most, target, widths=widths), DENSE, [X[:32], X[32:]], **given)
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +279,14 @@ def test_a_threshold_is_a_quantile_of_the_exact_errors(found: lb.tune.Thresholds
         assert [int(values[name]) for name in ("low", "high", "most")] == [2, 3, 4]
         errors = np.linalg.norm(x.astype(np.float64) @ delta(path, 2, 3), axis=1)
         assert float(values["threshold"]) == pytest.approx(np.quantile(errors, 0.5), rel=1e-5)
+
+
+def test_a_threshold_that_is_a_quantile_of_estimates_keeps_the_share_of_inputs() -> None:
+    values = choices(2.25, quantile_of="estimate", estimators=Estimators(r2=2.0, size=2, steps=0)).layers["first"]
+    estimates = lb.nn.Switch(values).estimate(X, SMALL.first.kernel.array)
+    assert float((estimates > values["threshold"]).mean()) == 0.25
+    with pytest.raises(ValueError, match="quantile_of='x' must be one of error, estimate"):
+        choices(quantile_of="x")
 
 
 def test_precisions_near_a_width_have_that_width_alone() -> None:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +14,14 @@ import pytest
 from flax import nnx
 
 import lowbit as lb
-from examples.tinylm import corpus, weights
+from examples.tinylm import corpus, train, weights
 from examples.tinylm.batches import Windows
 from examples.tinylm.evaluate import bits_per_byte, windows
 from examples.tinylm.generate import generate
 from examples.tinylm.model import Config, TinyLM, attend, causal_attend, rope
 from examples.tinylm.optim import kinds, orthogonalize, trapezoid
 
+ROOT = pathlib.Path(__file__).parents[2]
 SMALL = Config(layers=2, width=128, hidden=128, head=32, context=16)
 EPS = float(jnp.finfo(jnp.float32).eps)
 
@@ -192,6 +195,37 @@ def test_windows_follow_the_seed_and_cover_the_text() -> None:
     starts = [int(row[0]) for row in epoch]
     assert epoch.shape == (98, 11) and len({tuple(row) for row in epoch}) == 98
     assert all((np.diff(row.astype(int)) % 251 == 1).all() for row in epoch) and starts != sorted(starts)
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, *flags: str) -> Config:
+    monkeypatch.setattr("sys.argv", ["train", "--out", "out", *flags])
+    return train.configured(train.parse())
+
+
+def test_sizes_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked(monkeypatch) == Config()
+    larger = asked(monkeypatch, "--size", "12M", "--context", "256")
+    blocks = larger.layers * (4 * larger.width**2 + 3 * larger.width * larger.hidden)
+    assert larger.context == 256 and 11.5e6 < blocks + 256 * larger.width < 12.5e6
+
+
+@pytest.mark.slow
+def test_the_larger_size_takes_a_step(tmp_path: pathlib.Path) -> None:
+    sizes = ["--size", "12M", "--context", "32", "--batch", "2", "--micro", "1", "--replicas", "1", "--stop", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "examples.tinylm.train",
+        "--out",
+        str(tmp_path),
+        "--scratch",
+        str(tmp_path),
+        *sizes,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    head, step = map(json.loads, (tmp_path / "train_log.jsonl").read_text().splitlines())
+    assert head["parameters"] > 11.5e6 and step["step"] == 1 and 0 < step["loss"] < 10
 
 
 def test_rate_rises_stays_and_falls_to_zero() -> None:
