@@ -31,7 +31,7 @@ from lowbit.tune import Estimators, TextBatches, Toward, next_token_loss, text_b
 from lowbit.tune.nested import mean_over, nested
 from lowbit.tune.thresholds import ALWAYS
 
-OWN = ("target", "format", "budget", "layers", "dense", "projection_steps")
+OWN = ("target", "format", "budget", "layers", "dense", "projection_steps", "asynchronous")
 """Flags that only `--dp` has."""
 RATE, DECAY = 1e-2, 1e-2
 """Of AdamW, as published."""
@@ -62,6 +62,10 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "projection_steps", 1000, "With --dp, of gradient descent on each projection; published are 10000.",
         lower_bound=0, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_bool(
+        "asynchronous", False, "With --dp, layers that the residual stream feeds choose by it as it was one sublayer "
+        "before.", flag_values=values,
     )  # fmt: skip
 
 
@@ -217,7 +221,7 @@ def _choosing(
     values = lb.tune.thresholds(start, dense, together, estimators=estimators)
     projected = sum(name.endswith("/projection") for name in values.values)
     print(f"phase 3: {len(most)} layers, of which {projected} estimate by a projection and the rest by a line")
-    return lb.tune.switched(small, values)
+    return lb.tune.switched(small, values, asynchronous=given.asynchronous)
 
 
 def _trained(given: flags.FlagValues, start: Decoder, data: TextBatches, held: TextBatches, kept: Path) -> Decoder:

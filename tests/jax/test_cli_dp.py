@@ -114,13 +114,15 @@ def test_a_folder_whose_layers_choose_their_widths(
     capsys: Any, monkeypatch: Any, tmp_path: Path, folder: str, text: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    argv = ["tune", folder, text, "out", "--dp", "--target=2.4", "--budget=2.5", *TINY]
+    argv = ["tune", folder, text, "out", "--dp", "--target=2.4", "--budget=2.5", "--asynchronous", *TINY]
     shown = said(capsys, argv)
     assert "phase 1: within 2.5 bits, 3 layers of up to 2 bits, 3 layers of up to 3 bits" in shown
     assert "for a target of 2.4" in shown and "effective bits" in shown and "next: lowbit eval out" in shown
     made = lb.models.load("out")
     held = {path: k.type.format for path, k in switched_kernels(made).items()}
     assert len(held) == 6 and {fmt["hi"] for fmt in held.values()} == {2, 3}
+    older = {path for path, switch in switches(made).items() if switch.asynchronous is not None}
+    assert older == held.keys() & made.fed and older
     assert "out exists" in said(capsys, argv, FAILED)
     found = json.loads(said(capsys, ["eval", "out", f"--text={text}", "--length=16", "--json"]))
     assert 2 <= found["effective_bits"] <= 2.5
