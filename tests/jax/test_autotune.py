@@ -147,9 +147,9 @@ def test_operands_repeat_a_part_for_every_way_to_store(fmt: lb.Format) -> None:
 def test_a_candidate_that_hangs_crashes_or_raises_is_recorded_and_the_rest_is_timed() -> None:
     names = [c.lowering for c in candidates(M, TYPE, "f32", "cpu")]
     assert {"decode", "join", "bucket"} < set(names)
-    with Worker(timeout=0.5, command=FAULTY) as worker:
+    with Worker(timeout=2.0, command=FAULTY) as worker:
         found = tune(M, TYPE, "f32", worker)
-    assert found.tried["decode"] == "it took more than 0.5 s"
+    assert found.tried["decode"] == "it took more than 2 s"
     assert found.tried["bucket"] == "ValueError: no"
     assert found.tried["join"] == "its process ended with 1: out of registers"
     assert all(found.tried[n] == len(n) for n in names if n not in ("decode", "join", "bucket"))
@@ -293,11 +293,11 @@ def test_a_miss_can_be_an_error() -> None:
 
 
 def test_a_miss_can_be_measured_and_kept(user_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "Worker", partial(Worker, timeout=0.5, command=FAULTY))
+    monkeypatch.setattr(search, "Worker", partial(Worker, timeout=2.0, command=FAULTY))
     monkeypatch.setenv("LOWBIT_ON_CACHE_MISS", "autotune")
     lb.matmul(X, random_array(TYPE))
     (kept,) = load(user_file).entries.values()
-    assert kept.tried["decode"] == "it took more than 0.5 s"
+    assert kept.tried["decode"] == "it took more than 2 s"
     assert lookup.chosen(M, TYPE, "f32", "cpu")[0].name == kept.lowering
     lookup.keep(Cache({"other": kept}))
     assert len(load(user_file).entries) == 2
