@@ -69,6 +69,7 @@ def test_a_beam_of_all_hypotheses_finds_the_best_codes() -> None:
     np.testing.assert_array_equal(found[0] * count + found[1], costs.argmin(1))
 
 
+@pytest.mark.slow
 def test_is_deterministic() -> None:
     again = lb.quantize_array(W, FMT, lb.additive_codebooks(), importance=GRAM)
     assert all(np.array_equal(again.fields[name], a) for name, a in quantized().fields.items())

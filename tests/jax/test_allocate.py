@@ -109,6 +109,7 @@ def test_harms_of_all_sizes_count(seed: int) -> None:
         assert solve(every, budget).harm == pytest.approx(best, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_just_a_choice_allows_it() -> None:
     own = nnx.Dict(a=nnx.Linear(25, 1, rngs=nnx.Rngs(0)))
     seen = {"a": LayerStats(jnp.ones(25), None, 1)}
@@ -118,6 +119,7 @@ def test_a_budget_that_is_just_a_choice_allows_it() -> None:
         assert ask(bytes=bits // 8).bits_per_weight == bits / 25
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_quantize_finds_what_was_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,8 +99,8 @@ def codes_of(w: QuantArray, sums: CodeSums) -> Any:
 @pytest.mark.parametrize(
     ("fmt", "kind", "m", "k"),
     [
-        (lb.bcq(3, group=64, scale_dtype="bfloat16"), "bf16", 70, 301),
-        pytest.param(lb.uniform(4), "f16", 5, 70, marks=pytest.mark.slow),
+        pytest.param(lb.bcq(3, group=64, scale_dtype="bfloat16"), "bf16", 70, 301, marks=pytest.mark.slow),
+        (lb.uniform(4), "f16", 5, 70),
         pytest.param(lb.bcq(4, group=512), "f16", 70, 700, marks=pytest.mark.slow),
         pytest.param(lb.any_precision(3, 5, width=4), "f16", 5, 301, marks=pytest.mark.slow),
         pytest.param(lb.bcq(2, group=32), "f16", 5, 301, marks=pytest.mark.slow),

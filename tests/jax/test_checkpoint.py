@@ -168,6 +168,7 @@ def test_random_keys_go_on_where_they_were(path: Path, impl: str | None) -> None
     assert not np.array_equal(model(x), y)
 
 
+@pytest.mark.slow
 def test_a_model_in_the_middle_of_tuning(path: Path) -> None:
     def make() -> Net:
         return lb.tune.alpha_tuning(net(), offsets=True).model

@@ -85,6 +85,7 @@ def test_a_table_is_a_layer_too(capsys, tmp_path):
     assert "embed: uniform(bits=3)" in said(capsys, argv)
 
 
+@pytest.mark.slow
 def test_with_a_calibrated_quantizer(capsys, tmp_path, text):
     target = str(tmp_path / "q")
     argv = ["quantize", TINY, target, "--format=uniform(3)", "--layers=layers/0/attn/q", "--quantizer=gptq()"]
@@ -121,6 +122,7 @@ def test_prompts_may_come_from_a_pipe(capsys, monkeypatch, small):
     assert shown == said(capsys, ["generate", small, "--prompt=def ", "--tokens=8"])
 
 
+@pytest.mark.slow
 def test_tune_writes_a_task_that_generate_and_eval_take(capsys, tmp_path, text):
     base, task = str(tmp_path / "q"), str(tmp_path / "task.safetensors")
     said(capsys, ["quantize", TINY, base, "--format=bcq(2, group=128)", FEW])

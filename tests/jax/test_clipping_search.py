@@ -91,6 +91,7 @@ def test_blocks_that_gain_nothing_stay_as_they_are() -> None:
     assert_same(arrays(same), arrays(model))
 
 
+@pytest.mark.slow
 def test_blocks_learn_after_rounded_ones_what_float_ones_make(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     pair = LWC._Job._pair

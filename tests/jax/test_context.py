@@ -54,6 +54,7 @@ def test_one_context_serves_all_prompts() -> None:
     assert after(context) == generate(tiny(), whole, 6, slots=64, chunk=32)
 
 
+@pytest.mark.slow
 def test_a_quantized_context_is_what_one_read_in_the_same_pieces_is() -> None:
     past = [tokens[:8] for tokens in PAST]  # as many as are read at once, so that pieces end alike
     whole = [[*before, *new] for before, new in zip(past, NEW, strict=True)]
@@ -112,6 +113,7 @@ def test_what_is_left_of_a_context_takes_new_tokens() -> None:
     assert [row[len(prompt) - 1 : -1] for row, prompt in zip(likeliest, NEW, strict=True)] == new
 
 
+@pytest.mark.slow
 def test_what_is_left_of_a_context_is_quantized() -> None:
     context = compressed(0.3, sink=2, kind=KIVI)
     (layer,) = context.cache

@@ -49,11 +49,11 @@ def check(fmt: lb.Format, kind: str, m: int, n: int, k: int, parts: int) -> None
 @pytest.mark.parametrize(
     ("fmt", "kind", "parts"),
     [
-        (lb.uniform(4, group=32), "bfloat16", 1),
+        pytest.param(lb.uniform(4, group=32), "bfloat16", 1, marks=pytest.mark.slow),
         (lb.bcq(3), "float16", 2),
         (lb.any_precision(3, 5, width=4), "float16", 1),  # tables in registers and in shared memory, new for every tile
         (lb.codebook(1, 8, vec=4, group=128), "float16", 1),  # another order of inputs
-        (lb.nested_fp(), "float16", 1),
+        pytest.param(lb.nested_fp(), "float16", 1, marks=pytest.mark.slow),
         pytest.param(lb.any_precision(3, 5, width=5), "bfloat16", 1, marks=pytest.mark.slow),
         pytest.param(lb.any_bcq(2, 3, group=128), "bfloat16", 1, marks=pytest.mark.slow),
         pytest.param(lb.bcq(4, group=512), "bfloat16", 1, marks=pytest.mark.slow),
@@ -193,6 +193,7 @@ def test_on_a_hopper_gpu_the_cheapest_way_runs(hopper: SimpleNamespace) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_model_is_differentiated_through_the_kernel(hopper: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     def twin(t: QuantType, dy: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
         ran.append(dy.shape)
@@ -229,6 +230,7 @@ def test_scales_are_differentiated_through_the_kernel(hopper: SimpleNamespace, m
     check_parameter_gradients({"scale": scale}, np.asarray(X), np.asarray(DY), THERE)
 
 
+@pytest.mark.slow
 def test_codebooks_are_differentiated_through_the_kernel(
     hopper: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

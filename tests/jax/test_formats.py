@@ -120,9 +120,9 @@ def test_groups_count_the_ragged_one(k, group, count):
     "fmt",
     [
         lb.bcq(3, 16),
-        lb.bcq(2, 33, offset=True),
-        lb.bcq(1, None, offset=True, scale_dtype="float16"),
-        lb.uniform(4, 16),
+        pytest.param(lb.bcq(2, 33, offset=True), marks=pytest.mark.slow),
+        pytest.param(lb.bcq(1, None, offset=True, scale_dtype="float16"), marks=pytest.mark.slow),
+        pytest.param(lb.uniform(4, 16), marks=pytest.mark.slow),
         lb.uniform(3, 33, scale_dtype="float16"),
     ],
     ids=str,

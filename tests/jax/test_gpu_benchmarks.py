@@ -248,6 +248,7 @@ def test_a_run_measures_and_goes_on(
     assert gpu_matmul.run(SMALL, cpu, 60.0) == 0
 
 
+@pytest.mark.slow
 def test_every_kind_of_weight_is_made_varied_and_checked(cpu: Results) -> None:
     assert gpu_matmul.run([*OTHERS, *BACK], cpu, 60.0) == 0
     assert [row["weights"] for name, row in cpu.rows.items() if name != COPY] == [2] * 7

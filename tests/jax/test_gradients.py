@@ -265,6 +265,7 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_a_stopped_calibration_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = batches(4)
     whole = lb.calibrate(Stateful(), data, **EVERYTHING)

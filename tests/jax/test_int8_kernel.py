@@ -131,7 +131,7 @@ def test_scales_that_are_no_numbers_make_factors_that_are_none() -> None:
         pytest.param(lb.bcq(4, group=512), 9, 1, marks=pytest.mark.slow),
         pytest.param(lb.uniform(4, group=128), 3, 2, marks=pytest.mark.slow),
         pytest.param(lb.uniform(3, group=512), 3, 1, marks=pytest.mark.slow),
-        (lb.any_precision(2, 4), 9, 2),
+        pytest.param(lb.any_precision(2, 4), 9, 2, marks=pytest.mark.slow),
         pytest.param(lb.any_precision(2, 4, width=2), 3, 1, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -153,7 +153,7 @@ def test_the_twin_sums_the_integers_of_the_oracle(fmt: lb.Format, m: int, parts:
         np.testing.assert_array_equal(np.asarray(got), want)
 
 
-@pytest.mark.parametrize("numerics", ["int8", "int8x2"])
+@pytest.mark.parametrize("numerics", [pytest.param("int8", marks=pytest.mark.slow), "int8x2"])
 def test_the_kernels_product_is_that_of_the_term(numerics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     verbs = Twin(interpret_params(detect_races=True))
     monkeypatch.setattr(int8, "product_of_integers", partial(int8.product_of_integers, verbs=verbs))

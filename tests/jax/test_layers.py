@@ -214,6 +214,7 @@ def test_calibration_and_comparison_know_them() -> None:
         assert "decode" in lb.explain(layer)
 
 
+@pytest.mark.slow
 def test_squared_gradients_of_any_kind_are_weights_of_errors() -> None:
     """Of the second group of features, with the axes in the order that is promised for k."""
     model, x = nnx.Dict(up=conv(4, 6, 2, padding="VALID", feature_group_count=2)), wholes(2, 3, 4)
