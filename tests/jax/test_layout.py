@@ -182,6 +182,7 @@ def three_books(n: int, k: int) -> Expr:
     return merge(first + second + third, "j", "t", into="k")
 
 
+@pytest.mark.slow
 def test_tables_of_all_rows_may_have_different_sizes() -> None:
     w = some(three_books(), 5, 64)
     there = laid_out(w)

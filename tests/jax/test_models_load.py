@@ -96,6 +96,7 @@ def test_a_layer_that_a_format_cannot_hold_stays_dense(tmp_path: Path, caplog: p
     assert_same(model, lb.models.load(at))
 
 
+@pytest.mark.slow
 def test_statistics_weigh_what_is_loaded(folder: Path) -> None:
     rules = {"layers/0/mlp/up": lb.bcq(1, group=32)}
     model = lb.models.load(folder)

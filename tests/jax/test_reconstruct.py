@@ -102,6 +102,7 @@ def test_the_best_is_kept_even_if_it_is_the_start() -> None:
     assert_same(arrays(run(small(), rate=1e9, epochs=2)), arrays(small()))
 
 
+@pytest.mark.slow
 def test_what_trains_is_rounded_as_it_is_stored_before_it_is_measured() -> None:
     """Codebooks and scales in 16 bits, as AQLM has them, and norms too: the error kept is that of the result."""
     fmt = lb.codebook(1, 4, vec=2, scale_dtype="float16")
@@ -136,6 +137,7 @@ def test_each_width_has_scales_tuned_for_it() -> None:
         assert after < before
 
 
+@pytest.mark.slow
 def test_weights_that_kernels_read_come_back_in_their_own_layout() -> None:
     model, x = nnx.Sequential(nnx.Linear(128, 64, use_bias=False, rngs=nnx.Rngs(0))), inputs(8, 128)
     prepared = lb.prepare(lb.quantize(model, fast(lb.bcq(1, group=128))), "hopper")

@@ -165,6 +165,7 @@ def test_after_descent_no_single_code_can_be_changed_for_the_better() -> None:
         assert (least <= rounded_up_to(GRAM, objective(GRAM, w, codes.at[:, i].set(c), table))).all()
 
 
+@pytest.mark.slow
 def test_lnq_beats_kmeans_and_more_rounds_are_not_worse() -> None:
     kmeans = error(lb.quantize_array(W, ALIKE, importance=GRAM.diagonal()))
     errors = [error(lb.quantize_array(W, ALIKE, lb.lnq(rounds), importance=GRAM)) for rounds in range(4)]
@@ -350,6 +351,7 @@ def test_products_with_nan_are_refused_by_the_layers_name() -> None:
         lb.quantize(model, rules, stats=stats)
 
 
+@pytest.mark.slow
 def test_rows_whose_weights_all_count_for_nothing_are_clustered_as_if_they_counted_alike() -> None:
     sensitivity = jnp.asarray(RNG.uniform(0, 1, (K, N)) ** 4, jnp.float32).at[:, 2].set(0)
     fmt = lb.any_precision(2, 3)
