@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,9 +18,9 @@ import lowbit as lb
 from examples.tinylm import corpus
 from lowbit.cli import texts
 from lowbit.nn.allocate import harm_by
-from lowbit.nn.allocation import Candidate, solve
 from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.kinds import dense_matrices, layers
+from lowbit.tune.budget import candidates, within
 from lowbit.tune.captured import Passes
 from lowbit.tune.nested import nested
 from lowbit.tune.nested import weights as size_of
@@ -176,13 +177,9 @@ def mix(s: Subject, harm: Harm, bits: float) -> dict[str, int]:
     """A width for each layer, none above that of the first phase, with the least harm within so many bits a weight."""
     of, found = layers(s.dense), []
     for path, kernel in nested(s.small, BLOCKS).items():
-        dense, size = dense_matrices(of[path]).astype(jnp.float32), s.sizes[path]
-        for b in (b for b in s.settings.widths if b <= s.most[path]):
-            t = kernel.type.at(b)
-            error = lb.dequantize(lb.QuantArray(kernel.array.fields, t)).astype(jnp.float32) - dense
-            found.append(Candidate(path, lb.Rule(path, t.format), size, size * b, harm(path, error)))
-    chosen = solve(tuple(found), bits * sum(s.sizes.values()) * (1 + 2**-51)).chosen  # a product may be rounded down
-    return {c.layer: c.bits // c.weights for c in chosen}
+        every = candidates(path, kernel, of[path], partial(harm, path))
+        found += [c for c in every if c.bits <= s.most[path] * c.weights]
+    return within(found, bits)
 
 
 def hawq(s: Subject) -> Harm:

@@ -27,6 +27,17 @@ class Block(nnx.Module):
         return x + self.mlp["down"](nnx.relu(self.mlp["up"](self.norm(x))))
 
 
+class Two(nnx.Module):
+    """Two layers of 16 inputs, the first with a bias."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.first, self.second = nnx.Linear(16, 16, rngs=rngs), nnx.Linear(16, 8, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(nnx.relu(self.first(x)))
+
+
 class Net(nnx.Module):
     """Lists, dicts, a Sequential, and an embedding tied to the head."""
 

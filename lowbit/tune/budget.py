@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -57,18 +58,22 @@ def max_widths(
     >>> sum(lb.tune.max_widths(small, dense, stats, bits=3.0).values())
     6
     """
-    candidates: list[Candidate] = []
+    found: list[Candidate] = []
     known = dense_layers(dense)
     for path, kernel in nested(model, layers).items():
         if path not in known or path not in stats:
             lacks = "the dense model" if path not in known else "stats"
             raise ValueError(f"{lacks} has no layer {path!r}: give the model that this one was made from, and its own")
-        candidates += _candidates(path, kernel, known[path], stats)
-    return {c.layer: c.bits // c.weights for c in solve(tuple(candidates), bits * _total(candidates)).chosen}
+        found += candidates(path, kernel, known[path], harm_by(path, known[path], stats, "loss"))
+    return within(found, bits)
 
 
-def _candidates(path: str, kernel: Kernel, layer: nnx.Module, stats: Mapping[str, LayerStats]) -> list[Candidate]:
-    harm, exact = harm_by(path, layer, stats, "loss"), dense_matrices(layer).astype(jnp.float32)
+def candidates(path: str, kernel: Kernel, layer: nnx.Module, harm: Callable[[jax.Array], float]) -> list[Candidate]:
+    """A nested weight at each of its widths, with the harm of its error, float32 [*stack, k, n].
+
+    Raises ValueError for a dense layer that it was not made from.
+    """
+    exact = dense_matrices(layer).astype(jnp.float32)
     if exact.shape != kernel.shape:
         raise ValueError(
             f"layer {path!r} is {list(kernel.shape)} and in the dense model {list(exact.shape)}: give the model that "
@@ -87,8 +92,10 @@ def _candidates(path: str, kernel: Kernel, layer: nnx.Module, stats: Mapping[str
     return out
 
 
-def _total(candidates: Sequence[Candidate]) -> float:
-    return sum({c.layer: c.weights for c in candidates}.values()) * (1 + 2**-51)  # a product may be rounded down
+def within(found: Sequence[Candidate], bits: float) -> dict[str, int]:
+    """The width of each layer that has the least harm in all, with so many bits per weight."""
+    total = sum({c.layer: c.weights for c in found}.values()) * (1 + 2**-51)  # a product may be rounded down
+    return {c.layer: c.bits // c.weights for c in solve(tuple(found), bits * total).chosen}
 
 
 def narrowed(model: M, most: int | Mapping[str, int], *, layers: str | Sequence[str] = "**") -> M:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from math import ceil, inf
 from os import PathLike
 from typing import Any, Literal, TypeVar, get_args
@@ -136,13 +137,13 @@ def thresholds(
     with bar(progress, len(found), "thresholds") as advance:
         for number, (path, blend) in enumerate(found.items()):
             low, high, share = between[path]
-            widths = {"low": low, "high": high, "most": blend.widths[-1]}
-            made: dict[str, Any] = {name: jnp.int32(width) for name, width in widths.items()}
+            made: dict[str, Any] = {"low": jnp.int32(low), "high": jnp.int32(high), "most": jnp.int32(blend.widths[-1])}
             if path in measured:
-                made["threshold"] = _threshold(path, measured[path], measured[path].errors, 1 - share)
-                made |= _estimate(path, measured[path], passes, number, estimators)
-                if quantile_of == "estimate":
-                    made["threshold"] = _threshold(path, measured[path], _estimates(path, made, passes), 1 - share)
+                _check(path, measured[path], 1 - share)
+                x = cache(partial(passes.inputs, path))  # at most one more run of the model
+                made |= _estimate(path, measured[path], passes, x, number, estimators)
+                errors = measured[path].errors if quantile_of == "error" else _estimates(path, made, passes, x())
+                made["threshold"] = jnp.float32(np.quantile(errors, 1 - share))
             else:
                 made |= {"threshold": jnp.float32(-inf if share > 0.5 else inf), **one_width}
             values |= {f"{path}/{name}": value for name, value in made.items()}
@@ -162,25 +163,29 @@ def _between(blend: Blend) -> tuple[int, int, float]:
     return blend.widths[int(index)], blend.widths[int(index) + 1], float(share)
 
 
-def _threshold(path: str, measured: Measured, errors: Array, r: float) -> jax.Array:
-    """The quantile r of the errors of a layer, or of estimates of them."""
+def _check(path: str, measured: Measured, r: float) -> None:
+    """Raises ValueError for inputs of a layer that are not finite, or too few for the quantile r."""
     if not measured.is_finite.all():
         raise ValueError(f"the inputs of layer {path!r} in the dense model are NaN or inf: repair it, or the batches")
-    if len(errors) < (needed := ceil(1 / min(r, 1 - r))):
+    if len(measured.errors) < (needed := ceil(1 / min(r, 1 - r))):
         raise ValueError(
-            f"layer {path!r} takes the quantile {r:.3f} of {len(errors)} inputs, which needs {needed} at "
+            f"layer {path!r} takes the quantile {r:.3f} of {len(measured.errors)} inputs, which needs {needed} at "
             "least: give more or longer batches"
         )
-    return jnp.float32(np.quantile(errors, r))
 
 
-def _estimates(path: str, values: Mapping[str, jax.Array], passes: Passes) -> Array:
+def _estimates(path: str, values: Mapping[str, jax.Array], passes: Passes, x: jax.Array) -> Array:
     """Of all rows that a layer multiplies, float32 [rows]."""
-    return np.asarray(Switch(values).estimate(passes.inputs(path), passes.arrays[path]))
+    return np.asarray(Switch({**values, "threshold": jnp.float32(0)}).estimate(x, passes.arrays[path]))
 
 
 def _estimate(
-    path: str, measured: Measured, passes: Passes, number: int, estimators: Estimators | Statistic | None
+    path: str,
+    measured: Measured,
+    passes: Passes,
+    x: Callable[[], jax.Array],
+    number: int,
+    estimators: Estimators | Statistic | None,
 ) -> dict[str, jax.Array]:
     if estimators is None:
         return {}
@@ -188,7 +193,7 @@ def _estimate(
         return as_estimate(estimators)
     if (line := estimators.line(measured.norms, measured.errors)) is not None:
         return line
-    return estimators.projected(passes.inputs(path), passes.difference(path), measured.errors, number)
+    return estimators.projected(x(), passes.difference(path), measured.errors, number)
 
 
 def switched(model: M, found: Thresholds, *, asynchronous: bool = False) -> M:

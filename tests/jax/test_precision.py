@@ -22,6 +22,7 @@ from lowbit.testing.tolerance import gamma, unit
 from lowbit.tune.estimators import Estimators, line, random_projection, tuned
 from lowbit.tune.nested import fingerprint
 from lowbit.tune.precision import _blend, pair
+from tests.models import Two
 
 RNG = np.random.default_rng(0)
 FORMAT = lb.any_precision(2, 4, table_dtype="float32")
@@ -29,16 +30,7 @@ X = jnp.asarray(RNG.standard_normal((64, 16)), jnp.float32)
 QUICK = Estimators(steps=20)
 
 
-class Net(nnx.Module):
-    def __init__(self) -> None:
-        rngs = nnx.Rngs(0)
-        self.first, self.second = nnx.Linear(16, 16, rngs=rngs), nnx.Linear(16, 8, use_bias=False, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.second(nnx.relu(self.first(x)))
-
-
-DENSE = Net()
+DENSE = Two()
 SMALL = lb.quantize(DENSE, FORMAT)
 SIZES = {"first": 256, "second": 128}
 
@@ -309,7 +301,7 @@ def test_calibrations_that_do_not_do_are_refused() -> None:
         lb.tune.thresholds(model, DENSE, [])
     with pytest.raises(ValueError, match="'first' in the dense model are NaN or inf"):
         lb.tune.thresholds(model, DENSE, [X.at[0, 0].set(jnp.nan)])
-    other = Net()
+    other = Two()
     other.first = nnx.Linear(9, 16, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="'first' multiplies 16 inputs and in the dense model 9"):
         lb.tune.thresholds(model, other, [X[:, :9]])
@@ -415,7 +407,7 @@ def test_one_call_has_the_largest_width_of_its_rows(found: lb.tune.Thresholds) -
     assert (difference <= 2 * bound(X, weight("first", 4))).all()
     with pytest.raises(ValueError, match="by='token' must be one of row, call, most"):
         lb.nn.switching(model, "token")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="Net has no layer that switches"):
+    with pytest.raises(ValueError, match="Two has no layer that switches"):
         lb.nn.effective_bits(lambda m, x: m(x), SMALL, X)
 
 

@@ -28,7 +28,6 @@ from tests.golden.models.cases import CASES, ENCODERS, SHARED
 
 NESTED = lb.any_precision(2, 3, table_dtype="float32")
 LAYERS = ("layers/0/mlp/down", "layers/*/attn/q", "layers/1/mlp/up")
-RNG = np.random.default_rng(0)
 T = 6
 
 
@@ -36,6 +35,11 @@ def tolerance(model: Any) -> float:
     """Of logits, relative to the largest one, where sums are made in another order: as `tests.families.TOLERANCE`."""
     c = model.config
     return c.layers * 20 * max(c.width, c.hidden) ** 0.5 * unit("float32")
+
+
+def text(vocab: int) -> jax.Array:
+    """[1, T], always the same."""
+    return jnp.asarray(np.random.default_rng(0).integers(0, vocab, (1, T)), jnp.int32)
 
 
 @cache
@@ -48,10 +52,9 @@ def choices(post_norm: bool = False) -> tuple[Any, lb.tune.Thresholds]:
 
 
 def found(model: Any) -> lb.tune.Thresholds:
-    """Projections on few rows, and thresholds that half of what the layers multiply is above."""
+    """Projections on few rows, and thresholds that half of what the layers multiply is above, of the text."""
     held, values = nested(model), dict[str, jax.Array]()
-    tokens = jnp.asarray(RNG.integers(0, model.config.vocab, (4, T)), jnp.int32)
-    passes = Passes(model, lambda m, tokens: m(tokens), [tokens], dict.fromkeys(held, (2, 3)), held)
+    passes = Passes(model, lambda m, tokens: m(tokens), [text(model.config.vocab)], dict.fromkeys(held, (2, 3)), held)
     for path, kernel in held.items():
         g = np.random.default_rng(len(path)).standard_normal((4, kernel.shape[0])).astype(np.float32)
         seen = np.linalg.norm(np.asarray(passes.inputs(path)) @ g.T, axis=1)
@@ -84,7 +87,7 @@ def stepping(model: Any) -> tuple[Any, Callable[[Any, Any, Any], Any]]:
 
 def assert_steps_are_the_row(model: Any) -> Any:
     """Every layer has the same width at every position, and logits are the same; returns the step."""
-    tokens = jnp.asarray(RNG.integers(0, model.config.vocab, (1, T)), jnp.int32)
+    tokens = text(model.config.vocab)
     whole = nnx.jit(lambda m, mask: lb.nn.effective_bits(lambda m: m(tokens, mask), m))
     ends = [whole(model, jnp.arange(T)[None] <= i) for i in range(T)]  # places beyond the end are not counted
     logits = np.asarray(ends[-1][0][0])
@@ -132,7 +135,7 @@ def test_layers_are_asked_by_the_stream_before_the_last_sublayer(post_norm: bool
     model = lb.tune.switched(*choices(post_norm), asynchronous=True)
     marked = {"layers/1/attn/q", "layers/1/mlp/up"}
     assert marked == {p for p, s in switches(model).items() if s.asynchronous is not None} - {"layers/2/attn/q"}
-    tokens = jnp.asarray(RNG.integers(0, 16, (1, T)), jnp.int32)
+    tokens = text(16)
 
     def older(model: Any) -> Any:
         seen: dict[str, Any] = {}
@@ -172,7 +175,7 @@ def test_what_is_not_asked_by_older_inputs_costs_nothing(monkeypatch: pytest.Mon
 
 def test_a_row_without_a_token_neither_asks_nor_counts() -> None:
     layer = lb.tune.switched(*choices()).layers[0].attn.q
-    x = jnp.asarray(RNG.standard_normal((8, 16)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 16)), jnp.float32)
 
     @nnx.jit(static_argnums=0)
     def mean(by: Any, layer: Any, at: jax.Array) -> jax.Array:

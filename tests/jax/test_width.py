@@ -13,23 +13,14 @@ import pytest
 from flax import linen, nnx
 
 import lowbit as lb
-from tests.models import arrays
+from tests.models import Two, arrays
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16)), jnp.float32)
 
 
-class Net(nnx.Module):
-    def __init__(self) -> None:
-        rngs = nnx.Rngs(0)
-        self.first, self.second = nnx.Linear(16, 16, rngs=rngs), nnx.Linear(16, 8, use_bias=False, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.second(nnx.relu(self.first(x)))
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return lb.quantize(Net(), lb.any_bcq(1, 3, group=8))
+    return lb.quantize(Two(), lb.any_bcq(1, 3, group=8))
 
 
 def tables() -> Any:
@@ -65,7 +56,7 @@ def test_reports_leave_out_errors_of_another_width(model: Any) -> None:
     assert errors(lb.at_width(model, 3)) == errors(model) and None not in errors(model)
     assert errors(lb.at_width(model, {"first": 2})) == [None, errors(model)[1]]
     assert errors(lb.at_width(lb.at_width(model, jnp.int32(3)), 3)) == [None, None]
-    abstract = nnx.eval_shape(lambda: lb.quantize(Net(), lb.any_bcq(1, 3, group=8)))
+    abstract = nnx.eval_shape(lambda: lb.quantize(Two(), lb.any_bcq(1, 3, group=8)))
     assert isinstance(lb.at_width(abstract, 2).first.kernel.stats.get_value(), jax.ShapeDtypeStruct)
 
 
@@ -115,7 +106,7 @@ def test_every_kind_of_layer_reads_at_its_width() -> None:
 
 
 def test_widths_that_do_not_follow_one_another() -> None:
-    small = lb.quantize(Net(), lb.nested_fp())
+    small = lb.quantize(Two(), lb.nested_fp())
     low, high = (lb.at_width(small, width)(X) for width in (8, 16))
     assert np.array_equal(high, small(X)) and not np.array_equal(low, high)
     assert np.array_equal(lb.at_width(small, {"**": jnp.int32(8)})(X), low)
