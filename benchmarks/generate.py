@@ -8,8 +8,9 @@ takes a tiny model, to see that all runs.
 
 `--dp` instead times the tiny language model of examples/ with layers that choose their widths as they run (DP-LLM):
 with thresholds that they choose by, with thresholds that leave them no choice and are compared with all the same, and
-at fixed widths, without estimates. The last two differ by what choosing costs; `benchmarks/selector.py` adds what it
-costs in products as large as those of an 8B model.
+without estimates, by widths that are given as arrays or known when it is compiled. Where there is no choice, that and
+given widths differ by what choosing costs; `benchmarks/selector.py` adds what it costs in products as large as those of
+an 8B model.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if __name__ == "__main__":  # as a script; as a module it has the repository's r
 
 import lowbit as lb
 from benchmarks import selector
-from benchmarks.harness import Row, interleaved, main, row
+from benchmarks.harness import Row, fastest, in_turn, interleaved, main, row
 from lowbit.models import CacheKind, Config, Decoder, DenseKV, Rope, Sampling
 from lowbit.models.steps import Runner
 
@@ -107,7 +108,8 @@ class Timed:
 
 
 def choosing(s: Sizes, model: Decoder) -> dict[str, Decoder]:
-    """With 3 and 4 bits to choose from: by thresholds, forced to one of the two, and of that width alone."""
+    """With 3 and 4 bits to choose from: by thresholds, forced to one of the two, and of that width alone, given as an
+    array or known when it is compiled."""
     small = lb.quantize(model, {**dict.fromkeys(BLOCKS, lb.any_precision(3, 6)), "**": None})
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, s.vocab, (4, s.prompt)), jnp.int32)
     start = lb.tune.blended(small, 6, 3.5, layers=BLOCKS)
@@ -118,22 +120,21 @@ def choosing(s: Sizes, model: Decoder) -> dict[str, Decoder]:
         return lb.tune.switched(small, replace(found, values=values))
 
     forced = {"forced3": at(np.inf), "forced4": at(-np.inf)}
-    return {"chosen": lb.tune.switched(small, found), **forced, **{f"fixed{b}": lb.at_width(small, b) for b in (3, 4)}}
+    given = {f"given{b}": lb.at_width(small, jnp.int32(b)) for b in (3, 4)}
+    known = {f"known{b}": lb.at_width(small, b) for b in (3, 4)}
+    return {"chosen": lb.tune.switched(small, found), **forced, **given, **known}
 
 
 def measure_choosing(batch: int, smoke: bool = False) -> Iterator[Row]:
-    """Decoding, and the seconds that choosing adds to a step."""
+    """A step of decoding, beside one whose widths are given."""
     s = replace(SMOKE if smoke else TINY, batch=batch)
     model = dense(s) if smoke else lb.models.load(FOLDER)
     timed = {name: Timed(of, DenseKV(), s) for name, of in choosing(s, model).items()}
-    seconds = interleaved({name: t.decode for name, t in timed.items()}, rounds=7)
-    base = {"chosen": "fixed3", "forced3": "fixed3", "forced4": "fixed4", "fixed3": "fixed3", "fixed4": "fixed4"}
-    for name, to in base.items():
-        rate = {n: s.batch * s.new / seconds[n] for n in (name, to)}
-        yield row(f"{name}_decode", rate[name], "tokens/s", to, rate[to])
-    for b in (3, 4):
-        step, more = seconds[f"fixed{b}"] / s.new, (seconds[f"forced{b}"] - seconds[f"fixed{b}"]) / s.new
-        yield row(f"choosing{b}_overhead", 1e6 * more, "us/step", f"fixed{b}", 1e6 * step)
+    seconds = in_turn({name: t.decode for name, t in timed.items()}, rounds=3 if smoke else 9)
+    for name in seconds:
+        base = "given4" if name.endswith("4") else "given3"
+        own, others = ([t / s.new for t in seconds[n]] for n in (name, base))
+        yield fastest(f"{name}_step", own, f"{base}_step", others)
     yield from selector.measure(**SHAPES_8B, smoke=smoke)
 
 

@@ -9,7 +9,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -29,8 +29,22 @@ def row(name: str, value: float, unit: str, baseline: str, base: float) -> Row:
     return {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": value / base}
 
 
+def fastest(name: str, seconds: Sequence[float], baseline: str, base: Sequence[float]) -> Row:
+    """Least milliseconds of a call, for differences that are smaller than what others on a machine change; `thirds` are
+    the least and the largest ratio that the first, the second and the last third of the rounds have by themselves."""
+    parts = [slice(len(seconds) * i // 3, len(seconds) * (i + 1) // 3) for i in range(3)]
+    ratios = [min(seconds[part]) / min(base[part]) for part in parts]
+    told = row(name, 1e3 * min(seconds), "ms", baseline, 1e3 * min(base))
+    return told | {"thirds": [min(ratios), max(ratios)]}
+
+
 def interleaved(programs: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
-    """Median seconds a call of each program: one call of each in turn, after two that do not count, caches cold."""
+    """Median seconds a call of each program: see `in_turn`."""
+    return {name: median(seconds) for name, seconds in in_turn(programs, rounds).items()}
+
+
+def in_turn(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call: one of each program in turn, after two that do not count, caches cold."""
     cold = jnp.ones(EVICT // 4, jnp.float32)
     evict = jax.jit(jnp.sum)
     times: dict[str, list[float]] = {name: [] for name in programs}
@@ -41,7 +55,7 @@ def interleaved(programs: Mapping[str, Callable[[], Any]], rounds: int = 7) -> d
             jax.block_until_ready(program())
             if at >= 2:
                 times[name].append(time.perf_counter() - start)
-    return {name: median(t) for name, t in times.items()}
+    return times
 
 
 def machine() -> str:
@@ -69,7 +83,8 @@ def main(title: str, measure: Callable[..., list[Row]], **options: Any) -> None:
     rows = measure(**given)
     table = Table("name", "value", "unit", "baseline", "ratio", title=f"{title}\n{machine()}")
     for r in rows:
-        table.add_row(r["name"], f"{r['value']:.4g}", r["unit"], r["baseline"], f"{r['ratio']:.3f}")
+        spread = " ({:.3f} to {:.3f})".format(*r["thirds"]) if "thirds" in r else ""
+        table.add_row(r["name"], f"{r['value']:.4g}", r["unit"], r["baseline"], f"{r['ratio']:.3f}{spread}")
     Console(width=110).print(table)
     if target:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
 """DP-LLM beside mixes of widths that are chosen before a model runs: what is lost at the same effective bits.
 
     python examples/dp_llm.py [--out dp_llm]
-    python examples/dp_llm.py --model FOLDER --text FILE [--steps 5000 --rate 1e-2 --length 512]
+    python examples/dp_llm.py --model FOLDER [--text FILE] [--steps 5000 --rate 1e-2 --length 512]
 
-Without `--model` it is the tiny language model, on Python's source as it was trained on, and measured on code that it
-never saw; of another text the last tenth is held out. Each figure is of the same sequences, teacher-forced, and each
-position chooses its own widths.
+Without `--model` it is the tiny language model. Without `--text`, for a model of bytes, it is Python's source as that
+was trained on, and measured on code that it never saw; of another text the last tenth is held out. Each figure is of
+the same sequences, teacher-forced, and each position chooses its own widths.
 
 Writes results.json as it goes, from which a run that was killed goes on, and table.md, curve.png, widths.png and
 drift.png at the end. Exits with 1 where something that is claimed does not hold.
@@ -18,8 +18,8 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from math import exp, log, nan
+from dataclasses import asdict, fields
+from math import exp, log
 from typing import Any
 
 import jax
@@ -34,56 +34,18 @@ if not __package__:  # run as a file: Python then looks for packages beside it, 
 import lowbit as lb
 from benchmarks.harness import machine
 from examples import dp_plots, precisions
-from examples.precisions import MIXES, Settings, Subject
+from examples.dp_table import ASYNCHRONOUS, BLENDED, DP, EXACT, PAIRS, WIDER, Row, broken, gains, read, table
+from examples.precisions import HARMS, Settings, Subject
 from examples.tinylm import weights
+from lowbit.io.atomic import replacing
 from lowbit.tune.precision import blends
 
 BATCH = 16
 """Sequences at a time."""
-TOLERANCE = 0.02
-"""Of the target, that effective bits may be off."""
-PAIRS = ((4, 5), (4, 6), (3, 5), (3, 6))
 PAIRS_AT = 4.5
 """As published."""
-DP, EXACT, BLENDED = "DP-LLM", "DP-LLM, exact", "DP-LLM, blended"
-ERRORS = 2.0
-"""Standard errors of a mean of differences that may be chance."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured of a model.
-
-    Attributes:
-      target: bits a weight that were asked for.
-      bits: effective bits, the mean over positions.
-      layers: the same by layer.
-      losses: bits a byte of each sequence.
-      pairs: of layers that choose, their two widths.
-      of_queries: effective bits of each sequence, of a model that chooses.
-    """
-
-    method: str
-    target: float
-    bits: float
-    perplexity: float
-    bits_per_byte: float
-    layers: dict[str, float]
-    losses: list[float] = field(default_factory=list)
-    pairs: dict[str, tuple[int, int]] = field(default_factory=dict)
-    of_queries: list[float] = field(default_factory=list)
-
-    def drift(self, share: float) -> float:
-        """What so many of the sequences stay within, relative to the mean of all: of effective bits."""
-        return float(np.quantile(np.abs(np.array(self.of_queries) / np.mean(self.of_queries) - 1), share))
-
-    def over(self, other: Row) -> tuple[float, float]:
-        """By how many bits a byte this loses more than another on the same sequences, and the standard error."""
-        differences = np.array(self.losses) - np.array(other.losses)
-        count = len(differences)
-        return float(differences.mean()), float(differences.std(ddof=1) / count**0.5) if count > 1 else nan
-
-
+LIKE = ("settings", "most", "float", "machine")
+"""What rows of one file have in common."""
 Nats = np.ndarray[Any, np.dtype[np.float64]]
 Made = dict[tuple[str, float], Row]
 """By method and target."""
@@ -122,9 +84,9 @@ def of_widths(s: Subject, method: str, target: float, widths: Mapping[str, int])
     return _row(s, method, target, nats, widths)
 
 
-def of_choices(s: Subject, method: str, target: float, found: lb.tune.Thresholds) -> Row:
+def of_choices(s: Subject, method: str, target: float, found: lb.tune.Thresholds, *, asynchronous: bool = False) -> Row:
     """Of layers that choose."""
-    nats, bits = _over(s, _chosen, lb.tune.switched(s.small, found))
+    nats, bits = _over(s, _chosen, lb.tune.switched(s.small, found, asynchronous=asynchronous))
     pairs = {p: (int(v["low"]), int(v["high"])) for p, v in found.layers.items() if np.isfinite(v["threshold"])}
     layers = {path: float(bits.layers[path].mean()) for path in s.sizes}
     return _row(s, method, target, nats, layers, pairs=pairs, of_queries=bits.mean.round(6).tolist())
@@ -138,13 +100,15 @@ def sweep(s: Subject, targets: Sequence[float], done: Made) -> Iterator[Row]:
     for target in targets:
         if (DP, target) in done:  # the last one
             continue
-        for method, harm in MIXES.items():
+        for method, harm in HARMS.items():
             yield of_widths(s, method, target, precisions.mix(s, harm(s), target))
         model = precisions.precise(s, target)
         layers = {path: float(blend.bits) for path, blend in blends(model).items()}
         yield _row(s, BLENDED, target, _over(s, _fixed, model, {}), layers)
         yield of_choices(s, EXACT, target, precisions.thresholds(s, model, None))
-        yield of_choices(s, DP, target, precisions.thresholds(s, model, s.estimators))
+        found = precisions.thresholds(s, model, s.estimators)
+        yield of_choices(s, ASYNCHRONOUS, target, found, asynchronous=True)
+        yield of_choices(s, DP, target, found)
 
 
 def pairs(s: Subject, target: float, done: Made) -> Iterator[Row]:
@@ -156,111 +120,77 @@ def pairs(s: Subject, target: float, done: Made) -> Iterator[Row]:
         yield of_choices(s, f"({low}, {high})", target, precisions.thresholds(s, model, None))
 
 
-def broken(rows: Sequence[Row]) -> list[str]:
-    """What does not hold of what is claimed: that layers which choose use both widths, that effective bits are at the
-    target, and that no mix loses less than DP-LLM at the same target, beyond what may be chance."""
-    wrong = []
-    for r in (r for r in rows if r.pairs):
-        at = f"{r.method} at {r.target}"
-        for path, (low, high) in r.pairs.items():
-            if not low < r.layers[path] < high:
-                wrong.append(f"{at}: layer {path!r} has {r.layers[path]} bits always, of {low} and {high}")
-        if not abs(r.bits / r.target - 1) <= TOLERANCE:
-            wrong.append(f"{at}: {r.bits:.3f} effective bits, more than {TOLERANCE:.0%} off")
-    for r, mix in beside(rows, (DP,)):
-        more, error = r.over(mix)
-        if not more <= ERRORS * error:  # nor NaN
-            wrong.append(f"{r.method} at {r.target} loses {more:.4f} bits a byte to {mix.method}, +- {error:.4f}")
-    return wrong
-
-
-def beside(rows: Sequence[Row], methods: Sequence[str] = (DP, EXACT)) -> list[tuple[Row, Row]]:
-    """Rows of layers that choose, each with those of the mixes at its target."""
-    own, mixes = ([r for r in rows if r.method in names] for names in (methods, MIXES))
-    return [(r, mix) for r in own for mix in mixes if mix.target == r.target]
-
-
-def gains(rows: Sequence[Row]) -> str:
-    """What layers that choose lose more than mixes, in bits a byte with its standard error, as Markdown."""
-    names = [f"{method} over {mix}" for method in (DP, EXACT) for mix in MIXES]
-    found = {(r.target, f"{r.method} over {mix.method}"): r.over(mix) for r, mix in beside(rows)}
-    lines = [f"| target | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    for target in sorted({target for target, _ in found}):
-        cells = ("{:+.4f} ± {:.4f}".format(*found[target, name]) for name in names)
-        lines.append(f"| {target:g} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def table(rows: Sequence[Row]) -> str:
-    """As Markdown."""
-    lines = [
-        "| target | method | effective bits | perplexity | bits/byte | drift p90 | p99 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in sorted(rows, key=lambda r: (r.target, r.method)):
-        drift = f"{r.drift(0.9):.2%} | {r.drift(0.99):.2%}" if r.of_queries else " | "
-        lines.append(
-            f"| {r.target:g} | {r.method} | {r.bits:.3f} | {r.perplexity:.4f} | {r.bits_per_byte:.4f} | {drift} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def read(result: Mapping[str, Any], name: str) -> list[Row]:
-    """The rows of a file of results."""
-    return [Row(**of | {"pairs": {path: tuple(pair) for path, pair in of["pairs"].items()}}) for of in result[name]]
-
-
 def run(s: Subject, targets: Sequence[float], out: pathlib.Path, say: Callable[[str], None]) -> list[str]:
-    """Measures and writes everything; what is claimed and does not hold."""
-    out.mkdir(parents=True, exist_ok=True)
-    dense = float(_over(s, _fixed, s.dense, {}).mean())
+    """Measures and writes everything in a folder; what is claimed and does not hold."""
+    reach = sum(s.sizes[path] * b for path, b in s.most.items()) / sum(s.sizes.values())
+    if off := [target for target in targets if not s.settings.least <= target <= reach]:
+        raise SystemExit(
+            f"targets {off} are not from {s.settings.least} to {reach:.3f} bits, the mean of the first phase within "
+            f"{s.settings.budget:g}: give others"
+        )
+    nats = float(_over(s, _fixed, s.dense, {}).mean())
+    exact = {"perplexity": exp(nats), "bits_per_byte": nats / log(2) / s.text.bytes_per_token}
     result: dict[str, Any] = {
         "machine": machine(),
         "settings": asdict(s.settings),
         "most": dict(s.most),
         "carried": precisions.carried(s),
-        "float": {"perplexity": exp(dense), "bits_per_byte": dense / log(2) / s.text.bytes_per_token},
+        "float": {name: round(value, 6) for name, value in exact.items()},
     }
-    made = {name: _kept(out, result, name) for name in ("rows", "pairs")}
+    made = _kept(out / "results.json", result)
     has_pairs = s.settings.least <= PAIRS[-1][0] and s.settings.most >= PAIRS[-1][1]
     rows = sweep(s, targets, made["rows"])
     for name, every in (("rows", rows), ("pairs", pairs(s, PAIRS_AT, made["pairs"]) if has_pairs else ())):
         for row in every:
             made[name][row.method, row.target] = row
             result |= {n: [asdict(r) for r in of.values()] for n, of in made.items()}
-            (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+            with replacing(out / "results.json") as file:
+                file.write(f"{json.dumps(result, indent=1)}\n".encode())
             say(table([row]).splitlines()[-1])
     found, wide = (list(of.values()) for of in made.values())
-    (out / "table.md").write_text("\n".join((table(found), gains(found), table(wide))))
+    (out / "table.md").write_text("\n".join((table(found), gains(found), table(wide), gains(wide, WIDER))))
     dp_plots.every(found, DP, out)
     return broken([*found, *wide])
 
 
-def _kept(out: pathlib.Path, result: Mapping[str, Any], name: str) -> Made:
-    """What an earlier run has written that did as much with the same model."""
-    file = out / "results.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
-    same = all(before.get(n) == result[n] for n in ("settings", "most", "float"))
-    return {(r.method, r.target): r for r in read(before, name)} if same and name in before else {}
+def _kept(file: pathlib.Path, result: dict[str, Any]) -> dict[str, Made]:
+    """The rows of an earlier run, which is of the same day as it says. Refuses to go on with one that is not alike."""
+    if not file.exists():
+        return {"rows": {}, "pairs": {}}
+    try:
+        before = json.loads(file.read_text())
+        kept = {name: {(r.method, r.target): r for r in read(before, name)} for name in ("rows", "pairs")}
+        unlike = [name for name in LIKE if _dateless(before[name]) != _dateless(result[name])]
+    except (ValueError, KeyError, TypeError) as e:
+        raise SystemExit(f"{file} holds no results of this example ({e!r}): give another --out") from None
+    if unlike:
+        told = "; ".join(f"{name} is {before[name]} there and {result[name]} here" for name in unlike)
+        raise SystemExit(f"{file} is of another run: {told}: give another --out")
+    result["machine"] = before["machine"]
+    return kept
+
+
+def _dateless(value: Any) -> Any:
+    return value.rpartition(", ")[0] if isinstance(value, str) else value
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("dp_llm"))
     parser.add_argument("--model", help="a folder that lb.models.load opens")
-    parser.add_argument("--text", type=pathlib.Path, help="for that model")
+    parser.add_argument("--text", type=pathlib.Path, help="for that model; of bytes the tiny model's, if left out")
     parser.add_argument("--targets", type=float, nargs="+", help="seven between the least width and the budget")
     for f in fields(Settings):
         parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default)
     given = vars(parser.parse_args())
     s = Settings(**{f.name: given[f.name] for f in fields(Settings)})
-    if (given["model"] is None) != (given["text"] is None):
-        parser.error("--model and --text go together: a model, and a text for it")
+    given["out"].mkdir(parents=True, exist_ok=True)
     targets = given["targets"] or np.linspace(s.least, s.budget, 9)[1:-1].round(4).tolist()
     folder = given["model"] or str(weights.MODEL)
     dense = lb.models.load(folder, dtype=jnp.float32)
+    precisions.expect_plain(folder, dense, s.length)
     text = precisions.text_of(folder, dense, given["text"], s.length)
-    say = Console(width=120, markup=False, highlight=False).print
+    say = Console(width=140, markup=False, highlight=False).print
     wrong = run(precisions.prepared(dense, text, s), targets, given["out"], say)
     say(f"wrote results.json, table.md, curve.png, widths.png and drift.png in {given['out']}")
     if wrong:

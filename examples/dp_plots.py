@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from examples.dp_llm import Row
+from examples.dp_table import Row
 
 MARKERS = "osD^v<>"
 
@@ -69,7 +69,5 @@ def drift(rows: Sequence[Row]) -> Any:
 
 
 def _empty() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     return figure, figure.subplots()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,12 @@ import optax
 from flax import nnx
 
 import lowbit as lb
+from examples.dp_table import MIXES
 from examples.tinylm import corpus
 from lowbit.cli import texts
 from lowbit.nn.allocate import harm_by
 from lowbit.nn.calibrate import LayerStats
+from lowbit.nn.kernel import layer_kernels
 from lowbit.nn.kinds import dense_matrices, layers
 from lowbit.tune.budget import candidates, within
 from lowbit.tune.captured import Passes
@@ -73,9 +75,23 @@ class Text:
     bytes_per_token: float
 
 
+def expect_plain(folder: str, dense: Any, length: int) -> None:
+    """Refuses models that this cannot compare, before anything is measured."""
+    if layer_kernels(dense):
+        raise SystemExit(f"{folder} is quantized: give the model that it was made from")
+    if dense.config.experts:
+        raise SystemExit(
+            f"{folder} is a mixture of {dense.config.experts} experts, whose widths nothing chooses: give another"
+        )
+    if length > dense.config.context:
+        raise SystemExit(f"{folder} was made for {dense.config.context} positions, and --length is {length}: give less")
+
+
 def text_of(folder: str, model: Any, path: pathlib.Path | None, length: int) -> Text:
-    """Of a file, whose last tenth is held out; if None, of the tiny language model, which knows bytes."""
+    """Of a file, whose last tenth is held out; if None, of the tiny language model, for models of bytes."""
     size = 1.0
+    if path is None and model.config.vocab != 256:
+        raise SystemExit(f"{folder} has {model.config.vocab} tokens, which are no bytes: give a --text for it")
     if path is None:
         code, other = b"".join(corpus.train_code().values()), corpus.match_listed("code").text
         seen, held = (np.frombuffer(part, np.uint8) for part in (code, other))
@@ -134,27 +150,24 @@ class Subject:
 
 def prepared(dense: Any, text: Text, s: Settings) -> Subject:
     """The first phase, and what it needs."""
-    small = lb.quantize(dense, {**dict.fromkeys(BLOCKS, lb.any_precision(s.least, s.most)), "**": None})
+    seen, held = max(s.gradients, s.calibration), s.held
+    if len(text.seen) < seen or len(text.held) < held:
+        raise SystemExit(
+            f"the text has {len(text.seen)} sequences to train on and {len(text.held)} held out, and {seen} and {held} "
+            "are asked for: give more text, or less to --gradients, --calibration and --held"
+        )
     tokens = [jnp.asarray(window[None]) for window in text.seen[: s.gradients]]
     stats = lb.calibrate(dense, tokens, statistics=["gradient_square"], loss=mean_loss)
+    codes = lb.any_precision(s.least, s.most), lb.nested_kmeans(weighs_by=("gradient_square",))  # as published
+    small = lb.quantize(dense, [*(lb.Rule(path, *codes) for path in BLOCKS), lb.Rule("**", None)], stats=stats)
     most = lb.tune.max_widths(small, dense, stats, bits=s.budget)
-    gradient = _gradient(dense, tokens)
-    return Subject(
-        dense,
-        small,
-        text,
-        s,
-        stats,
-        gradient,
-        most,
-        optax.adamw(s.rate, weight_decay=1e-2),
-        Once(steps=s.estimator_steps),
-    )
+    tx, estimators = optax.adamw(s.rate, weight_decay=1e-2), lb.tune.Estimators(steps=s.estimator_steps)
+    return Subject(dense, small, text, s, stats, _gradient(dense, tokens), most, tx, estimators)
 
 
 def _gradient(dense: Any, tokens: list[jax.Array]) -> dict[str, jax.Array]:
-    """The mean gradient of the loss by each layer's matrix."""
-    graph, params, *rest = nnx.split(dense, nnx.Param, ...)
+    """The mean gradient of the loss by each matrix of the blocks."""
+    graph, params, *rest = nnx.split(dense, nnx.All(nnx.Param, lambda path, _: path[0] == "layers"), ...)
 
     @jax.jit
     def add(total: Any, tokens: jax.Array) -> Any:
@@ -164,8 +177,8 @@ def _gradient(dense: Any, tokens: list[jax.Array]) -> dict[str, jax.Array]:
     total = jax.tree.map(lambda p: jnp.zeros(p.shape), params)
     for batch in tokens:
         total = add(total, batch)
-    summed = nnx.merge(graph, total, *rest)
-    return {path: dense_matrices(layer) / len(tokens) for path, layer in layers(summed).items()}
+    of = layers(nnx.merge(graph, total, *rest))
+    return {path: dense_matrices(layer) / len(tokens) for path, layer in of.items() if path.startswith("layers/")}
 
 
 # ---------------------------------------------------------------- mixes of widths chosen before
@@ -174,12 +187,16 @@ Harm = Callable[[str, jax.Array], float]
 
 
 def mix(s: Subject, harm: Harm, bits: float) -> dict[str, int]:
-    """A width for each layer, none above that of the first phase, with the least harm within so many bits a weight."""
-    of, found = layers(s.dense), []
+    """A width for each layer, none above that of the first phase, with the least harm at the nearest number of bits
+    that there is, or less by a hundredth of a bit, as is published: harm by the first order may rise with a width."""
+    of, found, sums = layers(s.dense), [], {0}
     for path, kernel in nested(s.small, BLOCKS).items():
         every = candidates(path, kernel, of[path], partial(harm, path))
-        found += [c for c in every if c.bits <= s.most[path] * c.weights]
-    return within(found, bits)
+        found += (every := [c for c in every if c.bits <= s.most[path] * c.weights])
+        sums = {stored + c.bits for stored in sums for c in every}
+    total = sum(s.sizes.values())
+    near = min(sums, key=lambda stored: (abs(stored - bits * total), -stored)) / total
+    return within(found, near, near - 0.01)
 
 
 def hawq(s: Subject) -> Harm:
@@ -192,23 +209,10 @@ def llm_mq(s: Subject) -> Harm:
     return lambda path, error: abs(float(jnp.vdot(s.gradient[path], error)))
 
 
-MIXES: Mapping[str, Callable[[Subject], Harm]] = {"HAWQ-V2": hawq, "LLM-MQ": llm_mq}
+HARMS: Mapping[str, Callable[[Subject], Harm]] = dict(zip(MIXES, (hawq, llm_mq), strict=True))
 
 
 # ---------------------------------------------------------------- layers that choose
-
-
-@dataclass(frozen=True)
-class Once(lb.tune.Estimators):
-    """Estimators that are found once for each layer and pair of widths: they do not depend on the target."""
-
-    found: dict[bytes, dict[str, jax.Array]] = field(default_factory=dict, compare=False)
-
-    def projected(self, x: jax.Array, delta: jax.Array, errors: Any, number: int) -> dict[str, jax.Array]:
-        key = np.asarray(delta.sum(0)).tobytes()
-        if key not in self.found:
-            self.found[key] = super().projected(x, delta, errors, number)
-        return self.found[key]
 
 
 def precise(s: Subject, target: float, *, most: int | None = None, widths: Sequence[int] | None = None) -> Any:

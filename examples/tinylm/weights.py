@@ -24,7 +24,7 @@ from examples.tinylm.model import VOCAB, Config, TinyLM
 __all__ = ["MODEL", "load", "save"]
 
 MODEL = pathlib.Path(__file__).with_name("model")
-FILE = "model.safetensors"
+FILE, TOKENIZER = "model.safetensors", "tokenizer.json"
 NORM = "embed_norm.scale"
 """In the metadata, a JSON list."""
 EPS = 1e-6
@@ -58,7 +58,7 @@ def _turned(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def save(model: TinyLM, folder: pathlib.Path = MODEL) -> None:
-    """Writes config.json, and the parameters in fp16.
+    """Writes config.json and tokenizer.json, and the parameters in fp16.
 
     Raises:
         ValueError: a parameter does not fit fp16's range.
@@ -75,6 +75,7 @@ def save(model: TinyLM, folder: pathlib.Path = MODEL) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / FILE, metadata={"format": "pt", NORM: json.dumps(scale.astype(float).tolist())})
     (folder / "config.json").write_text(json.dumps(_described(model.config), indent=2) + "\n")
+    (folder / TOKENIZER).write_bytes((MODEL / TOKENIZER).read_bytes())
 
 
 def _described(config: Config) -> dict[str, Any]:

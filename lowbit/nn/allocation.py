@@ -118,8 +118,8 @@ def by_layer(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
     return out
 
 
-def solve(candidates: tuple[Candidate, ...], budget: float) -> Allocation:
-    """Of the choices with at most `budget` bits the one with the least harm."""
+def solve(candidates: tuple[Candidate, ...], budget: float, least_used: float = 0.0) -> Allocation:
+    """Of the choices with at most `budget` bits, and at least `least_used`, the one with the least harm."""
     groups = by_layer(candidates)
     if (least := sum(min(c.bits for c in of) for of in groups.values())) > budget:
         weights = sum(of[0].weights for of in groups.values())
@@ -135,9 +135,11 @@ def solve(candidates: tuple[Candidate, ...], budget: float) -> Allocation:
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint(np.array([[c.bits for c in candidates]], float), 0, np.floor(budget)),
+            LinearConstraint(np.array([[c.bits for c in candidates]], float), least_used, np.floor(budget)),
         ],
         options={"mip_rel_gap": 0.0},
     )
-    assert found.x is not None, found.message  # the smallest formats are within the budget
+    assert found.x is not None, (
+        found.message
+    )  # the smallest formats are within the budget, and callers know of a choice
     return Allocation(tuple(c for c, taken in zip(candidates, found.x, strict=True) if taken > 0.5), candidates)

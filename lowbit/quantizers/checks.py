@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from absl import logging
@@ -102,10 +104,25 @@ def check_weight(w: jax.Array, name: str) -> None:
         raise TypeError(f"{name} is {w.dtype}{list(w.shape)}: cast it to a floating type, {dense}")
     if w.ndim < 2 or w.size == 0:
         raise ValueError(f"{name} has shape {w.shape}: give a matrix with at least one entry, {dense}")
-    finite = jnp.isfinite(w)
-    if not isinstance(finite, jax.core.Tracer) and not finite.all():  # counted only then: that takes more memory
-        bad = (~finite).sum()
+    finite = _all_finite(w)
+    if not isinstance(finite, jax.core.Tracer) and not finite:  # counted only then: that takes more memory
+        bad = (~jnp.isfinite(w)).sum()
         raise ValueError(f"{name} has {bad} NaN or inf among its {w.size} entries: repair it, {dense}")
+
+
+@jax.jit
+def _all_finite(w: jax.Array) -> jax.Array:
+    return jnp.isfinite(w).all()
+
+
+@jax.jit
+def _facts(scales: Mapping[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
+    """Of each, whether there is a NaN, whether all are finite, and whether the largest is a normal number. One program
+    for all: a model has layers of many shapes, each of which is compiled for."""
+    return {
+        name: (jnp.isnan(v).any(), jnp.isfinite(v).all(), jnp.abs(v).max() >= jnp.finfo(v.dtype).smallest_normal)
+        for name, v in scales.items()
+    }
 
 
 def check_range(array: QuantArray, w: jax.Array, name: str) -> None:
@@ -118,12 +135,13 @@ def check_range(array: QuantArray, w: jax.Array, name: str) -> None:
     if any(isinstance(v, jax.core.Tracer) for v in (*scales.values(), w)):
         return
     option = next((o for o, _ in array.type.format.options if o.endswith("_dtype")), "scale_dtype")
-    for stored, v in scales.items():
-        if bool(jnp.isnan(v).any()):
+    facts = jax.device_get(_facts(scales)) if scales else {}
+    for stored, (has_nan, is_finite, _) in facts.items():
+        if has_nan:
             raise ValueError(f"{name}: {stored!r} holds NaN, as a division by zero gives: repair the quantizer")
-        if not bool(jnp.isfinite(v).all()):
-            raise ValueError(f"{name}: {stored!r} overflows {v.dtype}; use {option}='float32' or 'bfloat16'")
-    normal = {f: bool(jnp.abs(v).max() >= jnp.finfo(v.dtype).smallest_normal) for f, v in scales.items()}
-    if scales and not any(normal.values()) and bool(w.any()):
+        if not is_finite:
+            dtype = scales[stored].dtype
+            raise ValueError(f"{name}: {stored!r} overflows {dtype}; use {option}='float32' or 'bfloat16'")
+    if scales and not any(is_normal for *_, is_normal in facts.values()) and bool(w.any()):
         stored, v = next(iter(scales.items()))
         raise ValueError(f"{name}: {stored!r} underflows {v.dtype}; use {option}='float32' or scale the weights up")

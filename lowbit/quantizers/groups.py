@@ -1,6 +1,7 @@
 """Cut a weight matrix into the groups that share scale factors, and check what the solvers are given."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -76,14 +77,37 @@ def in_blocks(
     rows, size = values.shape
     block = min(max(_FEWEST, 1 << (rows - 1).bit_length()), max(1, _BLOCK // max(size, levels)))
     count = -(-rows // block)
-    blocks = jnp.pad(values, ((0, count * block - rows), (0, 0))).reshape(count, block, size)
+    blocks = _blocks(values, count, block)
 
     def one(i: int | jax.Array) -> T:
         f = None if weights is None else weights[(i * block + jnp.arange(block)) % weights.shape[0]]
-        return solve(lax.dynamic_index_in_dim(blocks, i, keepdims=False), f)
+        return solve(_block(blocks, i), f)
 
     if isinstance(blocks, jax.core.Tracer):
         solved = lax.map(one, jnp.arange(count))
     else:
-        solved = jax.tree.map(lambda *parts: jnp.stack(parts), *[one(i) for i in range(count)])
-    return jax.tree.map(lambda x: x.reshape(count * block, *x.shape[2:])[:rows], solved)
+        solved = _stacked([one(i) for i in range(count)])
+    return _joined(solved, rows)
+
+
+# One program each, and not one an operation: weights have many shapes, each of which is compiled for.
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _blocks(values: jax.Array, count: int, block: int) -> jax.Array:
+    return jnp.pad(values, ((0, count * block - len(values)), (0, 0))).reshape(count, block, -1)
+
+
+@jax.jit
+def _block(blocks: jax.Array, i: int | jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(blocks, i, keepdims=False)
+
+
+@jax.jit
+def _stacked(parts: list[T]) -> T:
+    return jax.tree.map(lambda *of: jnp.stack(of), *parts)
+
+
+@partial(jax.jit, static_argnums=1)
+def _joined(solved: T, rows: int) -> T:
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], solved)

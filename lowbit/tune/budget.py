@@ -92,10 +92,10 @@ def candidates(path: str, kernel: Kernel, layer: nnx.Module, harm: Callable[[jax
     return out
 
 
-def within(found: Sequence[Candidate], bits: float) -> dict[str, int]:
-    """The width of each layer that has the least harm in all, with so many bits per weight."""
+def within(found: Sequence[Candidate], bits: float, least: float = 0.0) -> dict[str, int]:
+    """The width of each layer that has the least harm in all, with so many bits per weight at most and at least."""
     total = sum({c.layer: c.weights for c in found}.values()) * (1 + 2**-51)  # a product may be rounded down
-    return {c.layer: c.bits // c.weights for c in solve(tuple(found), bits * total).chosen}
+    return {c.layer: c.bits // c.weights for c in solve(tuple(found), bits * total, least * total).chosen}
 
 
 def narrowed(model: M, most: int | Mapping[str, int], *, layers: str | Sequence[str] = "**") -> M:

@@ -29,6 +29,8 @@ M = TypeVar("M", bound=nnx.Module)
 QuantileOf = Literal["error", "estimate"]
 ALWAYS = 0.01
 """A width that fewer inputs than this share would have is left out: the layer has the other one alone."""
+EQUAL = 1e-5
+"""Relative to each other, errors of equal inputs that are summed in another order."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,10 @@ def thresholds(
     A layer with the precision p between the widths l < h uses h for the share 1 - r = (p - l) / (h - l) of its inputs,
     those for which it matters most: its threshold is the quantile r of ||(W_h - W_l) x|| over the inputs x that it has
     in the dense model. Of a format that rounds activations, such as `lb.nested_fp`, it is that of the same difference
-    of products, ||y_h - y_l||. Where r is above 0.99 or below 0.01 it has one width. When it runs, the norm is
-    estimated: by a line in ||x|| where that explains 0.9 of its variance, or else by ||G x||, a projection of 64 rows.
+    of products, ||y_h - y_l||. Where r is above 0.99 or below 0.01 it has one width. Of equal inputs, as in
+    a first block those of the same token are, all use h or none, whichever comes nearer to the share. When it runs, the
+    norm is estimated: by a line in ||x|| where that explains 0.9 of its variance, or else by ||G x||, a projection of
+    64 rows.
 
     Args:
       model: of `lb.tune.blended`, trained; left as it is.
@@ -143,7 +147,7 @@ def thresholds(
                 x = cache(partial(passes.inputs, path))  # at most one more run of the model
                 made |= _estimate(path, measured[path], passes, x, number, estimators)
                 errors = measured[path].errors if quantile_of == "error" else _estimates(path, made, passes, x())
-                made["threshold"] = jnp.float32(np.quantile(errors, 1 - share))
+                made["threshold"] = _quantile(errors, 1 - share)
             else:
                 made |= {"threshold": jnp.float32(-inf if share > 0.5 else inf), **one_width}
             values |= {f"{path}/{name}": value for name, value in made.items()}
@@ -172,6 +176,18 @@ def _check(path: str, measured: Measured, r: float) -> None:
             f"layer {path!r} takes the quantile {r:.3f} of {len(measured.errors)} inputs, which needs {needed} at "
             "least: give more or longer batches"
         )
+
+
+def _quantile(errors: Array, r: float) -> jax.Array:
+    """The quantile r. Where several are equal to it, a number that all of these are above, or none, whichever comes
+    nearer to the share 1 - r: what is rounded another way when it runs then still falls on its side."""
+    at, e = np.quantile(errors, r), np.asarray(errors, np.float64)
+    equal = np.isclose(e, at, rtol=EQUAL, atol=0)
+    if equal.sum() < 2:
+        return jnp.float32(at)
+    over, under = e[~equal & (e > at)].min(initial=inf), e[~equal & (e < at)].max(initial=-inf)
+    between = (e[equal].max() + over) / 2, (e[equal].min() + under) / 2
+    return jnp.float32(min(between, key=lambda t: abs(np.mean(e > t) - (1 - r))))
 
 
 def _estimates(path: str, values: Mapping[str, jax.Array], passes: Passes, x: jax.Array) -> Array:

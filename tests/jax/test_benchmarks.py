@@ -30,7 +30,7 @@ def named(rows: list[harness.Row]) -> dict[str, harness.Row]:
     out = {r["name"]: r for r in rows}
     assert len(out) == len(rows)
     for r in rows:
-        assert set(r) == {"name", "value", "unit", "baseline", "ratio"}
+        assert set(r) - {"thirds"} == {"name", "value", "unit", "baseline", "ratio"}
     return out
 
 
@@ -136,14 +136,15 @@ def test_what_choosing_widths_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     more = harness.row("block_fixed", 1.0, "ms", "block_fixed", 1.0)
     monkeypatch.setattr(selector, "measure", lambda width, hidden, smoke: [more])
     found = named(list(generate.measure(batch=1, smoke=True, dp=True)))
-    kinds = ["chosen", "forced3", "forced4", "fixed3", "fixed4"]
-    overheads = ["choosing3_overhead", "choosing4_overhead", "block_fixed"]
-    assert list(found) == [f"{kind}_decode" for kind in kinds] + overheads
-    assert all(found[f"{kind}_decode"]["value"] > 0 for kind in kinds)
-    assert found["fixed3_decode"]["ratio"] == 1
-    step = {kind: 1e6 / found[f"{kind}_decode"]["value"] for kind in kinds}  # of one sequence
-    assert found["choosing3_overhead"]["value"] == pytest.approx(step["forced3"] - step["fixed3"], abs=1e-3)
-    assert found["choosing4_overhead"]["ratio"] == pytest.approx(step["forced4"] / step["fixed4"] - 1, abs=1e-6)
+    kinds = ["chosen", "forced3", "forced4", "given3", "given4", "known3", "known4"]
+    assert list(found) == [*(f"{kind}_step" for kind in kinds), "block_fixed"]
+    assert all(found[f"{kind}_step"]["value"] > 0 for kind in kinds)
+    assert found["given3_step"]["ratio"] == 1 and found["forced4_step"]["baseline"] == "given4_step"
+
+
+def test_a_ratio_is_of_the_fastest_rounds() -> None:
+    told = harness.fastest("a", [2.0, 4.0, 9.0, 6.0, 3.0, 3.0], "b", [2.0, 1.0, 3.0, 4.0, 6.0, 2.0])
+    assert told == {"name": "a", "value": 2000, "unit": "ms", "baseline": "b", "ratio": 2, "thirds": [1.5, 2]}
 
 
 @pytest.mark.slow
@@ -151,7 +152,8 @@ def test_choosing_widths() -> None:
     found = named(selector.measure(512, 512, smoke=True))
     layers = {f"{k}x{n}_{way}" for k, n in ((512, 512), (512, 128)) for way in ("fixed", "line", "projection")}
     ways = ("fixed", "line", "projection", "both", "both_asynchronous")
-    assert set(found) == layers | {f"block_{way}" for way in ways}
+    alone = {f"block_estimates_{way}" for way in ("line", "projection", "both")}
+    assert set(found) == layers | {f"block_{way}" for way in ways} | alone
     assert all(r["value"] > 0 for r in found.values())
     assert all(found[f"{name}_fixed"]["ratio"] == 1 for name in ("512x512", "512x128", "block"))
 

@@ -22,6 +22,7 @@ from lowbit.testing.tolerance import gamma, unit
 from lowbit.tune.estimators import Estimators, line, random_projection, tuned
 from lowbit.tune.nested import fingerprint
 from lowbit.tune.precision import _blend, pair
+from lowbit.tune.thresholds import _quantile
 from tests.models import Two
 
 RNG = np.random.default_rng(0)
@@ -279,6 +280,18 @@ def test_a_threshold_that_is_a_quantile_of_estimates_keeps_the_share_of_inputs()
     assert float((estimates > values["threshold"]).mean()) == 0.25
     with pytest.raises(ValueError, match="quantile_of='x' must be one of error, estimate"):
         choices(quantile_of="x")
+
+
+@pytest.mark.parametrize(
+    ("r", "above", "between"),
+    [(0.95, 0.0, None), (0.7, 0.4, (2, 3)), (0.5, 0.5, (1, 2)), (0.3, 0.5, (1, 2)), (0.2, 1.0, None)],
+)
+def test_equal_inputs_have_one_width(r: float, above: float, between: tuple[float, float] | None) -> None:
+    rounded = np.float32(1) + np.finfo(np.float32).eps * np.arange(50, dtype=np.float32) / 50
+    errors = np.concatenate([rounded, np.full(10, 2, np.float32), np.full(40, 3, np.float32)])
+    threshold = float(_quantile(errors, r))
+    assert np.mean(errors > threshold) == above
+    assert not np.isfinite(threshold) if between is None else threshold == pytest.approx(np.mean(between), rel=1e-6)
 
 
 def test_precisions_near_a_width_have_that_width_alone() -> None:

@@ -283,7 +283,7 @@ def test_weights_survive_the_file(tmp_path: pathlib.Path) -> None:
     model = small()
     weights.save(model, tmp_path / "model")
     back = weights.load(tmp_path / "model")
-    assert back.config == SMALL
+    assert back.config == SMALL and lb.models.tokenizer(tmp_path / "model").get_vocab_size() == 256
     for name, value in weights.named(model).items():
         loaded = weights.named(back)[name]
         assert loaded.dtype == jnp.float32
