@@ -144,6 +144,7 @@ def test_a_killed_run_goes_on_and_quantize_finds_what_was_chosen(
     lb.quantize(MODEL, found.rules, stats=STATS, resume=tmp_path)
 
 
+@pytest.mark.slow
 def test_layers_that_share_a_weight_get_one_format_and_count_once() -> None:
     tied = nnx.Dict(a=nnx.Linear(32, 8, rngs=nnx.Rngs(0)), b=nnx.Linear(32, 8, rngs=nnx.Rngs(1)))
     tied.b.kernel = tied.a.kernel

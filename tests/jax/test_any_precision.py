@@ -213,7 +213,7 @@ def test_weights_that_it_refuses() -> None:
 # --- Tables for given codes ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dims", [("k", "n"), ("n", "k")])
+@pytest.mark.parametrize("dims", [("k", "n"), pytest.param(("n", "k"), marks=pytest.mark.slow)])
 def test_refitted_tables_are_the_means_of_what_codes_stand_for(dims: tuple[str, str]) -> None:
     rng = np.random.default_rng(3)
     t = lb.QuantType(tuple(zip(dims, (24, 5), strict=True)), "f32", EXACT)

@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("scale", ["float32", "float16"])
-@pytest.mark.parametrize("group", [None, 8, 10])
+@pytest.mark.parametrize("group", [None, pytest.param(8, marks=pytest.mark.slow), 10])
 def test_rounding_is_that_of_the_quantizer(scale: str, group: int | None) -> None:
     fmt = lb.uniform(3, group=group, scale_dtype=scale)
     w = jnp.asarray(RNG.standard_normal((24, 6)), jnp.float32).at[:10, 2].set(0).at[:, 3].set(-1e-39)
@@ -128,6 +128,7 @@ def test_means_of_magnitudes() -> None:
     assert stats.second_moment is None and stats.gram is None
 
 
+@pytest.mark.slow
 def test_the_float_model_stays_as_it_is() -> None:
     """Each number passes a norm (4 roundings) and two products, of 24 and 20 terms, with a bias; a few are scaled."""
     bound = 2 * gamma(4 + 24 + 20 + 8, "f32")
@@ -196,6 +197,7 @@ def by_group(w: Any, of: Any, gram: Any, size: int) -> np.ndarray:
     return np.stack([np.einsum("nk,kl,nl->n", d[:, p], np.asarray(gram, np.float64)[p, p], d[:, p]) for p in parts], 1)
 
 
+@pytest.mark.slow
 def test_no_group_loses_by_clipping_and_each_has_the_least_error_of_all() -> None:
     clipped = lb.awq(NET, FMT, STATS)
     rows, found = rows_of(NET.up), rows_of(clipped.up)
@@ -284,7 +286,7 @@ def test_folds_of_a_language_model() -> None:
             check_folds(tiny, [found[0], *bad], tokens, None)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
 def test_folds_of_half_floats(dtype: str) -> None:
     model = nnx.Sequential(
         nnx.RMSNorm(32, param_dtype=dtype, dtype=dtype, rngs=nnx.Rngs(0)),

@@ -149,7 +149,7 @@ def test_numbers_of_another_type(path: Path, stored: Any, want: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("impl", [None, "rbg"])
+@pytest.mark.parametrize("impl", [None, pytest.param("rbg", marks=pytest.mark.slow)])
 def test_random_keys_go_on_where_they_were(path: Path, impl: str | None) -> None:
     def make() -> Dropped:
         rngs = nnx.Rngs(jax.random.key(3, impl=impl))

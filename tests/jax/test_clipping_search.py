@@ -83,6 +83,7 @@ def test_a_block_comes_closer_and_its_weights_are_clipped() -> None:
     assert_same(arrays(clipped.blocks[0]), arrays(NET.blocks[0]))
 
 
+@pytest.mark.slow
 def test_blocks_that_gain_nothing_stay_as_they_are() -> None:
     """Four levels hold these weights exactly."""
     model = nnx.Dict(a=nnx.Linear(8, 4, rngs=nnx.Rngs(0)))

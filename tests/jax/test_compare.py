@@ -42,6 +42,7 @@ def test_a_model_with_itself() -> None:
     assert {(r.relative_error, r.sqnr_db) for r in found.rows} == {(0.0, inf)}
 
 
+@pytest.mark.slow
 def test_whole_models_with_embeddings_and_dense_parts() -> None:
     model = Net(nnx.Rngs(0))
     q = lb.quantize(model, fast({"head/**": None, "**": BCQ}))

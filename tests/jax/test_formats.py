@@ -123,7 +123,7 @@ def test_groups_count_the_ragged_one(k, group, count):
         pytest.param(lb.bcq(2, 33, offset=True), marks=pytest.mark.slow),
         pytest.param(lb.bcq(1, None, offset=True, scale_dtype="float16"), marks=pytest.mark.slow),
         pytest.param(lb.uniform(4, 16), marks=pytest.mark.slow),
-        lb.uniform(3, 33, scale_dtype="float16"),
+        pytest.param(lb.uniform(3, 33, scale_dtype="float16"), marks=pytest.mark.slow),
     ],
     ids=str,
 )

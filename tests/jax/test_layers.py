@@ -61,9 +61,14 @@ LAYERS = [
     (lambda: conv(4, 8, (2, 2), feature_group_count=4), (2, 4, 4, 4), (4, 4, 2)),
     (lambda: conv(4, 6, 1, feature_group_count=2), (2, 4, 4), (2, 2, 3)),
 ]
+QUICK = (0, 3, 5, 10, 11, 12, 13, 15, 16, 17, 20)
+"""Of each kind of layer, batch, padding and group of features one."""
 
 
-@pytest.mark.parametrize(("make", "shape", "matrices"), LAYERS)
+@pytest.mark.parametrize(
+    ("make", "shape", "matrices"),
+    [pytest.param(*case, marks=() if i in QUICK else pytest.mark.slow) for i, case in enumerate(LAYERS)],
+)
 def test_equals_the_dense_layer(
     make: Callable[[], nnx.Module], shape: tuple[int, ...], matrices: tuple[int, ...]
 ) -> None:
@@ -149,6 +154,7 @@ def test_attention_of_flax() -> None:
     np.testing.assert_allclose(q(x), attention(x), rtol=0, atol=2 * bound)
 
 
+@pytest.mark.slow
 def test_stacked_by_vmap_and_run_by_scan() -> None:
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -297,6 +303,7 @@ def test_a_view_and_back() -> None:
     np.testing.assert_array_equal(view.kernel(matrices), kernel)
 
 
+@pytest.mark.slow
 def test_a_bias_of_two_dims_is_no_weight(caplog: pytest.LogCaptureFixture) -> None:
     """That of a layer over several axes, and those of a stack of layers."""
     stacked = nnx.vmap(lambda rngs: nnx.Linear(8, 4, rngs=rngs))(nnx.Rngs(0).split(3))

@@ -152,6 +152,7 @@ def test_save_and_load(small: Any, tmp_path: Path) -> None:
     assert nnx.graphdef(again) == nnx.graphdef(small)
 
 
+@pytest.mark.slow
 def test_calibrate_and_compare() -> None:
     class Plain(nn.Module):
         @nn.compact
@@ -177,6 +178,7 @@ def test_what_cannot_be_measured_says_so(model: Any) -> None:
         lb.calibrate(model, [TOKENS])
 
 
+@pytest.mark.slow
 def test_partitioned_parameters() -> None:
     class Boxed(nn.Module):
         @nn.compact
@@ -192,6 +194,7 @@ def test_partitioned_parameters() -> None:
         assert_close(small(x), decoded(model, small)(x))
 
 
+@pytest.mark.slow
 def test_donated_weights_are_freed() -> None:
     model = wrapped(Block(), inputs(1, 8))
     weight = model.Dense_0["kernel"].get_value()
@@ -199,6 +202,7 @@ def test_donated_weights_are_freed() -> None:
     assert weight.is_deleted()
 
 
+@pytest.mark.slow
 def test_within_a_larger_model_and_alone() -> None:
     class Mixed(nnx.Module):
         def __init__(self) -> None:

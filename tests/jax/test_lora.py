@@ -75,6 +75,7 @@ def test_a_small_batch_goes_through_the_rank_and_the_base_keeps_its_forms() -> N
     assert having.cost.fma - without.cost.fma <= (512 + 512 + 1) * RANK + RANK + 512
 
 
+@pytest.mark.slow
 def test_the_model_starts_as_it_was() -> None:
     small = lb.quantize(Net(nnx.Rngs(0)), RULES)
     before = arrays(small)
@@ -216,6 +217,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         lb.load(tmp_path / "base.safetensors", into=model)
 
 
+@pytest.mark.slow
 def test_every_slice_of_a_stack_has_an_adapter_of_its_own() -> None:
     make = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs))
     small = lb.quantize(make(nnx.Rngs(0).split(3)), lb.uniform(4))

@@ -85,6 +85,7 @@ def test_random_terms():
     assert set(seen) == set(get_args(Expr)), "some node was never lowered"
 
 
+@pytest.mark.slow
 def test_random_products_in_every_form():
     """A pass keeps the value, and what it makes can be lowered: each pipeline, with full-precision values."""
     changed: Counter[str] = Counter()

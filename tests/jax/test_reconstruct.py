@@ -117,6 +117,7 @@ def test_what_trains_is_rounded_as_it_is_stored_before_it_is_measured() -> None:
     assert error(tuned.layers[0], tuned, 0) < 0.9 * error(coarse.layers[0], coarse, 0)
 
 
+@pytest.mark.slow
 def test_a_change_that_is_rounded_off_is_none(caplog: pytest.LogCaptureFixture) -> None:
     coarse = lb.quantize(DENSE, fast({"layers/0/**": lb.bcq(2, scale_dtype="float16"), "**": None}))
     with caplog.at_level(logging.INFO, logger="absl"):
@@ -183,6 +184,7 @@ def test_batches_of_two_shapes_and_arguments_that_are_no_arrays() -> None:
     assert args == (1, None) and kwargs["b"] == "same" and kwargs["a"].shape == (2,)
 
 
+@pytest.mark.slow
 def test_a_share_of_the_inputs_is_of_quantized_blocks() -> None:
     own, dense = (Inputs.of((jnp.full(10_000, v), jnp.full(3, int(v))), {}) for v in (1.0, 2.0))
     floats, integers = _mixed(jax.random.key(0), 0.25, own, dense).arrays
@@ -202,6 +204,7 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     solved: list[str]
     want, solve, solved = arrays(run(small())), reconstruction.tuned, []

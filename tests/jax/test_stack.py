@@ -61,6 +61,7 @@ def call(model: nnx.Module, x: jax.Array) -> jax.Array:
 # ---- arrays
 
 
+@pytest.mark.slow
 def test_a_stack_has_the_type_of_a_slice() -> None:
     w = stack(2, 3)
     assert (w.stack, w.shape, w.ndim) == ((2, 3), (2, 3, 12, 5), 4)
@@ -273,6 +274,7 @@ def test_gradient_statistics_of_each_slice() -> None:
     assert all(np.array_equal(got.fields[name][1], want.fields[name]) for name in want.fields)
 
 
+@pytest.mark.slow
 def test_adapters_on_each_slice() -> None:
     q, x = lb.quantize(Scanned(), fast(ONE)), wholes(2, 8)
     adapted = lb.nn.lora(q, rank=2, rngs=nnx.Rngs(0))
@@ -282,6 +284,7 @@ def test_adapters_on_each_slice() -> None:
     assert all(np.any(grads.blocks.kernel.lora_b[i]) for i in range(3))
 
 
+@pytest.mark.slow
 def test_comparing_scanned_models_has_a_row_a_slice() -> None:
     model = Scanned()
     found = lb.compare(model, lb.quantize(model, fast({"blocks": ONE, "head": lb.bcq(1)})), wholes(4, 8))

@@ -268,6 +268,7 @@ def test_windows_predict_each_byte_once_from_what_precedes_it(size: int) -> None
             position += 1
 
 
+@pytest.mark.slow
 def test_bits_per_byte_is_the_mean_of_the_log_likelihood() -> None:
     model, text = small(), b"for i in range(3)"[: SMALL.context]
     stream = jnp.asarray(list(b"\n" + text))
@@ -297,6 +298,7 @@ def test_weights_beyond_half_precision_are_refused(tmp_path: pathlib.Path) -> No
         weights.save(model, tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_the_shipped_folder_is_a_checkpoint_of_the_same_model() -> None:
     mine, theirs = weights.load(), lb.models.load(weights.MODEL, dtype=jnp.float32)
     every = jnp.arange(256)

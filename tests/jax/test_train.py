@@ -34,7 +34,7 @@ def without_seconds(records: Any) -> list[dict[str, Any]]:
     return [{name: value for name, value in r.items() if name != "seconds"} for r in records]
 
 
-@pytest.mark.parametrize("way", ["alpha_first", "codebooks", "lora_a lora_b"])
+@pytest.mark.parametrize("way", ["alpha_first", pytest.param("codebooks", marks=pytest.mark.slow), "lora_a lora_b"])
 def test_what_trains(way: str) -> None:
     given: Any
     if way == "alpha_first":
@@ -198,6 +198,7 @@ def test_gradients_of_an_alpha_tuning_are_divided_by_the_group_size() -> None:
     assert_same(arrays(divided.model), arrays(plain.model))
 
 
+@pytest.mark.slow
 def test_updates_smaller_than_the_stored_dtype_add_up() -> None:
     small = lb.quantize(one_layer(), fast(lb.bcq(1, scale_dtype="float16")))
     batch = {"x": np.eye(1, 8, dtype=np.float32), "y": -np.ones((1, 2), np.float32), "weight": 1}
@@ -220,6 +221,7 @@ def dropped() -> lb.tune.AlphaTuning[Any]:
 X = [np.asarray(inputs(4, 16, seed=i)) for i in range(8)]
 
 
+@pytest.mark.slow
 def test_evaluation_drops_nothing_and_training_does() -> None:
     run = {"tx": optax.sgd(0.0), "loss": squares, "eval_data": X[6:], "eval_every": 1}
     trained = lb.tune.train(dropped(), [X[0]] * 3, steps=3, **run)
@@ -315,6 +317,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         lb.tune.train(dropped(), X, **(given | {"folder": tmp_path / "b"}))
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_stops_the_run_and_the_checkpoint_before_it_stays(tmp_path: Path) -> None:
     given = {"tx": ADAM, "loss": squares, "steps": 4, "folder": tmp_path, "save_every": 1}
     data = [*X[:2], np.full((4, 16), np.nan, np.float32), X[3]]

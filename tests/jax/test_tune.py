@@ -135,6 +135,7 @@ def test_an_sgd_step_divides_by_the_group() -> None:
         assert np.any(gradient)
 
 
+@pytest.mark.slow
 def test_names_that_end_like_a_field_do_not_matter() -> None:
     class Named(nnx.Module):
         def __init__(self) -> None:
@@ -175,7 +176,7 @@ def test_fold_joins_what_was_tuned() -> None:
     assert_same(arrays(lb.tune.fold(folded)), arrays(folded))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"])
 def test_narrow_scales_train_in_float32(dtype: str) -> None:
     fmt = lb.bcq(3, group=8, offset=True, scale_dtype=dtype)
     q = lb.quantize(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), fast(fmt))
@@ -211,6 +212,7 @@ def magnitude(layer: lb.nn.Linear) -> np.ndarray:
     return np.asarray((alpha + np.abs(np.asarray(layer.kernel.beta[...], np.float64))).max(1))[None, :]
 
 
+@pytest.mark.slow
 def test_adam_in_float16_would_not() -> None:
     """Why scales are split off in float32: Adam's epsilon of 1e-8 is zero in float16."""
     q = lb.quantize(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), fast(lb.bcq(3, group=8, scale_dtype="float16")))
@@ -224,6 +226,7 @@ def test_adam_in_float16_would_not() -> None:
     assert np.isfinite(np.asarray(tuning.model.kernel.alpha_first[...])).all()
 
 
+@pytest.mark.slow
 def test_tuning_goes_on_from_a_tuned_model() -> None:
     first = lb.tune.alpha_tuning(net(), offsets=True)
     optimizer = first.optimizer(optax.sgd(1.0))
