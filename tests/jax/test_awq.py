@@ -96,6 +96,7 @@ def test_rounding_is_that_of_the_quantizer(scale: str, group: int | None) -> Non
     )
 
 
+@pytest.mark.slow
 def test_ranges_have_the_gradient_of_clipped_weights() -> None:
     """What lies beyond an end moves with it, and the rest stays where it is but for the step."""
     values = jnp.asarray([[[-1.0, -0.4, 0.3, 0.9, 2.0, 3.0]]])

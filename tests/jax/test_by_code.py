@@ -194,6 +194,7 @@ def test_on_a_cpu_gradients_are_those_of_the_plain_array() -> None:
     np.testing.assert_array_equal(own(there).fields["alpha_first"], jax.jit(scales)(W))
 
 
+@pytest.mark.slow
 def test_gradients_of_gradients_are_those_of_the_plain_array() -> None:
     def slope(x: jax.Array, w: QuantArray) -> jax.Array:
         return (scales(w, x) ** 2).sum()

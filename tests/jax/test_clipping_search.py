@@ -205,6 +205,7 @@ def test_bars_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "searching by the loss" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_loss_in_half_floats() -> None:
     own = nnx.Linear(20, 4, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
     found = lb.q_rater(own, FMT, X, lambda m, x: jnp.square(m(x)).mean().astype(jnp.bfloat16), clips=(0.5,), shifts=())

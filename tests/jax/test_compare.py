@@ -36,6 +36,7 @@ def test_errors_by_hand() -> None:
     assert found.rows[1].relative_error == pytest.approx(found.rows[2].relative_error, rel=1e-6)  # twice both
 
 
+@pytest.mark.slow
 def test_a_model_with_itself() -> None:
     model = Net(nnx.Rngs(0))
     found = lb.compare(model, model, TOKENS)

@@ -86,6 +86,7 @@ def masked() -> Context:
     return replace(dense(), cache=(replace(whole, positions=jnp.asarray(held)),))
 
 
+@pytest.mark.slow
 def test_all_of_a_context_is_as_good_as_the_context() -> None:
     assert after(compressed(1, spare=44)) == after(dense())
 

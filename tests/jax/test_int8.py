@@ -96,7 +96,11 @@ def test_products_are_within_their_bound(fmt: lb.Format, numerics: Any) -> None:
 
 @pytest.mark.parametrize(
     "fmt",
-    [pytest.param(lb.bcq(3, group=12), marks=pytest.mark.slow), lb.bcq(2, offset=True), lb.uniform(4, group=GROUP)],
+    [
+        pytest.param(lb.bcq(3, group=12), marks=pytest.mark.slow),
+        pytest.param(lb.bcq(2, offset=True), marks=pytest.mark.slow),
+        lb.uniform(4, group=GROUP),
+    ],
     ids=str,
 )
 def test_every_form_is_the_oracles_product(fmt: lb.Format) -> None:

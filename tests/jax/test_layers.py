@@ -98,7 +98,7 @@ def test_outputs_are_rows_times_matrices(
     np.testing.assert_array_equal(np.asarray(kind.outputs(layer, layer(x))).reshape(want.shape), want)
 
 
-@pytest.mark.parametrize("index", [9, 20])
+@pytest.mark.parametrize("index", [9, pytest.param(20, marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_dense_layer(index: int) -> None:
     make, shape, _ = LAYERS[index]
     layer, x = whole(make(), group=4), wholes(*shape)
@@ -172,6 +172,7 @@ def test_stacked_by_vmap_and_run_by_scan() -> None:
     np.testing.assert_array_equal(run(x, q), run(x, layers))
 
 
+@pytest.mark.slow
 def test_a_weight_shared_by_layers_of_any_kind() -> None:
     """One table: looked up, multiplied by an einsum, and by a linear layer the other way round."""
     model = nnx.Dict(
@@ -265,6 +266,7 @@ def test_layers_that_are_no_product_are_refused(make: Callable[[], nnx.Module], 
         lb.quantize(nnx.Dict(up=make()), ONE)
 
 
+@pytest.mark.slow
 def test_a_layer_that_cannot_be_quantized_is_not_measured() -> None:
     model = nnx.Dict(a=einsum("bd,dc->bdc", (6, 3)), b=nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
     run = lambda m, x: m.b(m.a(x))  # noqa: E731

@@ -121,7 +121,7 @@ CASES = [
     (lb.uniform(4, group=128), 100, 300, "f16"),
     pytest.param(lb.bcq(3, group=512, scale_dtype="float16"), 129, 1030, "bf16", marks=pytest.mark.slow),
     pytest.param(lb.bcq(4, group=32, offset=True), 3, 100, "f16", marks=pytest.mark.slow),
-    (lb.bcq(4, group=64), 64, 256, "bf16"),
+    pytest.param(lb.bcq(4, group=64), 64, 256, "bf16", marks=pytest.mark.slow),
     (lb.bcq(2), 70, 33, "bf16"),
     pytest.param(lb.bcq(1, group=256), 1, 513, "f16", marks=pytest.mark.slow),
     (fp3_rows(), 13, 70, "f16"),
@@ -449,6 +449,7 @@ def test_cotangents_of_every_field_are_those_of_the_plain_array(mode: Any) -> No
     np.testing.assert_allclose(back, want_dw.fields["scale"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_forward_mode_too() -> None:
     w, x = some(lb.bcq(2, group=32), 5, 70), inputs(3, 70)
     got, want = (jax.jvp(lambda x, w=v: lb.matmul(x, w, differentiable="jvp"), (x,), (x,))[1] for v in (laid_out(w), w))

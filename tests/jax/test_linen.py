@@ -90,6 +90,7 @@ def test_every_layer_is_found_under_the_path_of_its_parameters(model: Any, small
     }
 
 
+@pytest.mark.slow
 def test_it_computes_what_the_dense_model_computes_with_the_decoded_weights(model: Any) -> None:
     small = lb.quantize(model, {"blocks_0/Dense_0": None, "**": lb.uniform(4)})
 

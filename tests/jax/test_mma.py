@@ -274,7 +274,9 @@ def rows_mapped(x: jax.Array, stack: QuantArray) -> jax.Array:
     return jax.vmap(lambda row: lb.matmul(row, first))(x)
 
 
-@pytest.mark.parametrize("over", [scanned, mapped, pytest.param(rows_mapped, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "over", [scanned, pytest.param(mapped, marks=pytest.mark.slow), pytest.param(rows_mapped, marks=pytest.mark.slow)]
+)
 def test_stacks_and_batches(over: Any) -> None:
     there = laid_out(STACK)
     got, want = (np.asarray(jax.jit(over)(X, s).astype("float32")) for s in (there, STACK))

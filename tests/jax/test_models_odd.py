@@ -72,6 +72,7 @@ def test_padding_may_be_any_number() -> None:
         assert jnp.isfinite(out).all()
 
 
+@pytest.mark.slow
 def test_learned_positions_end() -> None:
     encoder = Encoder(replace(LEARNED, token_types=1, pre_norm=False, post_norm=True), rngs=nnx.Rngs(0))
     for model in (decoder(LEARNED), encoder):

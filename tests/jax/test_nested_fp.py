@@ -316,6 +316,7 @@ def test_other_formats_are_refused() -> None:
         lb.quantize_array(jnp.ones((8, 4)), lb.bcq(2), lb.quantizers.SplitBytes())
 
 
+@pytest.mark.slow
 def test_without_scales_the_biases_train() -> None:
     small = lb.quantize(model(), lb.nested_fp(8))
     gradients = nnx.grad(lambda m, x: (m(x) ** 2).sum())(small, jnp.ones((2, 16), jnp.float16))

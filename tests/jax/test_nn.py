@@ -96,7 +96,7 @@ def test_linear_is_the_dense_layer_over_the_decoded_weight(fmt: lb.Format, bias:
     [
         (None, "bfloat16", "float32"),
         (None, "bfloat16", "bfloat16"),
-        (None, "float32", "bfloat16"),
+        pytest.param(None, "float32", "bfloat16", marks=pytest.mark.slow),
         pytest.param(None, "float16", "bfloat16", marks=pytest.mark.slow),
         ("bfloat16", "float32", "float32"),
         pytest.param("float32", "bfloat16", "bfloat16", marks=pytest.mark.slow),
@@ -154,6 +154,7 @@ def test_embed_looks_up_and_attends(fmt: lb.Format, param: str) -> None:
     assert nnx.eval_shape(attend, q, wide) == nnx.eval_shape(attend, layer, wide)
 
 
+@pytest.mark.slow
 def test_embed_follows_its_dtype_option() -> None:
     layer = nnx.Embed(12, 16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     q = lb.quantize(layer, fast(lb.bcq(3)))
@@ -250,6 +251,7 @@ def test_vmap_over_stacked_models_and_over_inputs() -> None:
     assert_within(same, one(x), 2 * bound)
 
 
+@pytest.mark.slow
 def test_scan_over_stacked_layers() -> None:
     layers = [lb.quantize(nnx.Linear(8, 8, rngs=nnx.Rngs(i)), fast(lb.bcq(2))) for i in range(3)]
     graph, first = nnx.split(layers[0])

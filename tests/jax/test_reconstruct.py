@@ -98,6 +98,7 @@ def test_each_block_is_better_with_the_inputs_that_tuned_blocks_give_it() -> Non
     assert changed == {f"layers/{i}/linear/kernel/alpha" for i in range(3)}
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_even_if_it_is_the_start() -> None:
     assert_same(arrays(run(small(), rate=1e9, epochs=2)), arrays(small()))
 

@@ -115,6 +115,7 @@ def start(rows: int = N, bits: int = 2) -> tuple[jax.Array, jax.Array, jax.Array
     return jnp.asarray(W.T[:rows]), codes_of(q.fields["planes"], bits, K), q.fields[f"table{bits}"]
 
 
+@pytest.mark.slow
 def test_no_step_raises_the_objective() -> None:
     w, codes, table = start()
     before = objective(GRAM, w, codes, table)
@@ -325,6 +326,7 @@ def test_products_that_are_not_positive_definite_are_damped_and_it_is_said(
         lb.quantize_array(jnp.ones((500, 4)), fmt, quantizer, importance=indefinite(500, 10**6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fmt", "quantizer"), EITHER, ids=str)
 def test_layers_that_saw_nothing_or_only_zeros_are_named_and_their_errors_weigh_the_same(
     fmt: lb.Format, quantizer: Any, caplog: pytest.LogCaptureFixture

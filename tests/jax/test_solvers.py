@@ -74,8 +74,8 @@ def mse(values: Array, decoded: Array) -> np.ndarray:
 
 PRINTED = [
     ("greedy", 2, 0.129),
-    ("greedy", 3, 0.057),
-    ("greedy", 4, 0.032),
+    pytest.param("greedy", 3, 0.057, marks=pytest.mark.slow),
+    pytest.param("greedy", 4, 0.032, marks=pytest.mark.slow),
     ("alternating", 2, 0.114),
     pytest.param("alternating", 3, 0.035, marks=pytest.mark.slow),
     pytest.param("alternating", 4, 0.011, marks=pytest.mark.slow),
@@ -99,6 +99,7 @@ def one_bit_mse(size: int) -> float:
     return 1 - 2 / math.pi - (1 - 2 / math.pi) / size
 
 
+@pytest.mark.slow
 def test_one_bit_matches_the_closed_form():
     w = gaussian(16384)
     rows = mse(w, binary.decode(binary.solve(w, 1)))
@@ -243,6 +244,7 @@ def test_constant_groups_are_exact_where_their_mean_is_not():
     np.testing.assert_array_equal(code.alpha, np.zeros((512, 3)))
 
 
+@pytest.mark.slow
 def test_zero_is_plus_one():
     code = binary.solve(jnp.array([[0.0, -0.0, -4.0, 4.0]]), 1)
     assert np.asarray(code.bits)[0, 0].tolist() == [1, 1, 0, 1]

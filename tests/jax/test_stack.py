@@ -106,7 +106,7 @@ def test_importance_of_all_slices_or_of_each() -> None:
         lb.quantize_array(dense, BCQ, importance=jnp.ones((3, 12)))
 
 
-@pytest.mark.parametrize("fmt", [BCQ, lb.uniform(3, group=8)], ids=str)
+@pytest.mark.parametrize("fmt", [BCQ, pytest.param(lb.uniform(3, group=8), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("rows", [(), (4,), (2, 2)])
 def test_each_slice_multiplies_its_own_rows(fmt: lb.Format, rows: tuple[int, ...]) -> None:
     w, x = stack(2, 3, fmt=fmt), inputs(2, 3, *rows, 12)
@@ -132,6 +132,7 @@ def test_gradients_reach_the_scales_of_each_slice() -> None:
         np.testing.assert_array_equal(dw.fields["alpha"][i], of_w.fields["alpha"])
 
 
+@pytest.mark.slow
 def test_forward_mode_of_each_slice() -> None:
     w, x = stack(2, fmt=ONE), inputs(2, 3, 12)
     y, dy = jax.jvp(lambda x: lb.matmul(x, w, differentiable="jvp"), (x,), (2 * x,))
@@ -140,6 +141,7 @@ def test_forward_mode_of_each_slice() -> None:
         jax.jvp(lambda x: lb.matmul(x, w), (x,), (x,))
 
 
+@pytest.mark.slow
 def test_an_exact_conversion_of_a_stack() -> None:
     w = stack(2, 3, fmt=lb.uniform(3, group=8))
     np.testing.assert_array_equal(lb.dequantize(at(lb.to_bcq(w), 1, 2)), lb.dequantize(lb.to_bcq(at(w, 1, 2))))

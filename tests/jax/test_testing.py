@@ -83,6 +83,7 @@ def only_pairs(n: int, k: int):
     return param("w", "f32", n=n, k=k) * 1.0
 
 
+@pytest.mark.slow
 def test_sizes_that_a_format_refuses(monkeypatch):
     monkeypatch.setattr(kit, "SHAPES", ((1, 4), (2, 3)))
     done = lb.testing.check_format(only_pairs(), lowerings=["decode"])

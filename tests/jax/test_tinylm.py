@@ -123,6 +123,7 @@ def test_linear_inputs_are_whole_groups_and_names_are_usual() -> None:
     assert not any("bias" in name for name in names)
 
 
+@pytest.mark.slow
 def test_logits_are_float32_and_causal() -> None:
     model, given = small(), tokens(2, 12)
     logits = model(given)
@@ -235,7 +236,7 @@ def test_rate_rises_stays_and_falls_to_zero() -> None:
     assert values[13:] == [7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0]
 
 
-@pytest.mark.parametrize("shape", [(2, 16, 48), (1, 48, 16)])
+@pytest.mark.parametrize("shape", [(2, 16, 48), pytest.param((1, 48, 16), marks=pytest.mark.slow)])
 def test_orthogonalize_sets_singular_values_near_one(shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(4)
     out = np.asarray(orthogonalize(jnp.asarray(rng.normal(size=shape), jnp.float32)))

@@ -34,7 +34,14 @@ def without_seconds(records: Any) -> list[dict[str, Any]]:
     return [{name: value for name, value in r.items() if name != "seconds"} for r in records]
 
 
-@pytest.mark.parametrize("way", ["alpha_first", pytest.param("codebooks", marks=pytest.mark.slow), "lora_a lora_b"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "alpha_first",
+        pytest.param("codebooks", marks=pytest.mark.slow),
+        pytest.param("lora_a lora_b", marks=pytest.mark.slow),
+    ],
+)
 def test_what_trains(way: str) -> None:
     given: Any
     if way == "alpha_first":
@@ -267,6 +274,7 @@ def test_a_run_goes_on_from_its_folder(tmp_path: Path) -> None:
     assert any("alpha_first" in name for name in kept) and not any("planes" in name for name in kept)
 
 
+@pytest.mark.slow
 def test_what_was_logged_after_the_checkpoint_is_done_again(tmp_path: Path) -> None:
     given = {"tx": ADAM, "loss": squares, "folder": tmp_path}
     lb.tune.train(dropped(), X, steps=2, **given)
@@ -277,6 +285,7 @@ def test_what_was_logged_after_the_checkpoint_is_done_again(tmp_path: Path) -> N
     assert losses(trained) == losses(lb.tune.train(dropped(), X, steps=4, tx=ADAM, loss=squares))
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_first_steps_begins_again(tmp_path: Path) -> None:
     given: Any = {"tx": ADAM, "loss": squares, "eval_data": X[6:], "folder": tmp_path, "steps": 2}
     seen: list[Any] = []

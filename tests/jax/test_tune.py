@@ -119,6 +119,7 @@ def test_gradients_are_those_of_the_scales_by_hand() -> None:
             assert_within(grads.kernel.beta_first[...], beta, bound)
 
 
+@pytest.mark.slow
 def test_an_sgd_step_divides_by_the_group() -> None:
     tuning = lb.tune.alpha_tuning(net(), offsets=True)
     grads = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, lb.Scale)))(tuning.model)
@@ -299,7 +300,7 @@ def abstract(vocabulary: int, positions: int, width: int, layers: int, block: ty
 @pytest.mark.parametrize(
     ("sizes", "block", "parameters", "count"),
     [
-        ((50257, 1024, 1024, 24), GPT2Block, 354_823_168, 221_184),
+        pytest.param((50257, 1024, 1024, 24), GPT2Block, 354_823_168, 221_184, marks=pytest.mark.slow),
         pytest.param((50257, 1024, 1280, 36), GPT2Block, 774_030_080, 414_720, marks=pytest.mark.slow),
         pytest.param((50272, 2050, 2048, 24), OPTBlock, 1_315_758_080, 442_368, marks=pytest.mark.slow),
     ],
