@@ -161,7 +161,8 @@ def test_a_nested_width_is_near_one_of_its_own() -> None:
     assert 1 <= ratios[4] < 1.45
 
 
-@pytest.mark.parametrize("shape", [pytest.param((45,), marks=pytest.mark.slow), (45, 7)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(45,), (45, 7)])
 def test_importance_lowers_the_error_where_it_is(shape: tuple[int, ...]) -> None:
     f = jnp.where(jnp.arange(45) % 4 == 0, 100.0, 1.0)
     f = f if shape == (45,) else jnp.broadcast_to(f[:, None], shape)

@@ -83,6 +83,7 @@ def test_the_form_that_is_cheaper_runs(width: int, rows: int, name: str) -> None
     assert lb.plan((rows, 4096), wide, "cpu").forms[0].name == name
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_table_of_the_width(w: lb.QuantArray, product: Any) -> None:
     gradient = jax.grad(lambda w, b: product(X, w, b).sum(), allow_int=True)
     for width in FORMAT.widths:
@@ -166,6 +167,7 @@ def test_quantized_weights_are_what_k_means_found() -> None:
     assert np.array_equal(rounded.fields["table4"], tables[4].astype(np.float16))
 
 
+@pytest.mark.slow
 def test_it_traces() -> None:
     q = lb.quantize_array(W, EXACT)
     of = partial(lb.quantize_array, fmt=EXACT)

@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("scale", ["float32", "float16"])
-@pytest.mark.parametrize("group", [None, pytest.param(8, marks=pytest.mark.slow), 10])
+@pytest.mark.parametrize("group", [*(pytest.param(g, marks=pytest.mark.slow) for g in (None, 8)), 10])
 def test_rounding_is_that_of_the_quantizer(scale: str, group: int | None) -> None:
     fmt = lb.uniform(3, group=group, scale_dtype=scale)
     w = jnp.asarray(RNG.standard_normal((24, 6)), jnp.float32).at[:10, 2].set(0).at[:, 3].set(-1e-39)
@@ -180,6 +180,7 @@ def test_a_scale_that_does_not_help_is_left_out() -> None:
     assert_same(arrays(same), arrays(model))
 
 
+@pytest.mark.slow
 def test_layers_left_dense_are_folded_but_no_part_of_the_error() -> None:
     rules = {"gate": FMT, "up": None, "down": None}
     stats = {"gate": STATS["gate"]}

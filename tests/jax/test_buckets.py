@@ -217,6 +217,7 @@ def test_explain_lists_the_ways_to_the_gradients() -> None:
     assert "db of" not in lb.explain(laid_out(array(lb.bcq(2), 100, 300)), gradient=True)
 
 
+@pytest.mark.slow
 def test_lowering_names_the_way_to_the_gradients() -> None:
     assert jax.eval_shape(lambda w: book(w, lowering="xla_db"), THERE).shape == (1, 256, 4)
     with pytest.raises(LoweringError) as refused:

@@ -262,6 +262,7 @@ def test_the_page_says_what_the_table_counts() -> None:
         assert products == ["4,096", "32,768"]
 
 
+@pytest.mark.slow
 def test_lowering_names_the_way_to_the_gradients() -> None:
     np.testing.assert_array_equal(scales(THERE, lowering="xla_dw"), scales(THERE))
     with pytest.raises(LoweringError) as refused:

@@ -62,6 +62,7 @@ def test_quantize_report_and_explain(capsys, small):
     assert not Path(f"{small}.unfinished").exists()
 
 
+@pytest.mark.slow
 def test_within_a_budget(capsys, tmp_path):
     target = str(tmp_path / "q")
     shown = said(capsys, ["quantize", TINY, target, "--bits=3.25", FEW])

@@ -250,7 +250,8 @@ def test_is_deterministic():
     assert all(np.array_equal(again.fields[name], a) for name, a in quantized(2, 4).fields.items())
 
 
-@pytest.mark.parametrize("shape", [pytest.param((96,), marks=pytest.mark.slow), (96, 40)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(96,), (96, 40)])
 def test_importance_weighs_errors(shape):
     f = np.exp(2 * np.random.default_rng(1).standard_normal(shape)).astype(np.float32)
     weighed = f if len(shape) == 2 else f[:, None]

@@ -98,6 +98,7 @@ def test_rows_of_no_expert_are_zero_in_any_format(fmt: lb.Format) -> None:
     assert lb.grouped_matmul(jnp.ones((0, 8)), w, jnp.array([0, 0])).shape == (0, 3)
 
 
+@pytest.mark.slow
 def test_no_dense_stack_is_made() -> None:
     """Of 16 experts, compiled: less temporary memory than four of them dense."""
     w = lb.quantize_array(inputs(16, 256, 256), lb.uniform(2, group=64))

@@ -77,6 +77,7 @@ def test_a_sequence_follows_from_its_prompt_and_seed() -> None:
     assert same[0] == together[0] and same[0] != same[1]
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_for_a_length_or_a_step() -> None:
     model = Decoder(replace(CONFIG, vocab=40, layers=1, ropes=CONFIG.ropes[:1]), rngs=nnx.Rngs(0))
     compiled = Runner(model, DenseKV(), Sampling()).program

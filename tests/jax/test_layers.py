@@ -61,7 +61,7 @@ LAYERS = [
     (lambda: conv(4, 8, (2, 2), feature_group_count=4), (2, 4, 4, 4), (4, 4, 2)),
     (lambda: conv(4, 6, 1, feature_group_count=2), (2, 4, 4), (2, 2, 3)),
 ]
-QUICK = (0, 3, 5, 10, 11, 12, 13, 15, 16, 17, 20)
+QUICK = (0, 3, 5, 10, 11, 13, 16, 17, 20)
 """Of each kind of layer, batch, padding and group of features one."""
 
 
@@ -141,6 +141,7 @@ def test_groups_lie_in_the_order_that_is_promised() -> None:
     np.testing.assert_array_equal(q.kernel.alpha[0], np.arange(1, 16).reshape(3, 5).T)
 
 
+@pytest.mark.slow
 def test_attention_of_flax() -> None:
     attention = nnx.MultiHeadAttention(2, 8, decode=False, **FREE)
     for name in ("query", "key", "value", "out"):

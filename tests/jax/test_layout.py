@@ -130,7 +130,7 @@ CASES = [
     pytest.param(lb.any_precision(2, 6), 64, 70, "f16", marks=pytest.mark.slow),
     pytest.param(lb.any_precision(3, 8, table_dtype="bfloat16"), 3, 300, "bf16", marks=pytest.mark.slow),
     (lb.any_precision(4, 5), 5, 64, "f16"),
-    (lb.any_bcq(2, 4, group=32), 70, 100, "bf16"),
+    pytest.param(lb.any_bcq(2, 4, group=32), 70, 100, "bf16", marks=pytest.mark.slow),
     # Vectors from tables that all rows share: words of 2 to 12 a lane, codes across words, part of a vector at the end.
     (lb.codebook(1, 8, vec=4, group=128), 70, 300, "f16"),
     pytest.param(lb.codebook(2, 8, vec=8), 64, 301, "bf16", marks=pytest.mark.slow),
@@ -145,7 +145,7 @@ def test_arrays_come_back_and_lanes_read_the_same_weights(fmt: lb.Format, n: int
     check(some(fmt, n, k), kind)
 
 
-@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("kind", [pytest.param("f16", marks=pytest.mark.slow), "bf16"])
 def test_bytes_come_back_and_lanes_rebuild_the_same_floats(kind: str) -> None:
     upper = jnp.delete(jnp.arange(256, dtype=jnp.uint8), np.array([0x7F, 0xFF]))  # all but NaN
     fields = {
@@ -433,7 +433,7 @@ def test_gradients_are_those_of_the_plain_model() -> None:
         np.testing.assert_array_equal(mine.alpha[...], padding)  # what pads has no gradient
 
 
-@pytest.mark.parametrize("mode", ["vjp", "jvp"])
+@pytest.mark.parametrize("mode", [pytest.param("vjp", marks=pytest.mark.slow), "jvp"])
 def test_cotangents_of_every_field_are_those_of_the_plain_array(mode: Any) -> None:
     w = some(lb.uniform(4, group=32), 5, 70)
     x, dy = inputs(3, 70), inputs(3, 5, seed=1)
@@ -486,6 +486,7 @@ def test_a_prepared_model_takes_only_its_own_weights(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what works on quantized models
 
 
+@pytest.mark.slow
 def test_conversion_to_binary_coding() -> None:
     w = linear(lb.uniform(4, group=32)).kernel.array
     got, want = lb.to_bcq(laid_out(w)), lb.to_bcq(w)

@@ -137,6 +137,7 @@ def test_scales_train_and_a_compiled_submodule_sees_it(model: Any) -> None:
     assert_close(tuning.model(TOKENS), decoded(model, lb.tune.fold(tuning.model))(TOKENS))
 
 
+@pytest.mark.slow
 def test_adapters(small: Any) -> None:
     adapted = lb.nn.lora(small, rank=2, rules="blocks_1/*", rngs=nnx.Rngs(1))
     gradient = nnx.grad(lambda m: (m(TOKENS) ** 2).mean(), argnums=nnx.DiffState(0, nnx.LoRAParam))

@@ -120,7 +120,7 @@ def test_the_twin_reads_every_width(width: int, kind: Any) -> None:
         pytest.param(lb.any_bcq(2, 3, group=128), "bf16", marks=pytest.mark.slow),
         pytest.param(lb.k_quant(4), "bf16", marks=pytest.mark.slow),
         pytest.param(lb.k_quant(3, offset=False), "f16", marks=pytest.mark.slow),
-        (lb.nested_fp(), "f16"),
+        pytest.param(lb.nested_fp(), "f16", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -224,6 +224,7 @@ def test_a_width_on_the_device_chooses_between_kernels() -> None:
         assert KERNEL in one and "stablehlo.case" not in one
 
 
+@pytest.mark.slow
 def test_each_width_of_nested_floats_has_its_kernel() -> None:
     x, w = inputs(5, 256, dtype="float16"), array(lb.nested_fp(), 100, 256, "f16")
     there = laid_out(w)

@@ -26,7 +26,7 @@ def decoder(config: Config = CONFIG) -> Decoder:
 
 
 @pytest.mark.parametrize("experts", [0, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+@pytest.mark.parametrize("shape", [(0, 3), pytest.param((2, 0), marks=pytest.mark.slow)])
 def test_no_sequences_and_no_tokens_have_no_logits(experts: int, shape: tuple[int, int]) -> None:
     model = decoder(replace(CONFIG, experts=experts, experts_per_token=experts))
     assert model(jnp.zeros(shape, jnp.int32)).shape == (*shape, 8)

@@ -125,8 +125,8 @@ def test_linear_promotes_as_flax_does(given: str | None, param: str, x_dtype: st
 @pytest.mark.parametrize(
     ("fmt", "param"),
     [
-        (lb.bcq(3), "bfloat16"),
         (lb.uniform(3), "float32"),
+        pytest.param(lb.bcq(3), "bfloat16", marks=pytest.mark.slow),
         *(pytest.param(fmt, "float32", marks=pytest.mark.slow) for fmt in (lb.bcq(3), *MORE)),
     ],
     ids=str,

@@ -211,7 +211,8 @@ def test_alternating_is_never_worse_than_greedy(row: list[float], offset: bool):
     assert best[0] <= greedy[0] + error_bound(np.asarray(w) * (2 if offset else 1), 3)[0]
 
 
-@pytest.mark.parametrize("offset", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [False, True])
 def test_a_group_of_one(offset: bool):
     w = jnp.array([[2.5], [-0.3], [0.0]])
     decoded = np.asarray(binary.decode(binary.solve(w, 3, offset=offset)))
@@ -235,6 +236,7 @@ def test_dependent_planes_still_fit():
     np.testing.assert_allclose(decoded[full], np.asarray(w)[full], rtol=0, atol=left + rounding)
 
 
+@pytest.mark.slow
 def test_constant_groups_are_exact_where_their_mean_is_not():
     # Of 11 equal weights, the rounded mean is often a neighbour of the weight; no plane may be spent on the difference.
     w = jnp.tile(gaussian(512, 1) * 100, (1, 11))

@@ -167,6 +167,7 @@ def test_fields_of_unequal_stacks() -> None:
         QuantArray.of({**w.fields, "planes": w.fields["planes"][:1]}, w.type)
 
 
+@pytest.mark.slow
 def test_rows_are_taken_of_one_table() -> None:
     w = lb.quantize_array(inputs(2, 5, 12), BCQ, lb.greedy(), dims=("n", "k"))
     text = "w is a stack [2] of f32[n=5 k=12] as bcq(bits=2, group=8): take rows of one table, or use jax.vmap or scan"
@@ -294,6 +295,7 @@ def test_comparing_scanned_models_has_a_row_a_slice() -> None:
     assert [r.relative_error for r in found.rows[:3]] == [0.0] * 3 and found.rows[3].relative_error > 0
 
 
+@pytest.mark.slow
 def test_comparing_layers_that_vmap_runs() -> None:
     model = nnx.Dict(blocks=Scanned().blocks)
     q = lb.quantize(model, lb.uniform(2))

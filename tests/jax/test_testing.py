@@ -432,6 +432,7 @@ def test_lowerings_that_are_not_there():
 # ---------------------------------------------------------------- a model
 
 
+@pytest.mark.slow
 def test_a_model_passes():
     model, batch = fp3.model()
     done = lb.testing.check_model(model, batch)

@@ -145,6 +145,7 @@ def test_blocked_attention_equals_the_full_square() -> None:
     np.testing.assert_allclose(full, blocked, rtol=0, atol=(8 * scale + 2 * 10) * EPS * float(jnp.max(jnp.abs(v))))
 
 
+@pytest.mark.slow
 def test_rope_depends_on_distance_alone() -> None:
     rng = np.random.default_rng(3)
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 16)), jnp.float32) for _ in range(2))

@@ -176,6 +176,7 @@ def test_recomputed_blocks_give_the_same_and_hold_less() -> None:
         assert compiled_bytes(tuning, ["layers/*"]) <= compiled_bytes(tuning, []) - 2 * ROWS * 32 * 4
 
 
+@pytest.mark.slow
 def test_layers_compute_in_bfloat16_and_float32_trains() -> None:
     tuning, batch = exact(), exact_batch(4, 4, 0)
     graph, stored, changing, rest = parts(computing(tuning.model, jnp.bfloat16, ()), lb.Scale)

@@ -81,6 +81,7 @@ def test_only_those_train_and_their_state_is_all_there_is() -> None:
     assert_same(arrays(model), old)
 
 
+@pytest.mark.slow
 def test_the_shared_rest_is_no_variable_of_the_old_model() -> None:
     model = net()
     tuning = lb.tune.alpha_tuning(model)
@@ -95,6 +96,7 @@ def test_the_shared_rest_is_no_variable_of_the_old_model() -> None:
     assert_same(arrays(tuning.model), tuned)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_scales_by_hand() -> None:
     q = lb.quantize(nnx.Linear(16, 8, use_bias=False, rngs=nnx.Rngs(0)), fast(lb.bcq(3, group=8, offset=True)))
     x, dy = inputs(4, 16), inputs(4, 8, seed=1)
