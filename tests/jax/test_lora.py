@@ -217,7 +217,6 @@ def test_what_is_refused(tmp_path: Path) -> None:
         lb.load(tmp_path / "base.safetensors", into=model)
 
 
-@pytest.mark.slow
 def test_every_slice_of_a_stack_has_an_adapter_of_its_own() -> None:
     make = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs))
     small = lb.quantize(make(nnx.Rngs(0).split(3)), lb.uniform(4))

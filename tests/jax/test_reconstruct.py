@@ -185,13 +185,16 @@ def test_batches_of_two_shapes_and_arguments_that_are_no_arrays() -> None:
     assert args == (1, None) and kwargs["b"] == "same" and kwargs["a"].shape == (2,)
 
 
-@pytest.mark.slow
-def test_a_share_of_the_inputs_is_of_quantized_blocks() -> None:
+def test_the_share_of_inputs_of_quantized_blocks_is_the_one_given() -> None:
     own, dense = (Inputs.of((jnp.full(10_000, v), jnp.full(3, int(v))), {}) for v in (1.0, 2.0))
     floats, integers = _mixed(jax.random.key(0), 0.25, own, dense).arrays
     assert set(np.unique(floats)) == {1, 2} and (integers == 1).all()
     # Five standard deviations of a share of so many draws.
     assert abs(float((floats == 1).mean()) - 0.25) < 5 * (0.25 * 0.75 / 10_000) ** 0.5
+
+
+@pytest.mark.slow
+def test_a_share_of_the_inputs_is_of_quantized_blocks() -> None:
     mixed, plain = run(small(), quantized_inputs=0.5), run(small())
     assert (mixed.layers[0].linear.kernel.alpha[...] == plain.layers[0].linear.kernel.alpha[...]).all()  # one input
     assert (mixed.layers[1].linear.kernel.alpha[...] != plain.layers[1].linear.kernel.alpha[...]).any()
