@@ -15,6 +15,7 @@ from math import prod
 from typing import TypeVar
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from lowbit.ir import (
@@ -45,6 +46,8 @@ from lowbit.ir import (
 )
 from lowbit.ir.dtypes import is_float, numpy_dtype
 
+EXAMPLES = min(5 * settings().max_examples, 2000)
+"""Terms that each pass is compared on: 300 in `make test`, in `make test-all` the 2,000 that docs/passes.md states."""
 SIZES = {"m": 2, "n": 3, "g": 2, "j": 4, "v": 8, "p": 2, "c": 4, "k": 8, "c_1": 4, "g_1": 2}
 NAMES = tuple(SIZES)
 LIMIT = 512

@@ -92,6 +92,7 @@ def test_inputs_that_were_always_zero_still_have_weights() -> None:
     assert np.square(np.asarray(lb.dequantize(q))[:24] - W[:24]).mean() < 0.5 * np.square(W[:24]).mean()
 
 
+@pytest.mark.slow
 def test_a_stack_has_one_gram_or_one_each() -> None:
     stack, twice = np.stack([W, W[::-1]]), jnp.stack([GRAM, GRAM + jnp.eye(K)])
     shared = lb.quantize_array(stack, FMT, lb.additive_codebooks(), importance=GRAM)

@@ -43,7 +43,8 @@ def check(fmt: lb.Format, dtype: str, m: int, n: int, k: int, tuned: Tuning | No
     ("fmt", "dtype", "m", "inputs", "tuned"),
     [
         (lb.bcq(2, group=128), "bfloat16", 5, 525, Tuning(8, 1, 2)),
-        (lb.uniform(4, group=64), "float16", 11, 1500, Tuning(8, 2, 2)),  # two parts of k, two blocks of columns
+        # two parts of k, two blocks of columns
+        pytest.param(lb.uniform(4, group=64), "float16", 11, 1500, Tuning(8, 2, 2), marks=pytest.mark.slow),
         # a table in shared memory
         pytest.param(lb.any_precision(3, 8, width=4), "bfloat16", 3, 900, Tuning(8, 1, 4), marks=pytest.mark.slow),
         # two stages share a group
@@ -78,7 +79,7 @@ def test_registers_are_those_of_the_instruction() -> None:
     "fmt", [lb.uniform(4, group=32), lb.any_precision(3, 8, width=6), lb.codebook(2, 8, vec=8)], ids=str
 )
 @pytest.mark.parametrize("m", [8, 24, 64])
-@pytest.mark.parametrize("n", [1024, 32768])
+@pytest.mark.parametrize("n", [1024, pytest.param(32768, marks=pytest.mark.slow)])
 def test_stages_in_flight_fit(fmt: lb.Format, m: int, n: int) -> None:
     t = QuantType((("k", 4096), ("n", n)), "f32", fmt, layout="mma")
     program = kernel_layout(t).program("f16", readings(t).index(t.decode))

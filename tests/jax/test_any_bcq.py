@@ -161,6 +161,7 @@ def test_a_nested_width_is_near_one_of_its_own() -> None:
     assert 1 <= ratios[4] < 1.45
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(45,), (45, 7)])
 def test_importance_lowers_the_error_where_it_is(shape: tuple[int, ...]) -> None:
     f = jnp.where(jnp.arange(45) % 4 == 0, 100.0, 1.0)

@@ -83,6 +83,7 @@ def test_the_form_that_is_cheaper_runs(width: int, rows: int, name: str) -> None
     assert lb.plan((rows, 4096), wide, "cpu").forms[0].name == name
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_table_of_the_width(w: lb.QuantArray, product: Any) -> None:
     gradient = jax.grad(lambda w, b: product(X, w, b).sum(), allow_int=True)
     for width in FORMAT.widths:
@@ -166,6 +167,7 @@ def test_quantized_weights_are_what_k_means_found() -> None:
     assert np.array_equal(rounded.fields["table4"], tables[4].astype(np.float16))
 
 
+@pytest.mark.slow
 def test_it_traces() -> None:
     q = lb.quantize_array(W, EXACT)
     of = partial(lb.quantize_array, fmt=EXACT)
@@ -213,7 +215,7 @@ def test_weights_that_it_refuses() -> None:
 # --- Tables for given codes ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dims", [("k", "n"), ("n", "k")])
+@pytest.mark.parametrize("dims", [("k", "n"), pytest.param(("n", "k"), marks=pytest.mark.slow)])
 def test_refitted_tables_are_the_means_of_what_codes_stand_for(dims: tuple[str, str]) -> None:
     rng = np.random.default_rng(3)
     t = lb.QuantType(tuple(zip(dims, (24, 5), strict=True)), "f32", EXACT)

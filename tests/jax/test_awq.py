@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("scale", ["float32", "float16"])
-@pytest.mark.parametrize("group", [None, 8, 10])
+@pytest.mark.parametrize("group", [*(pytest.param(g, marks=pytest.mark.slow) for g in (None, 8)), 10])
 def test_rounding_is_that_of_the_quantizer(scale: str, group: int | None) -> None:
     fmt = lb.uniform(3, group=group, scale_dtype=scale)
     w = jnp.asarray(RNG.standard_normal((24, 6)), jnp.float32).at[:10, 2].set(0).at[:, 3].set(-1e-39)
@@ -96,6 +96,7 @@ def test_rounding_is_that_of_the_quantizer(scale: str, group: int | None) -> Non
     )
 
 
+@pytest.mark.slow
 def test_ranges_have_the_gradient_of_clipped_weights() -> None:
     """What lies beyond an end moves with it, and the rest stays where it is but for the step."""
     values = jnp.asarray([[[-1.0, -0.4, 0.3, 0.9, 2.0, 3.0]]])
@@ -128,6 +129,7 @@ def test_means_of_magnitudes() -> None:
     assert stats.second_moment is None and stats.gram is None
 
 
+@pytest.mark.slow
 def test_the_float_model_stays_as_it_is() -> None:
     """Each number passes a norm (4 roundings) and two products, of 24 and 20 terms, with a bias; a few are scaled."""
     bound = 2 * gamma(4 + 24 + 20 + 8, "f32")
@@ -178,6 +180,7 @@ def test_a_scale_that_does_not_help_is_left_out() -> None:
     assert_same(arrays(same), arrays(model))
 
 
+@pytest.mark.slow
 def test_layers_left_dense_are_folded_but_no_part_of_the_error() -> None:
     rules = {"gate": FMT, "up": None, "down": None}
     stats = {"gate": STATS["gate"]}
@@ -196,6 +199,7 @@ def by_group(w: Any, of: Any, gram: Any, size: int) -> np.ndarray:
     return np.stack([np.einsum("nk,kl,nl->n", d[:, p], np.asarray(gram, np.float64)[p, p], d[:, p]) for p in parts], 1)
 
 
+@pytest.mark.slow
 def test_no_group_loses_by_clipping_and_each_has_the_least_error_of_all() -> None:
     clipped = lb.awq(NET, FMT, STATS)
     rows, found = rows_of(NET.up), rows_of(clipped.up)
@@ -284,7 +288,7 @@ def test_folds_of_a_language_model() -> None:
             check_folds(tiny, [found[0], *bad], tokens, None)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
 def test_folds_of_half_floats(dtype: str) -> None:
     model = nnx.Sequential(
         nnx.RMSNorm(32, param_dtype=dtype, dtype=dtype, rngs=nnx.Rngs(0)),

@@ -112,7 +112,9 @@ def test_weights_whose_scales_underflow() -> None:
     lb.quantize(model, fast({"up": tiny}))
 
 
-@pytest.mark.parametrize("fmt", [lb.bcq(2), lb.bcq(2, offset=True), lb.uniform(8)], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [pytest.param(lb.bcq(2), marks=pytest.mark.slow), lb.bcq(2, offset=True), lb.uniform(8)], ids=str
+)
 @pytest.mark.parametrize("size", [2e38, 1e-35])
 def test_weights_at_the_ends_of_float32_are_not_lost(fmt: lb.Format, size: float) -> None:
     w = size * jnp.array([[1.0], [-0.5], [0.5], [0.25]])

@@ -62,7 +62,11 @@ def bucketed(w: QuantArray, g: Any) -> dict[str, Any]:
     return {name: sums.swapaxes(1, 2).reshape(w.fields[name].shape) for name in of.books}
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    "fmt",
+    [pytest.param(fmt, marks=() if fmt.name == "unscaled" or fmt["vec"] == 4 else pytest.mark.slow) for fmt in FORMATS],
+    ids=str,
+)
 def test_sums_by_vectors(fmt: lb.Format) -> None:
     """Of one tile, which is dy^T x where x is the identity."""
     w, g = array(fmt, ROWS, STAGE), random_rows(ROWS, STAGE) * np.float32(2.0**-20)
@@ -94,7 +98,7 @@ def test_what_is_zero_or_not_finite() -> None:
 @pytest.mark.parametrize(
     ("fmt", "kind", "n", "m", "k"),
     [
-        (lb.codebook(1, 8, vec=4, group=32), "bf16", 65, 5, 70),
+        pytest.param(lb.codebook(1, 8, vec=4, group=32), "bf16", 65, 5, 70, marks=pytest.mark.slow),
         (unscaled(), "f16", 65, 70, 64),
         pytest.param(
             lb.codebook(2, 8, vec=8, group=128, scale_dtype="float16"), "f16", 130, 70, 301, marks=pytest.mark.slow
@@ -213,6 +217,7 @@ def test_explain_lists_the_ways_to_the_gradients() -> None:
     assert "db of" not in lb.explain(laid_out(array(lb.bcq(2), 100, 300)), gradient=True)
 
 
+@pytest.mark.slow
 def test_lowering_names_the_way_to_the_gradients() -> None:
     assert jax.eval_shape(lambda w: book(w, lowering="xla_db"), THERE).shape == (1, 256, 4)
     with pytest.raises(LoweringError) as refused:

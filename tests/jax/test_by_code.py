@@ -45,6 +45,7 @@ FORMATS = {
     lb.any_precision(3, 5, width=4): ALL,
     lb.any_bcq(2, 4, group=64, width=4): LINEAR,
 }
+QUICK = (lb.bcq(2, group=32), lb.uniform(2), lb.any_precision(2, 5, width=2), lb.any_bcq(2, 4, group=64, width=4))
 
 
 def array(fmt: lb.Format, n: int, k: int) -> QuantArray:
@@ -61,7 +62,9 @@ def test_a_function_of_bits_is_a_polynomial(values: list[int]) -> None:
     assert [sum(t for a, t in enumerate(terms) if code & a == a) for code in range(len(values))] == values
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    "fmt", [pytest.param(fmt, marks=() if fmt in QUICK else pytest.mark.slow) for fmt in FORMATS], ids=str
+)
 def test_sums_by_codes(fmt: lb.Format) -> None:
     """Of one stage, against plain loops over the codes that the weights say."""
     w, g = distinct(array(fmt, ROWS, STAGE)), random_rows(ROWS, STAGE)
@@ -107,7 +110,8 @@ def codes_of(w: QuantArray, sums: CodeSums) -> Any:
         pytest.param(lb.any_bcq(2, 4, group=64, width=3), "bf16", 5, 70, marks=pytest.mark.slow),
         pytest.param(fp3_rows(), "f16", 5, 70, marks=pytest.mark.slow),
         pytest.param(lb.k_quant(4, scale_dtype="float32"), "f16", 5, 301, marks=pytest.mark.slow),  # of two spans
-        (lb.codebook(1, 8, vec=4, group=32), "f16", 5, 70),  # of the scales; inputs in another order
+        # of the scales; inputs in another order
+        pytest.param(lb.codebook(1, 8, vec=4, group=32), "f16", 5, 70, marks=pytest.mark.slow),
         pytest.param(lb.codebook(2, 8, vec=8, group=128), "bf16", 5, 301, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -190,6 +194,7 @@ def test_on_a_cpu_gradients_are_those_of_the_plain_array() -> None:
     np.testing.assert_array_equal(own(there).fields["alpha_first"], jax.jit(scales)(W))
 
 
+@pytest.mark.slow
 def test_gradients_of_gradients_are_those_of_the_plain_array() -> None:
     def slope(x: jax.Array, w: QuantArray) -> jax.Array:
         return (scales(w, x) ** 2).sum()
@@ -199,6 +204,7 @@ def test_gradients_of_gradients_are_those_of_the_plain_array() -> None:
     assert KERNEL in for_cuda(slope, X, THERE)
 
 
+@pytest.mark.slow
 def test_a_stack_and_an_export() -> None:
     stack = jax.tree.map(lambda a: jnp.stack([a, a]), THERE)
     both = jax.vmap(scales)
@@ -256,6 +262,7 @@ def test_the_page_says_what_the_table_counts() -> None:
         assert products == ["4,096", "32,768"]
 
 
+@pytest.mark.slow
 def test_lowering_names_the_way_to_the_gradients() -> None:
     np.testing.assert_array_equal(scales(THERE, lowering="xla_dw"), scales(THERE))
     with pytest.raises(LoweringError) as refused:

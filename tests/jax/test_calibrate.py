@@ -71,6 +71,7 @@ def test_additive_codebooks_are_weighed_by_products_of_inputs() -> None:
         lb.quantize(model, rules, stats={"up": LayerStats(None, None, 1, gram=jnp.eye(8))})
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_is() -> None:
     model = Net(nnx.Rngs(0))
     before = arrays(model)

@@ -45,6 +45,7 @@ def refused(text: str, call: Callable[[], Any], error: type[Exception] = Checkpo
 # ---- round trips
 
 
+@pytest.mark.slow
 def test_into_an_abstract_model(path: Path) -> None:
     model = net()
     lb.save(model, path)
@@ -108,7 +109,7 @@ def test_sharing_is_stored_once_and_restored(path: Path, kind: Any) -> None:
     np.testing.assert_array_equal(back(inputs(2, 16)), model(inputs(2, 16)))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"])
 def test_narrow_dtypes(path: Path, dtype: str) -> None:
     model = pair(lb.bcq(2, group=8, scale_dtype=dtype), param_dtype=dtype)
     lb.save(model, path)
@@ -149,7 +150,7 @@ def test_numbers_of_another_type(path: Path, stored: Any, want: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("impl", [None, "rbg"])
+@pytest.mark.parametrize("impl", [None, pytest.param("rbg", marks=pytest.mark.slow)])
 def test_random_keys_go_on_where_they_were(path: Path, impl: str | None) -> None:
     def make() -> Dropped:
         rngs = nnx.Rngs(jax.random.key(3, impl=impl))

@@ -62,6 +62,7 @@ def test_quantize_report_and_explain(capsys, small):
     assert not Path(f"{small}.unfinished").exists()
 
 
+@pytest.mark.slow
 def test_within_a_budget(capsys, tmp_path):
     target = str(tmp_path / "q")
     shown = said(capsys, ["quantize", TINY, target, "--bits=3.25", FEW])
@@ -100,14 +101,18 @@ def test_with_a_calibrated_quantizer(capsys, tmp_path, text):
         assert np.array_equal(field, wanted.array.fields[name])
 
 
-def test_eval_compare_and_generate(capsys, small, text):
+def test_eval_and_compare(capsys, small, text):
     dense = json.loads(said(capsys, ["eval", TINY, f"--text={text}", "--length=64", "--json"]))
     ours = json.loads(said(capsys, ["eval", small, f"--text={text}", "--length=64", "--json"]))
     assert dense["tokens"] == len(TEXT) - 1 and dense["bits_per_byte"] < 2 < 8
     assert 0 < abs(ours["bits_per_byte"] - dense["bits_per_byte"]) < 0.2
-    assert "bits per byte" in said(capsys, ["eval", TINY, f"--text={text}", "--length=64"])
     found = json.loads(said(capsys, ["compare", TINY, small, f"--text={text}", "--length=32", "--json"]))
     assert [row["layer"] for row in found["layers"]][-1] == "(output)"
+
+
+@pytest.mark.slow
+def test_what_eval_and_generate_print(capsys, small, text):
+    assert "bits per byte" in said(capsys, ["eval", TINY, f"--text={text}", "--length=64"])
     argv = ["generate", small, "--prompt=def ", "--tokens=8"]
     shown = said(capsys, argv)
     assert len(shown) == 9 and shown == said(capsys, argv)

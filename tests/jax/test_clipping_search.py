@@ -83,6 +83,7 @@ def test_a_block_comes_closer_and_its_weights_are_clipped() -> None:
     assert_same(arrays(clipped.blocks[0]), arrays(NET.blocks[0]))
 
 
+@pytest.mark.slow
 def test_blocks_that_gain_nothing_stay_as_they_are() -> None:
     """Four levels hold these weights exactly."""
     model = nnx.Dict(a=nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
@@ -204,6 +205,7 @@ def test_bars_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "searching by the loss" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_loss_in_half_floats() -> None:
     own = nnx.Linear(20, 4, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
     found = lb.q_rater(own, FMT, X, lambda m, x: jnp.square(m(x)).mean().astype(jnp.bfloat16), clips=(0.5,), shifts=())

@@ -244,11 +244,13 @@ def test_beats_the_nearest_of_random_codebooks():
     assert error(W, quantized(1, 6)) < 0.9 * error(W, drawn)
 
 
+@pytest.mark.slow
 def test_is_deterministic():
     again = lb.quantize_array(W, quantized(2, 4).type.format)
     assert all(np.array_equal(again.fields[name], a) for name, a in quantized(2, 4).fields.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(96,), (96, 40)])
 def test_importance_weighs_errors(shape):
     f = np.exp(2 * np.random.default_rng(1).standard_normal(shape)).astype(np.float32)
@@ -263,6 +265,7 @@ def test_groups_of_zeros_decode_to_zeros():
     assert not decoded[:32].any() and not decoded[:, 3].any() and np.isfinite(decoded).all()
 
 
+@pytest.mark.slow
 def test_padding_weighs_nothing():
     """All weights equal, in vectors of 16 of which the last holds one weight and 15 zeros that are none."""
     w = jnp.full((17, 64), 2.0)

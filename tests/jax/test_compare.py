@@ -36,12 +36,14 @@ def test_errors_by_hand() -> None:
     assert found.rows[1].relative_error == pytest.approx(found.rows[2].relative_error, rel=1e-6)  # twice both
 
 
+@pytest.mark.slow
 def test_a_model_with_itself() -> None:
     model = Net(nnx.Rngs(0))
     found = lb.compare(model, model, TOKENS)
     assert {(r.relative_error, r.sqnr_db) for r in found.rows} == {(0.0, inf)}
 
 
+@pytest.mark.slow
 def test_whole_models_with_embeddings_and_dense_parts() -> None:
     model = Net(nnx.Rngs(0))
     q = lb.quantize(model, fast({"head/**": None, "**": BCQ}))

@@ -40,6 +40,7 @@ def after(context: Context, prompts: Sequence[Sequence[int]] = NEW, n: int = 6, 
     return generate(tiny(), prompts, n, context=context, **options)
 
 
+@pytest.mark.slow
 def test_what_follows_is_what_follows_context_and_prompt_together() -> None:
     """More than once: the context is not changed."""
     whole = [[*past, *new] for past, new in zip(PAST, NEW, strict=True)]
@@ -85,6 +86,7 @@ def masked() -> Context:
     return replace(dense(), cache=(replace(whole, positions=jnp.asarray(held)),))
 
 
+@pytest.mark.slow
 def test_all_of_a_context_is_as_good_as_the_context() -> None:
     assert after(compressed(1, spare=44)) == after(dense())
 

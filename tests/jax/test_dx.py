@@ -50,8 +50,9 @@ def check(fmt: lb.Format, kind: str, m: int, n: int, k: int, parts: int) -> None
     ("fmt", "kind", "parts"),
     [
         pytest.param(lb.uniform(4, group=32), "bfloat16", 1, marks=pytest.mark.slow),
-        (lb.bcq(3), "float16", 2),
-        (lb.any_precision(3, 5, width=4), "float16", 1),  # tables in registers and in shared memory, new for every tile
+        pytest.param(lb.bcq(3), "float16", 2, marks=pytest.mark.slow),
+        # tables in registers and in shared memory, new for every tile
+        pytest.param(lb.any_precision(3, 5, width=4), "float16", 1, marks=pytest.mark.slow),
         (lb.codebook(1, 8, vec=4, group=128), "float16", 1),  # another order of inputs
         pytest.param(lb.nested_fp(), "float16", 1, marks=pytest.mark.slow),
         pytest.param(lb.any_precision(3, 5, width=5), "bfloat16", 1, marks=pytest.mark.slow),
@@ -182,6 +183,7 @@ def _forget() -> None:
     backward.planned_db.cache_clear()
 
 
+@pytest.mark.slow
 def test_on_a_hopper_gpu_the_cheapest_way_runs(hopper: SimpleNamespace) -> None:
     assert KERNEL in for_cuda(dx_of, X, THERE)
     assert KERNEL not in for_cuda(lambda x: dx_of(x, THERE, lowering="xla_dx"), X)
@@ -216,6 +218,7 @@ def test_a_model_is_differentiated_through_the_kernel(hopper: SimpleNamespace, m
     assert len(ran) == 1
 
 
+@pytest.mark.slow
 def test_scales_are_differentiated_through_the_kernel(hopper: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     def twin(t: QuantType, x: jax.Array, fields: dict[str, jax.Array], dy: jax.Array) -> dict[str, jax.Array]:
         return parameter_gradients(kernel_layout(t), x, dy, fields, verbs=Twin(interpret_params()))

@@ -62,6 +62,7 @@ def test_export_with_any_number_of_rows() -> None:
         np.testing.assert_array_equal(back.call(x, jnp.array(sizes)), lax.ragged_dot(x, dense, jnp.array(sizes)))
 
 
+@pytest.mark.slow
 def test_group_sizes_of_narrow_types() -> None:
     w, dense = quantized(3)
     x, sizes = wholes(300, 8), [100, 120, 80]
@@ -69,7 +70,7 @@ def test_group_sizes_of_narrow_types() -> None:
     np.testing.assert_array_equal(lb.grouped_matmul(x, w, jnp.array(sizes, jnp.uint8)), want)
 
 
-@pytest.mark.parametrize("rows", [7, 2])
+@pytest.mark.parametrize("rows", [pytest.param(7, marks=pytest.mark.slow), 2])
 def test_gradients_are_those_of_ragged_dot(rows: int) -> None:
     """Also where rows of no expert hold NaN."""
     w, dense = quantized(3)
@@ -97,6 +98,7 @@ def test_rows_of_no_expert_are_zero_in_any_format(fmt: lb.Format) -> None:
     assert lb.grouped_matmul(jnp.ones((0, 8)), w, jnp.array([0, 0])).shape == (0, 3)
 
 
+@pytest.mark.slow
 def test_no_dense_stack_is_made() -> None:
     """Of 16 experts, compiled: less temporary memory than four of them dense."""
     w = lb.quantize_array(inputs(16, 256, 256), lb.uniform(2, group=64))
@@ -146,6 +148,7 @@ def test_experts_weigh_errors_by_what_they_share_and_by_their_own() -> None:
     assert all(np.array_equal(got.fields[name][1], want.fields[name]) for name in want.fields)
 
 
+@pytest.mark.slow
 def test_experts_are_measured_together() -> None:
     model, x, sizes = nnx.Dict(moe=experts(3)), wholes(10, 8), jnp.array([4, 1, 5])
     run = lambda m, x: m.moe(x, sizes)  # noqa: E731

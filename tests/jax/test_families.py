@@ -24,6 +24,8 @@ from tests.families import GOLDEN, TOLERANCE, assert_same_encoder, error, filled
 from tests.golden.models.cases import CASES, ENCODERS, SHARED
 
 DECODERS = [name for name in CASES if name not in ENCODERS]
+LONG = {"llama", "qwen3", "qwen3_moe", "mixtral", "phi3"}
+"""Models whose steps take longest; the whole pass of each is a quick test."""
 
 
 def stated(name: str) -> dict[str, Any]:
@@ -42,7 +44,9 @@ def test_logits_are_those_of_transformers(name):
     assert error(got, want["logits"], want["mask"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in DECODERS]
+)
 def test_prefill_and_cached_steps_are_the_full_pass(name):
     model, want = model_of(name), load_file(GOLDEN / name / "expected.safetensors")
     assert error(stepwise(model, want["tokens"], want["mask"]), want["logits"], want["mask"]) < TOLERANCE

@@ -123,7 +123,7 @@ def test_groups_count_the_ragged_one(k, group, count):
         pytest.param(lb.bcq(2, 33, offset=True), marks=pytest.mark.slow),
         pytest.param(lb.bcq(1, None, offset=True, scale_dtype="float16"), marks=pytest.mark.slow),
         pytest.param(lb.uniform(4, 16), marks=pytest.mark.slow),
-        lb.uniform(3, 33, scale_dtype="float16"),
+        pytest.param(lb.uniform(3, 33, scale_dtype="float16"), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -319,7 +319,11 @@ def test_conversion_errors():
 
 # ---------------------------------------------------------------- weights that are not as they should be
 
-ALL = [lb.bcq(3, group=16), lb.bcq(2, group=16, offset=True), lb.uniform(4, group=16)]
+ALL = [
+    lb.bcq(3, group=16),
+    pytest.param(lb.bcq(2, group=16, offset=True), marks=pytest.mark.slow),
+    lb.uniform(4, group=16),
+]
 
 
 @pytest.mark.parametrize("fmt", ALL, ids=str)
@@ -384,7 +388,7 @@ def test_constant_groups(value):
 
 
 @pytest.mark.parametrize("fmt", ALL, ids=str)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.float32])
 def test_input_dtypes(fmt, dtype):
     """Narrow weights give what the same numbers give in float32, and decode to their own dtype."""
     w = weights(40, 3, dtype)

@@ -39,7 +39,7 @@ def likeliest(model: Decoder, texts: Sequence[Sequence[int]]) -> list[list[int]]
     return [row[: len(t)] for row, t in zip(np.asarray(found).tolist(), texts, strict=True)]
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("quantized", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_greedy_tokens_are_the_likeliest_of_the_whole_model(quantized: bool) -> None:
     model = tiny(quantized)
     new = generate(model, PROMPTS, 6, chunk=CHUNK)
@@ -77,6 +77,7 @@ def test_a_sequence_follows_from_its_prompt_and_seed() -> None:
     assert same[0] == together[0] and same[0] != same[1]
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_for_a_length_or_a_step() -> None:
     model = Decoder(replace(CONFIG, vocab=40, layers=1, ropes=CONFIG.ropes[:1]), rngs=nnx.Rngs(0))
     compiled = Runner(model, DenseKV(), Sampling()).program
@@ -146,7 +147,10 @@ def test_what_is_no_token_and_no_model() -> None:
         generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [[1]], 4)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("path", ["layers/0/attn/k", "layers/1/mlp/down", "layers/1/mlp_norm", "norm", "head"])
+@pytest.mark.parametrize(
+    "path",
+    ["layers/0/attn/k", pytest.param("layers/1/mlp/down", marks=pytest.mark.slow), "layers/1/mlp_norm", "norm", "head"],
+)
 def test_logits_that_are_not_finite_name_the_layer(path: str) -> None:
     model = nnx.clone(tiny())
     layer: Any = model

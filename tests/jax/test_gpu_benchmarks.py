@@ -327,6 +327,7 @@ def test_questions_are_asked_once(
     assert results.rows[first.name]["value"] == 9 and results.rows[first.name]["expected"] == 4
 
 
+@pytest.mark.slow
 def test_the_kernels_results_are_checked_on_some_columns() -> None:
     case = Case("uniform4", 192, 512, 8, "bfloat16", "mma")
     own, x = random_array(canonical(case.what, case.n, case.k)), random_rows(8, 512, dtype="bfloat16")

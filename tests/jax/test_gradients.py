@@ -59,7 +59,7 @@ def same(a: dict[str, LayerStats], b: dict[str, LayerStats]) -> None:
             np.testing.assert_array_equal(value, getattr(b[path], name), strict=True)
 
 
-@pytest.mark.parametrize("folder", [False, True], ids=["memory", "folder"])
+@pytest.mark.parametrize("folder", [pytest.param(False, marks=pytest.mark.slow), True], ids=["memory", "folder"])
 def test_gradients_are_those_of_jax(tmp_path: Path, folder: bool) -> None:
     model, data = Whole(), batches(2)
     stats = lb.calibrate(
@@ -101,6 +101,7 @@ def test_two_layers_with_one_weight_share_its_gradient() -> None:
         np.testing.assert_array_equal(s.gradient_square, np.broadcast_to(want[:, None], (8, 8)))
 
 
+@pytest.mark.slow
 def test_the_rules_choose() -> None:
     model = Whole()
     rules = [

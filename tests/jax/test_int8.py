@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,14 @@ FORMATS = (
 )
 
 
-@pytest.mark.parametrize("numerics", NUMERICS)
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    ("fmt", "numerics"),
+    [
+        # of every format one is quick, of both numerics some
+        pytest.param(fmt, numerics, marks=() if i % 2 == j else pytest.mark.slow, id=f"{fmt}-{numerics}")
+        for (i, fmt), (j, numerics) in product(enumerate(FORMATS), enumerate(NUMERICS))
+    ],
+)
 def test_products_are_within_their_bound(fmt: lb.Format, numerics: Any) -> None:
     x = random_rows(5, K)
     x[1, ::8] *= 100  # outliers
@@ -87,7 +94,15 @@ def test_products_are_within_their_bound(fmt: lb.Format, numerics: Any) -> None:
     assert_within(y, exact, bound + unit("bf16") * (np.abs(exact) + bound), "bfloat16")
 
 
-@pytest.mark.parametrize("fmt", [lb.bcq(3, group=12), lb.bcq(2, offset=True), lb.uniform(4, group=GROUP)], ids=str)
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        pytest.param(lb.bcq(3, group=12), marks=pytest.mark.slow),
+        pytest.param(lb.bcq(2, offset=True), marks=pytest.mark.slow),
+        lb.uniform(4, group=GROUP),
+    ],
+    ids=str,
+)
 def test_every_form_is_the_oracles_product(fmt: lb.Format) -> None:
     w, x = array(fmt), random_rows(3, K)
     for name in lb.plan(x.shape, w.type).names:
@@ -259,6 +274,7 @@ def test_plans_say_so() -> None:
     assert "int8x2_codes" in str(lb.plan((3, K), t).term)
 
 
+@pytest.mark.slow
 def test_adapters_multiply_x_as_it_is() -> None:
     small = lb.nn.lora(lb.quantize(model(), RULES), 2, rngs=nnx.Rngs(0))
     x = jnp.asarray(random_rows(3, K))
@@ -267,6 +283,7 @@ def test_adapters_multiply_x_as_it_is() -> None:
     np.testing.assert_allclose(small.layers[0](x), base.layers[0](x), rtol=1e-5, atol=1e-5)  # B begins with zeros
 
 
+@pytest.mark.slow
 def test_what_it_costs_in_quality() -> None:
     """Of weights that were quantized to 3 bits, rounding tables and activations adds little to the error."""
     dense = random_rows(K, 64, seed=3)

@@ -39,8 +39,10 @@ FORMATS = (
     lb.uniform(2),
     lb.uniform(3, group=128),
     lb.uniform(4, group=128),
-    lb.any_precision(2, 2),
-    *(lb.any_precision(2, 4, width=width) for width in (2, 3, 4)),
+    pytest.param(lb.any_precision(2, 2), marks=pytest.mark.slow),
+    lb.any_precision(2, 4, width=2),
+    pytest.param(lb.any_precision(2, 4, width=3), marks=pytest.mark.slow),
+    lb.any_precision(2, 4, width=4),
     lb.any_precision(1, 4),
     lb.any_precision(3, 4),
     lb.any_precision(4, 4, table_dtype="float32"),
@@ -153,7 +155,8 @@ def test_the_twin_sums_the_integers_of_the_oracle(fmt: lb.Format, m: int, parts:
         np.testing.assert_array_equal(np.asarray(got), want)
 
 
-@pytest.mark.parametrize("numerics", [pytest.param("int8", marks=pytest.mark.slow), "int8x2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("numerics", ["int8", "int8x2"])
 def test_the_kernels_product_is_that_of_the_term(numerics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     verbs = Twin(interpret_params(detect_races=True))
     monkeypatch.setattr(int8, "product_of_integers", partial(int8.product_of_integers, verbs=verbs))
@@ -178,7 +181,7 @@ def for_cuda(x: jax.Array, w: QuantArray) -> str:
     return str(run.trace(x, w).lower(lowering_platforms=("cuda",)).as_text())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float32"])
 def test_a_program_for_cuda_holds_the_kernel(dtype: str) -> None:
     x = jnp.asarray(random_rows(5, K), dtype)
     assert "mosaic_gpu" in for_cuda(x, THERE)

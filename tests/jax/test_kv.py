@@ -147,6 +147,7 @@ def test_products_are_those_with_what_is_stored(kind: QuantKV) -> None:
         assert_within(mixed[b].transpose(1, 2, 0, 3), exact_mixed, np.broadcast_to(near, exact_mixed.shape), "p V")
 
 
+@pytest.mark.slow
 def test_new_tokens_are_seen_as_they_are() -> None:
     """A prompt in one chunk is attended to exactly, whatever of it is then quantized."""
     q, how, positions = random(len(LENGTHS), CHUNK, 2, 1, CONFIG.head, seed=2), How(1.0), jnp.asarray(PLACES)

@@ -66,7 +66,7 @@ def softmax(x: Array) -> Array:
     return e / e.sum()
 
 
-@pytest.mark.parametrize("block", [512, 2])
+@pytest.mark.parametrize("block", [pytest.param(512, marks=pytest.mark.slow), 2])
 def test_scores_are_the_largest_weights(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowbit.models.attention.BLOCK", block)
     cache, how, start, stop = dense(), How(0.5), 4, 8

@@ -61,9 +61,14 @@ LAYERS = [
     (lambda: conv(4, 8, (2, 2), feature_group_count=4), (2, 4, 4, 4), (4, 4, 2)),
     (lambda: conv(4, 6, 1, feature_group_count=2), (2, 4, 4), (2, 2, 3)),
 ]
+QUICK = (0, 3, 5, 10, 11, 13, 16, 17, 20)
+"""Of each kind of layer, batch, padding and group of features one."""
 
 
-@pytest.mark.parametrize(("make", "shape", "matrices"), LAYERS)
+@pytest.mark.parametrize(
+    ("make", "shape", "matrices"),
+    [pytest.param(*case, marks=() if i in QUICK else pytest.mark.slow) for i, case in enumerate(LAYERS)],
+)
 def test_equals_the_dense_layer(
     make: Callable[[], nnx.Module], shape: tuple[int, ...], matrices: tuple[int, ...]
 ) -> None:
@@ -93,7 +98,7 @@ def test_outputs_are_rows_times_matrices(
     np.testing.assert_array_equal(np.asarray(kind.outputs(layer, layer(x))).reshape(want.shape), want)
 
 
-@pytest.mark.parametrize("index", [9, 20])
+@pytest.mark.parametrize("index", [9, pytest.param(20, marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_dense_layer(index: int) -> None:
     make, shape, _ = LAYERS[index]
     layer, x = whole(make(), group=4), wholes(*shape)
@@ -136,6 +141,7 @@ def test_groups_lie_in_the_order_that_is_promised() -> None:
     np.testing.assert_array_equal(q.kernel.alpha[0], np.arange(1, 16).reshape(3, 5).T)
 
 
+@pytest.mark.slow
 def test_attention_of_flax() -> None:
     attention = nnx.MultiHeadAttention(2, 8, decode=False, **FREE)
     for name in ("query", "key", "value", "out"):
@@ -149,6 +155,7 @@ def test_attention_of_flax() -> None:
     np.testing.assert_allclose(q(x), attention(x), rtol=0, atol=2 * bound)
 
 
+@pytest.mark.slow
 def test_stacked_by_vmap_and_run_by_scan() -> None:
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -166,6 +173,7 @@ def test_stacked_by_vmap_and_run_by_scan() -> None:
     np.testing.assert_array_equal(run(x, q), run(x, layers))
 
 
+@pytest.mark.slow
 def test_a_weight_shared_by_layers_of_any_kind() -> None:
     """One table: looked up, multiplied by an einsum, and by a linear layer the other way round."""
     model = nnx.Dict(
@@ -259,6 +267,7 @@ def test_layers_that_are_no_product_are_refused(make: Callable[[], nnx.Module], 
         lb.quantize(nnx.Dict(up=make()), ONE)
 
 
+@pytest.mark.slow
 def test_a_layer_that_cannot_be_quantized_is_not_measured() -> None:
     model = nnx.Dict(a=einsum("bd,dc->bdc", (6, 3)), b=nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
     run = lambda m, x: m.b(m.a(x))  # noqa: E731
@@ -297,6 +306,7 @@ def test_a_view_and_back() -> None:
     np.testing.assert_array_equal(view.kernel(matrices), kernel)
 
 
+@pytest.mark.slow
 def test_a_bias_of_two_dims_is_no_weight(caplog: pytest.LogCaptureFixture) -> None:
     """That of a layer over several axes, and those of a stack of layers."""
     stacked = nnx.vmap(lambda rngs: nnx.Linear(8, 4, rngs=rngs))(nnx.Rngs(0).split(3))

@@ -119,24 +119,24 @@ def check(w: QuantArray, kind: Any) -> None:
 CASES = [
     # Rows: one, less than a tile, a tile and a bit. Inputs: one stage or several, ragged in bytes, groups and stages.
     (lb.uniform(4, group=128), 100, 300, "f16"),
-    (lb.bcq(3, group=512, scale_dtype="float16"), 129, 1030, "bf16"),
-    (lb.bcq(4, group=32, offset=True), 3, 100, "f16"),
-    (lb.bcq(4, group=64), 64, 256, "bf16"),
+    pytest.param(lb.bcq(3, group=512, scale_dtype="float16"), 129, 1030, "bf16", marks=pytest.mark.slow),
+    pytest.param(lb.bcq(4, group=32, offset=True), 3, 100, "f16", marks=pytest.mark.slow),
+    pytest.param(lb.bcq(4, group=64), 64, 256, "bf16", marks=pytest.mark.slow),
     (lb.bcq(2), 70, 33, "bf16"),
-    (lb.bcq(1, group=256), 1, 513, "f16"),
+    pytest.param(lb.bcq(1, group=256), 1, 513, "f16", marks=pytest.mark.slow),
     (fp3_rows(), 13, 70, "f16"),
     # Read at every width: from one bit, with permutes, with a table in shared memory, with nothing else.
-    (lb.any_precision(1, 4), 70, 300, "bf16"),
+    pytest.param(lb.any_precision(1, 4), 70, 300, "bf16", marks=pytest.mark.slow),
     pytest.param(lb.any_precision(2, 6), 64, 70, "f16", marks=pytest.mark.slow),
     pytest.param(lb.any_precision(3, 8, table_dtype="bfloat16"), 3, 300, "bf16", marks=pytest.mark.slow),
     (lb.any_precision(4, 5), 5, 64, "f16"),
-    (lb.any_bcq(2, 4, group=32), 70, 100, "bf16"),
+    pytest.param(lb.any_bcq(2, 4, group=32), 70, 100, "bf16", marks=pytest.mark.slow),
     # Vectors from tables that all rows share: words of 2 to 12 a lane, codes across words, part of a vector at the end.
     (lb.codebook(1, 8, vec=4, group=128), 70, 300, "f16"),
-    (lb.codebook(2, 8, vec=8), 64, 301, "bf16"),
-    (lb.codebook(2, 6, vec=4, group=64, scale_dtype="float16"), 13, 512, "f16"),
-    (lb.codebook(1, 10, vec=2, group=32), 100, 70, "f16"),
-    (lb.codebook(1, 8, vec=16), 70, 256, "bf16"),
+    pytest.param(lb.codebook(2, 8, vec=8), 64, 301, "bf16", marks=pytest.mark.slow),
+    pytest.param(lb.codebook(2, 6, vec=4, group=64, scale_dtype="float16"), 13, 512, "f16", marks=pytest.mark.slow),
+    pytest.param(lb.codebook(1, 10, vec=2, group=32), 100, 70, "f16", marks=pytest.mark.slow),
+    pytest.param(lb.codebook(1, 8, vec=16), 70, 256, "bf16", marks=pytest.mark.slow),
 ]
 
 
@@ -145,7 +145,7 @@ def test_arrays_come_back_and_lanes_read_the_same_weights(fmt: lb.Format, n: int
     check(some(fmt, n, k), kind)
 
 
-@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("kind", [pytest.param("f16", marks=pytest.mark.slow), "bf16"])
 def test_bytes_come_back_and_lanes_rebuild_the_same_floats(kind: str) -> None:
     upper = jnp.delete(jnp.arange(256, dtype=jnp.uint8), np.array([0x7F, 0xFF]))  # all but NaN
     fields = {
@@ -192,6 +192,7 @@ def test_tables_of_all_rows_may_have_different_sizes() -> None:
     np.testing.assert_array_equal(take(there, jnp.array([4, 0])), rows[[4, 0]])
 
 
+@pytest.mark.slow
 def test_a_stack_is_laid_out_slice_by_slice() -> None:
     slices = [some(lb.bcq(3, group=32), 5, 70, seed) for seed in range(2)]
     stack = jax.tree.map(lambda *a: jnp.stack(a), *slices)
@@ -432,7 +433,7 @@ def test_gradients_are_those_of_the_plain_model() -> None:
         np.testing.assert_array_equal(mine.alpha[...], padding)  # what pads has no gradient
 
 
-@pytest.mark.parametrize("mode", ["vjp", "jvp"])
+@pytest.mark.parametrize("mode", [pytest.param("vjp", marks=pytest.mark.slow), "jvp"])
 def test_cotangents_of_every_field_are_those_of_the_plain_array(mode: Any) -> None:
     w = some(lb.uniform(4, group=32), 5, 70)
     x, dy = inputs(3, 70), inputs(3, 5, seed=1)
@@ -448,6 +449,7 @@ def test_cotangents_of_every_field_are_those_of_the_plain_array(mode: Any) -> No
     np.testing.assert_allclose(back, want_dw.fields["scale"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_forward_mode_too() -> None:
     w, x = some(lb.bcq(2, group=32), 5, 70), inputs(3, 70)
     got, want = (jax.jvp(lambda x, w=v: lb.matmul(x, w, differentiable="jvp"), (x,), (x,))[1] for v in (laid_out(w), w))
@@ -484,6 +486,7 @@ def test_a_prepared_model_takes_only_its_own_weights(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what works on quantized models
 
 
+@pytest.mark.slow
 def test_conversion_to_binary_coding() -> None:
     w = linear(lb.uniform(4, group=32)).kernel.array
     got, want = lb.to_bcq(laid_out(w)), lb.to_bcq(w)
@@ -499,6 +502,7 @@ def test_adapters() -> None:
     np.testing.assert_array_equal(lb.dequantize(got.kernel.array), lb.dequantize(want.kernel.array))
 
 
+@pytest.mark.slow
 def test_tuning_before_and_after() -> None:
     plain = linear(lb.bcq(3, group=32, scale_dtype="float16"))
     got, want = (lb.tune.alpha_tuning(m) for m in (lb.prepare(plain, "hopper"), plain))
@@ -514,6 +518,7 @@ def test_tuning_before_and_after() -> None:
     assert_same(*({n: v for n, v in arrays(lb.tune.fold(m)).items() if n != "kernel/planes"} for m in (model, tuned)))
 
 
+@pytest.mark.slow
 def test_rows_of_a_table() -> None:
     table = some(lb.uniform(4, group=32), 130, 70, dims="nk")
     ids = jnp.array([[0, 63, 64, 127], [128, 129, -1, 130]])  # of three tiles, from the end, and none

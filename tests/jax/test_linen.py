@@ -90,6 +90,7 @@ def test_every_layer_is_found_under_the_path_of_its_parameters(model: Any, small
     }
 
 
+@pytest.mark.slow
 def test_it_computes_what_the_dense_model_computes_with_the_decoded_weights(model: Any) -> None:
     small = lb.quantize(model, {"blocks_0/Dense_0": None, "**": lb.uniform(4)})
 
@@ -136,6 +137,7 @@ def test_scales_train_and_a_compiled_submodule_sees_it(model: Any) -> None:
     assert_close(tuning.model(TOKENS), decoded(model, lb.tune.fold(tuning.model))(TOKENS))
 
 
+@pytest.mark.slow
 def test_adapters(small: Any) -> None:
     adapted = lb.nn.lora(small, rank=2, rules="blocks_1/*", rngs=nnx.Rngs(1))
     gradient = nnx.grad(lambda m: (m(TOKENS) ** 2).mean(), argnums=nnx.DiffState(0, nnx.LoRAParam))
@@ -152,6 +154,7 @@ def test_save_and_load(small: Any, tmp_path: Path) -> None:
     assert nnx.graphdef(again) == nnx.graphdef(small)
 
 
+@pytest.mark.slow
 def test_calibrate_and_compare() -> None:
     class Plain(nn.Module):
         @nn.compact
@@ -177,6 +180,7 @@ def test_what_cannot_be_measured_says_so(model: Any) -> None:
         lb.calibrate(model, [TOKENS])
 
 
+@pytest.mark.slow
 def test_partitioned_parameters() -> None:
     class Boxed(nn.Module):
         @nn.compact
@@ -192,6 +196,7 @@ def test_partitioned_parameters() -> None:
         assert_close(small(x), decoded(model, small)(x))
 
 
+@pytest.mark.slow
 def test_donated_weights_are_freed() -> None:
     model = wrapped(Block(), inputs(1, 8))
     weight = model.Dense_0["kernel"].get_value()
@@ -199,6 +204,7 @@ def test_donated_weights_are_freed() -> None:
     assert weight.is_deleted()
 
 
+@pytest.mark.slow
 def test_within_a_larger_model_and_alone() -> None:
     class Mixed(nnx.Module):
         def __init__(self) -> None:

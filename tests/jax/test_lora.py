@@ -75,6 +75,7 @@ def test_a_small_batch_goes_through_the_rank_and_the_base_keeps_its_forms() -> N
     assert having.cost.fma - without.cost.fma <= (512 + 512 + 1) * RANK + RANK + 512
 
 
+@pytest.mark.slow
 def test_the_model_starts_as_it_was() -> None:
     small = lb.quantize(Net(nnx.Rngs(0)), RULES)
     before = arrays(small)

@@ -85,6 +85,7 @@ def test_random_terms():
     assert set(seen) == set(get_args(Expr)), "some node was never lowered"
 
 
+@pytest.mark.slow
 def test_random_products_in_every_form():
     """A pass keeps the value, and what it makes can be lowered: each pipeline, with full-precision values."""
     changed: Counter[str] = Counter()
@@ -194,6 +195,7 @@ def test_pointwise_product_in_a_cheaper_order_keeps_its_dims_apart():
         assert check(e, values(e))
 
 
+@pytest.mark.slow
 def test_passes_respect_steps_along_a_dim():
     """A step that its type does not show is no function of one word, and sees the order of its operand's dims."""
     fields = Unpack(param("w", "u8", None, n=3), 4, "v", 2) * 2 + -1

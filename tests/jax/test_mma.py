@@ -118,9 +118,9 @@ def test_the_twin_reads_every_width(width: int, kind: Any) -> None:
         (lb.codebook(1, 8, vec=4, group=128), "f16"),
         pytest.param(lb.codebook(1, 4, vec=16, scale_dtype="bfloat16"), "bf16", marks=pytest.mark.slow),
         pytest.param(lb.any_bcq(2, 3, group=128), "bf16", marks=pytest.mark.slow),
-        (lb.k_quant(4), "bf16"),
+        pytest.param(lb.k_quant(4), "bf16", marks=pytest.mark.slow),
         pytest.param(lb.k_quant(3, offset=False), "f16", marks=pytest.mark.slow),
-        (lb.nested_fp(), "f16"),
+        pytest.param(lb.nested_fp(), "f16", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -207,7 +207,7 @@ def for_cuda(f: Any, *args: Any) -> str:
     return str(jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text())
 
 
-@pytest.mark.parametrize("fmt", [*FORMATS[:2], fp3_rows()], ids=str)
+@pytest.mark.parametrize("fmt", [FORMATS[0], pytest.param(FORMATS[1], marks=pytest.mark.slow), fp3_rows()], ids=str)
 def test_a_program_for_cuda_holds_the_kernel(fmt: lb.Format) -> None:
     w = laid_out(array(fmt, 100, 300))
     assert KERNEL in for_cuda(lb.matmul, X, w)
@@ -224,6 +224,7 @@ def test_a_width_on_the_device_chooses_between_kernels() -> None:
         assert KERNEL in one and "stablehlo.case" not in one
 
 
+@pytest.mark.slow
 def test_each_width_of_nested_floats_has_its_kernel() -> None:
     x, w = inputs(5, 256, dtype="float16"), array(lb.nested_fp(), 100, 256, "f16")
     there = laid_out(w)
@@ -274,7 +275,9 @@ def rows_mapped(x: jax.Array, stack: QuantArray) -> jax.Array:
     return jax.vmap(lambda row: lb.matmul(row, first))(x)
 
 
-@pytest.mark.parametrize("over", [scanned, mapped, rows_mapped])
+@pytest.mark.parametrize(
+    "over", [scanned, pytest.param(mapped, marks=pytest.mark.slow), pytest.param(rows_mapped, marks=pytest.mark.slow)]
+)
 def test_stacks_and_batches(over: Any) -> None:
     there = laid_out(STACK)
     got, want = (np.asarray(jax.jit(over)(X, s).astype("float32")) for s in (there, STACK))

@@ -32,6 +32,7 @@ def folder(tmp_path: Path) -> Path:
     return written(tmp_path / "llama", tensors())
 
 
+@pytest.mark.slow
 def test_every_weight_is_where_it_belongs(tmp_path: Path) -> None:
     stored = tensors()
     model = lb.models.load(written(tmp_path / "llama", stored, shards=3))
@@ -69,7 +70,8 @@ def test_every_family_is_filled(name: str) -> None:
     assert all(isinstance(x, jax.Array) and jnp.isfinite(x).all() for x in jax.tree.leaves(nnx.state(model)))
 
 
-@pytest.mark.parametrize("name", ["phi3", "mixtral"])  # tensors that hold several layers, and layers of several tensors
+# Tensors that hold several layers, and layers of several tensors.
+@pytest.mark.parametrize("name", ["phi3", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_a_loaded_model_computes_what_transformers_does(name: str) -> None:
     want = load_file(GOLDEN / name / "expected.safetensors")
     logits = lb.models.load(GOLDEN / name)(jnp.asarray(want["tokens"]), jnp.asarray(want["mask"]))
@@ -78,7 +80,7 @@ def test_a_loaded_model_computes_what_transformers_does(name: str) -> None:
     assert difference < 1e-4 * np.abs(want["logits"])[want["mask"]].max()
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "mixtral"])
 def test_loading_with_rules_is_quantizing_what_is_loaded(name: str) -> None:
     rules = {"layers/1/mlp/*": lb.uniform(4, group=16), "embed": lb.uniform(4, group=16)}
     at = GOLDEN / name
@@ -188,7 +190,7 @@ def test_a_quantized_layer_of_another_shape_is_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- large matrices
 
 
-@pytest.mark.parametrize("fmt", [lb.uniform(4, group=16), lb.bcq(3, offset=True)])
+@pytest.mark.parametrize("fmt", [lb.uniform(4, group=16), pytest.param(lb.bcq(3, offset=True), marks=pytest.mark.slow)])
 def test_a_large_matrix_is_rounded_in_parts_to_the_same_bits(fmt: lb.Format, monkeypatch: pytest.MonkeyPatch) -> None:
     w = jax.random.normal(jax.random.key(0), (37, 48))
     whole = lb.round_to_nearest()(w, fmt)
@@ -199,6 +201,7 @@ def test_a_large_matrix_is_rounded_in_parts_to_the_same_bits(fmt: lb.Format, mon
         np.testing.assert_array_equal(parts[name], field)
 
 
+@pytest.mark.slow
 def test_the_error_of_a_large_matrix_is_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     w = jax.random.normal(jax.random.key(0), (48, 37))
     array = lb.quantize_array(w, lb.uniform(4))

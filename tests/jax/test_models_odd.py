@@ -25,8 +25,8 @@ def decoder(config: Config = CONFIG) -> Decoder:
     return Decoder(config, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("experts", [0, 2])
-@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+@pytest.mark.parametrize("experts", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", [(0, 3), pytest.param((2, 0), marks=pytest.mark.slow)])
 def test_no_sequences_and_no_tokens_have_no_logits(experts: int, shape: tuple[int, int]) -> None:
     model = decoder(replace(CONFIG, experts=experts, experts_per_token=experts))
     assert model(jnp.zeros(shape, jnp.int32)).shape == (*shape, 8)
@@ -40,7 +40,7 @@ def test_long_prompts_take_the_memory_of_a_block_of_queries() -> None:
     assert compiled.temp_size_in_bytes < 3 * 4 * 2 * BLOCK * 2048  # scores, their softmax, and little else
 
 
-@pytest.mark.parametrize("tokens", [BLOCK + 1, 2 * BLOCK])
+@pytest.mark.parametrize("tokens", [BLOCK + 1, pytest.param(2 * BLOCK, marks=pytest.mark.slow)])
 def test_blocks_of_queries_are_the_whole(tokens: int) -> None:
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.normal(size=(2, tokens, 1, 2, 4)), jnp.float32)
@@ -62,6 +62,7 @@ def test_other_shapes_are_refused() -> None:
         decoder()(TOKENS, jnp.ones((2, 6), bool))
 
 
+@pytest.mark.slow
 def test_padding_may_be_any_number() -> None:
     encoder = Encoder(replace(LEARNED, token_types=1, pre_norm=False, post_norm=True), rngs=nnx.Rngs(0))
     mask = jnp.asarray(np.arange(6) < np.array([[4], [6]]))
@@ -71,6 +72,7 @@ def test_padding_may_be_any_number() -> None:
         assert jnp.isfinite(out).all()
 
 
+@pytest.mark.slow
 def test_learned_positions_end() -> None:
     encoder = Encoder(replace(LEARNED, token_types=1, pre_norm=False, post_norm=True), rngs=nnx.Rngs(0))
     for model in (decoder(LEARNED), encoder):

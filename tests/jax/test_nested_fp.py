@@ -195,6 +195,7 @@ def test_gradients_go_straight_through(w: lb.QuantArray) -> None:
     assert all(a.dtype == jax.dtypes.float0 for a in dw.fields.values())
 
 
+@pytest.mark.slow
 def test_forward_mode_goes_straight_through(w: lb.QuantArray) -> None:
     def f(x: jax.Array) -> jax.Array:
         return lb.matmul(x, w, width=8, differentiable="jvp")
@@ -220,6 +221,7 @@ def fp8_rows(n: int, k: int) -> Expr:
     return Bitcast(param("code", "u8", n=n, k=k), "e4m3") * param("scale", "f32", n=n)
 
 
+@pytest.mark.slow
 def test_encoded_activations_reach_the_gradients_of_scales() -> None:
     lb.testing.check_format(fp8_rows(), shapes=[(3, 20)])
 
@@ -300,6 +302,7 @@ def test_an_abstract_model_is_quantized_without_its_weights(logged: list[str]) -
     assert not logged
 
 
+@pytest.mark.slow
 def test_a_stack_is_held_or_not_as_a_whole() -> None:
     stack = jnp.full((3, 4, 2), 0.5).at[1, 2, 0].set(1.8)
     with pytest.raises(lb.quantizers.IneligibleError, match=r"^the weight has \|w\| up to 1.8, and 1.75 is the limit"):
@@ -313,6 +316,7 @@ def test_other_formats_are_refused() -> None:
         lb.quantize_array(jnp.ones((8, 4)), lb.bcq(2), lb.quantizers.SplitBytes())
 
 
+@pytest.mark.slow
 def test_without_scales_the_biases_train() -> None:
     small = lb.quantize(model(), lb.nested_fp(8))
     gradients = nnx.grad(lambda m, x: (m(x) ** 2).sum())(small, jnp.ones((2, 16), jnp.float16))

@@ -16,13 +16,8 @@ import lowbit as lb
 from lowbit.testing.tolerance import assert_within, gamma, unit
 from tests.models import TOKENS, Net, Shared, arrays, assert_same, dense, fast, inputs, largest, product_bound
 
-FORMATS = [
-    lb.bcq(3),
-    lb.bcq(2, group=8, offset=True),
-    lb.bcq(3, group=12, scale_dtype="bfloat16"),
-    lb.uniform(4, group=16),
-    lb.uniform(3),
-]
+MORE = [lb.bcq(2, group=8, offset=True), lb.bcq(3, group=12, scale_dtype="bfloat16"), lb.uniform(4, group=16)]
+"""Formats whose tests are slow ones."""
 RULES = fast(
     {
         "embed": lb.uniform(4, group=8),
@@ -66,7 +61,16 @@ def attend(layer: nnx.Module, x: jax.Array) -> jax.Array:
 # ---- layers
 
 
-@pytest.mark.parametrize(("fmt", "bias"), [*((fmt, True) for fmt in FORMATS), (lb.bcq(3), False)], ids=str)
+@pytest.mark.parametrize(
+    ("fmt", "bias"),
+    [
+        (lb.bcq(3), True),
+        (lb.bcq(3), False),
+        (lb.uniform(3), True),
+        *(pytest.param(fmt, True, marks=pytest.mark.slow) for fmt in MORE),
+    ],
+    ids=str,
+)
 def test_linear_is_the_dense_layer_over_the_decoded_weight(fmt: lb.Format, bias: bool) -> None:
     layer = filled(nnx.Linear(20, 12, use_bias=bias, rngs=nnx.Rngs(0)))
     q = lb.quantize(layer, fast(fmt))
@@ -92,10 +96,10 @@ def test_linear_is_the_dense_layer_over_the_decoded_weight(fmt: lb.Format, bias:
     [
         (None, "bfloat16", "float32"),
         (None, "bfloat16", "bfloat16"),
-        (None, "float32", "bfloat16"),
-        (None, "float16", "bfloat16"),
+        pytest.param(None, "float32", "bfloat16", marks=pytest.mark.slow),
+        pytest.param(None, "float16", "bfloat16", marks=pytest.mark.slow),
         ("bfloat16", "float32", "float32"),
-        ("float32", "bfloat16", "bfloat16"),
+        pytest.param("float32", "bfloat16", "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_linear_promotes_as_flax_does(given: str | None, param: str, x_dtype: str) -> None:
@@ -118,7 +122,15 @@ def test_linear_promotes_as_flax_does(given: str | None, param: str, x_dtype: st
     assert_within(y, want, ours + flax, (given, param, x_dtype))
 
 
-@pytest.mark.parametrize(("fmt", "param"), [*((f, "float32") for f in FORMATS), (lb.bcq(3), "bfloat16")], ids=str)
+@pytest.mark.parametrize(
+    ("fmt", "param"),
+    [
+        (lb.uniform(3), "float32"),
+        pytest.param(lb.bcq(3), "bfloat16", marks=pytest.mark.slow),
+        *(pytest.param(fmt, "float32", marks=pytest.mark.slow) for fmt in (lb.bcq(3), *MORE)),
+    ],
+    ids=str,
+)
 def test_embed_looks_up_and_attends(fmt: lb.Format, param: str) -> None:
     layer = nnx.Embed(12, 20, param_dtype=param, rngs=nnx.Rngs(0))
     q = lb.quantize(layer, fast(fmt))
@@ -142,6 +154,7 @@ def test_embed_looks_up_and_attends(fmt: lb.Format, param: str) -> None:
     assert nnx.eval_shape(attend, q, wide) == nnx.eval_shape(attend, layer, wide)
 
 
+@pytest.mark.slow
 def test_embed_follows_its_dtype_option() -> None:
     layer = nnx.Embed(12, 16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     q = lb.quantize(layer, fast(lb.bcq(3)))
@@ -202,6 +215,7 @@ def test_grad_reaches_floats_and_no_codes() -> None:
     assert all(np.isfinite(v).all() and np.any(v) for v in jax.tree.leaves(nnx.state(grads, lb.Scale)))
 
 
+@pytest.mark.slow
 def test_jit_takes_the_model_as_argument() -> None:
     q, traces = small(), []
 
@@ -218,6 +232,7 @@ def test_jit_takes_the_model_as_argument() -> None:
     assert len(traces) == 1, "another model with the same types must not trace again"
 
 
+@pytest.mark.slow
 def test_vmap_over_stacked_models_and_over_inputs() -> None:
     @nnx.jit
     @partial(nnx.vmap, in_axes=0)
@@ -236,6 +251,7 @@ def test_vmap_over_stacked_models_and_over_inputs() -> None:
     assert_within(same, one(x), 2 * bound)
 
 
+@pytest.mark.slow
 def test_scan_over_stacked_layers() -> None:
     layers = [lb.quantize(nnx.Linear(8, 8, rngs=nnx.Rngs(i)), fast(lb.bcq(2))) for i in range(3)]
     graph, first = nnx.split(layers[0])
@@ -278,7 +294,7 @@ def test_eval_shape_gives_the_same_types() -> None:
         assert isinstance(a.get_value(), jax.ShapeDtypeStruct)
 
 
-@pytest.mark.parametrize("train", ["scales", "parameters"])
+@pytest.mark.parametrize("train", ["scales", pytest.param("parameters", marks=pytest.mark.slow)])
 def test_optimizer_trains_scales_alone(train: str) -> None:
     q = small()
     wrt = lb.Scale if train == "scales" else nnx.Param
@@ -302,6 +318,7 @@ def test_optimizer_trains_scales_alone(train: str) -> None:
     assert sum(v.size for v in jax.tree.leaves(nnx.state(optimizer.opt_state))) == 2 * scales + 1
 
 
+@pytest.mark.slow
 def test_sharing_survives_training() -> None:
     q = lb.quantize(Shared(nnx.Rngs(0)), fast(lb.bcq(3)))
     optimizer = nnx.Optimizer(q, optax.sgd(0.1), wrt=lb.Scale)
@@ -338,6 +355,7 @@ def test_export_of_look_ups_of_any_number(dtype: str) -> None:
     np.testing.assert_array_equal(exported.call(ids), table(ids))
 
 
+@pytest.mark.slow
 def test_export_with_the_weights_as_arguments() -> None:
     w = small().layers[0].mlp["up"].kernel.array
     x = inputs(2, 16)

@@ -276,7 +276,7 @@ def test_x_not_floating(dtype):
 
 # ---------------------------------------------------------------- take
 
-TABLES = [lb.bcq(3, 16, offset=True), lb.uniform(4, 33, scale_dtype="float16")]
+TABLES = [lb.bcq(3, 16, offset=True), pytest.param(lb.uniform(4, 33, scale_dtype="float16"), marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("fmt", TABLES, ids=str)

@@ -82,6 +82,7 @@ def test_layers_of_a_file(files: Path) -> None:
     assert {v.method for v in variants.every(s, 3)} == {v.method for v in variants.plain(3)}
 
 
+@pytest.mark.slow
 def test_half_of_the_inputs_is_to_calibrate_on(files: Path) -> None:
     s = of_file(files / "layers.safetensors", files / "inputs.safetensors").calibrated()
     assert {path: of.rows for path, of in s.stats.items()} == {"layers/a.q": 4, "layers/up": 3}
@@ -93,6 +94,7 @@ def test_half_of_the_inputs_is_to_calibrate_on(files: Path) -> None:
     assert "GPTQ" in {v.method for v in variants.every(s, 3)}
 
 
+@pytest.mark.slow
 def test_what_a_format_cannot_hold_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def every(s: Subject, bits: int) -> Iterator[variants.Variant]:
         yield variants.by("RTN", bits, variants.even(bits))

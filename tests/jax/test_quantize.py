@@ -50,6 +50,7 @@ def test_every_layer_of_lists_dicts_and_sequentials() -> None:
     assert q(TOKENS).shape == (2, 5, 20)
 
 
+@pytest.mark.slow
 def test_each_layer_is_what_quantize_array_makes_of_its_weight() -> None:
     model = net()
     q = lb.quantize(model, {"embed": lb.uniform(3, group=8), "**": BCQ})
@@ -132,6 +133,7 @@ def test_donate_frees_each_weight_before_the_next_is_quantized() -> None:
     np.testing.assert_array_equal(q(TOKENS), want(TOKENS))
 
 
+@pytest.mark.slow
 def test_donate_spares_what_stays_dense() -> None:
     class Raw(nnx.Module):
         """A table that the head reads without a layer."""

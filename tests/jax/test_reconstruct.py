@@ -98,6 +98,7 @@ def test_each_block_is_better_with_the_inputs_that_tuned_blocks_give_it() -> Non
     assert changed == {f"layers/{i}/linear/kernel/alpha" for i in range(3)}
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_even_if_it_is_the_start() -> None:
     assert_same(arrays(run(small(), rate=1e9, epochs=2)), arrays(small()))
 
@@ -117,6 +118,7 @@ def test_what_trains_is_rounded_as_it_is_stored_before_it_is_measured() -> None:
     assert error(tuned.layers[0], tuned, 0) < 0.9 * error(coarse.layers[0], coarse, 0)
 
 
+@pytest.mark.slow
 def test_a_change_that_is_rounded_off_is_none(caplog: pytest.LogCaptureFixture) -> None:
     coarse = lb.quantize(DENSE, fast({"layers/0/**": lb.bcq(2, scale_dtype="float16"), "**": None}))
     with caplog.at_level(logging.INFO, logger="absl"):
@@ -183,12 +185,16 @@ def test_batches_of_two_shapes_and_arguments_that_are_no_arrays() -> None:
     assert args == (1, None) and kwargs["b"] == "same" and kwargs["a"].shape == (2,)
 
 
-def test_a_share_of_the_inputs_is_of_quantized_blocks() -> None:
+def test_the_share_of_inputs_of_quantized_blocks_is_the_one_given() -> None:
     own, dense = (Inputs.of((jnp.full(10_000, v), jnp.full(3, int(v))), {}) for v in (1.0, 2.0))
     floats, integers = _mixed(jax.random.key(0), 0.25, own, dense).arrays
     assert set(np.unique(floats)) == {1, 2} and (integers == 1).all()
     # Five standard deviations of a share of so many draws.
     assert abs(float((floats == 1).mean()) - 0.25) < 5 * (0.25 * 0.75 / 10_000) ** 0.5
+
+
+@pytest.mark.slow
+def test_a_share_of_the_inputs_is_of_quantized_blocks() -> None:
     mixed, plain = run(small(), quantized_inputs=0.5), run(small())
     assert (mixed.layers[0].linear.kernel.alpha[...] == plain.layers[0].linear.kernel.alpha[...]).all()  # one input
     assert (mixed.layers[1].linear.kernel.alpha[...] != plain.layers[1].linear.kernel.alpha[...]).any()
@@ -202,6 +208,7 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     solved: list[str]
     want, solve, solved = arrays(run(small())), reconstruction.tuned, []

@@ -30,6 +30,7 @@ X = RNG.standard_normal((300, K)) @ (np.eye(K) + 0.3 * RNG.standard_normal((K, K
 GRAM = jnp.asarray(X.T @ X / len(X), jnp.float32)
 OTHER = jnp.asarray(np.diag(RNG.uniform(0.1, 3, K)), jnp.float32)
 ALIKE = lb.any_precision(2, 2, table_dtype="float32")
+EITHER = [pytest.param(lb.uniform(2), lb.gptq(), marks=pytest.mark.slow), (ALIKE, lb.lnq(1, 1))]
 
 
 def error(q: lb.QuantArray, gram: Any = GRAM) -> float:
@@ -96,6 +97,7 @@ def test_it_beats_rounding_to_nearest_and_the_largest_inputs_first_is_better() -
     assert ordered < plain < 0.6 * nearest
 
 
+@pytest.mark.slow
 def test_a_group_whose_scale_underflows_spoils_no_other() -> None:
     zeros, tiny = W.copy(), W.copy()
     zeros[:35, 0] = tiny[:35, 0] = 0
@@ -113,6 +115,7 @@ def start(rows: int = N, bits: int = 2) -> tuple[jax.Array, jax.Array, jax.Array
     return jnp.asarray(W.T[:rows]), codes_of(q.fields["planes"], bits, K), q.fields[f"table{bits}"]
 
 
+@pytest.mark.slow
 def test_no_step_raises_the_objective() -> None:
     w, codes, table = start()
     before = objective(GRAM, w, codes, table)
@@ -156,6 +159,7 @@ def test_descent_ends_where_exhaustive_search_does(seed: int) -> None:
     np.testing.assert_array_equal(codes, every[costs.argmin(1)])
 
 
+@pytest.mark.slow
 def test_after_descent_no_single_code_can_be_changed_for_the_better() -> None:
     w, codes, table = start(rows=2)
     for _ in range(30):
@@ -307,7 +311,7 @@ def indefinite(k: int, loud: int) -> jax.Array:
     return jnp.asarray(np.block([[pair, np.zeros((2, k - 2))], [np.zeros((k - 2, 2)), np.eye(k - 2)]]), jnp.float32)
 
 
-@pytest.mark.parametrize(("fmt", "quantizer"), [(lb.uniform(2), lb.gptq()), (ALIKE, lb.lnq(1, 1))], ids=str)
+@pytest.mark.parametrize(("fmt", "quantizer"), EITHER, ids=str)
 def test_products_that_are_not_positive_definite_are_damped_and_it_is_said(
     fmt: lb.Format, quantizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -322,7 +326,8 @@ def test_products_that_are_not_positive_definite_are_damped_and_it_is_said(
         lb.quantize_array(jnp.ones((500, 4)), fmt, quantizer, importance=indefinite(500, 10**6))
 
 
-@pytest.mark.parametrize(("fmt", "quantizer"), [(lb.uniform(2), lb.gptq()), (ALIKE, lb.lnq(1, 1))], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(("fmt", "quantizer"), EITHER, ids=str)
 def test_layers_that_saw_nothing_or_only_zeros_are_named_and_their_errors_weigh_the_same(
     fmt: lb.Format, quantizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

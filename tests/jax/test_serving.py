@@ -84,6 +84,7 @@ def test_the_rows_of_a_quantized_cache() -> None:
         assert found[i] == generate(tiny(), [prompt], n, slots=SLOTS, chunk=16, cache=kind)[0]
 
 
+@pytest.mark.slow
 def test_a_step_reads_no_more_than_its_budget_and_others_run_meanwhile() -> None:
     scheduled: list[int] = []
     batcher = Batcher(nested(), rows=3, slots=SLOTS, budget=16, width=lambda tokens: scheduled.append(tokens) or 16)

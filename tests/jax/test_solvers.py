@@ -74,14 +74,14 @@ def mse(values: Array, decoded: Array) -> np.ndarray:
 
 PRINTED = [
     ("greedy", 2, 0.129),
-    ("greedy", 3, 0.057),
-    ("greedy", 4, 0.032),
+    pytest.param("greedy", 3, 0.057, marks=pytest.mark.slow),
+    pytest.param("greedy", 4, 0.032, marks=pytest.mark.slow),
     ("alternating", 2, 0.114),
-    ("alternating", 3, 0.035),
-    ("alternating", 4, 0.011),
+    pytest.param("alternating", 3, 0.035, marks=pytest.mark.slow),
+    pytest.param("alternating", 4, 0.011, marks=pytest.mark.slow),
     ("offset", 2, 0.109),
-    ("offset", 3, 0.033),
-    ("offset", 4, 0.010),
+    pytest.param("offset", 3, 0.033, marks=pytest.mark.slow),
+    pytest.param("offset", 4, 0.010, marks=pytest.mark.slow),
     ("rtn", 2, 0.254),
     ("rtn", 3, 0.047),
     ("rtn", 4, 0.010),
@@ -99,6 +99,7 @@ def one_bit_mse(size: int) -> float:
     return 1 - 2 / math.pi - (1 - 2 / math.pi) / size
 
 
+@pytest.mark.slow
 def test_one_bit_matches_the_closed_form():
     w = gaussian(16384)
     rows = mse(w, binary.decode(binary.solve(w, 1)))
@@ -141,7 +142,7 @@ def oracle(w: np.ndarray, bits: int, offset: bool, refine: bool) -> np.ndarray:
     return decoded
 
 
-@pytest.mark.parametrize(("bits", "offset"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("bits", "offset"), [(2, False), pytest.param(3, True, marks=pytest.mark.slow)])
 def test_greedy_and_one_round_match_the_oracle(bits: int, offset: bool):
     # Groups of 128 keep every plane distinct, so least squares has one solution, the oracle's. The solver's differs
     # from it by eps times the condition of the normal equations (below 1e3 here), and a midpoint moved by that may
@@ -155,6 +156,7 @@ def test_greedy_and_one_round_match_the_oracle(bits: int, offset: bool):
     assert (np.abs(mse(w, refined) - mse(w, oracle(exact, bits, offset, refine=True))) < bound + 1e3 * EPS).all()
 
 
+@pytest.mark.slow
 def test_every_weight_takes_its_nearest_level():
     # Thousands of weights, so that some lie close to a midpoint.
     values = jnp.concatenate([zoo()[11:], gaussian(4096, 8)])
@@ -173,7 +175,7 @@ def test_every_weight_takes_its_nearest_level():
 
 
 @pytest.mark.parametrize(("bits", "offset"), [
-    (1, False), (3, True), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, True), (3, False), (8, True)))
+    (1, False), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, True), (3, False), (3, True), (8, True)))
 ])  # fmt: skip
 def test_degenerate_groups(bits: int, offset: bool):
     w = zoo()
@@ -209,6 +211,7 @@ def test_alternating_is_never_worse_than_greedy(row: list[float], offset: bool):
     assert best[0] <= greedy[0] + error_bound(np.asarray(w) * (2 if offset else 1), 3)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [False, True])
 def test_a_group_of_one(offset: bool):
     w = jnp.array([[2.5], [-0.3], [0.0]])
@@ -233,6 +236,7 @@ def test_dependent_planes_still_fit():
     np.testing.assert_allclose(decoded[full], np.asarray(w)[full], rtol=0, atol=left + rounding)
 
 
+@pytest.mark.slow
 def test_constant_groups_are_exact_where_their_mean_is_not():
     # Of 11 equal weights, the rounded mean is often a neighbour of the weight; no plane may be spent on the difference.
     w = jnp.tile(gaussian(512, 1) * 100, (1, 11))
@@ -242,6 +246,7 @@ def test_constant_groups_are_exact_where_their_mean_is_not():
     np.testing.assert_array_equal(code.alpha, np.zeros((512, 3)))
 
 
+@pytest.mark.slow
 def test_zero_is_plus_one():
     code = binary.solve(jnp.array([[0.0, -0.0, -4.0, 4.0]]), 1)
     assert np.asarray(code.bits)[0, 0].tolist() == [1, 1, 0, 1]
@@ -259,7 +264,7 @@ def test_powers_of_two_scale_exactly():
         assert (scaled.bits == code.bits).all()
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.slow), jnp.float16])
 def test_half_precision_is_solved_in_float32(dtype: jnp.dtype):
     w = gaussian(64, 8).astype(dtype)
     jax.tree.map(np.testing.assert_array_equal, binary.solve(w, 3), binary.solve(w.astype(jnp.float32), 3))
@@ -376,13 +381,14 @@ def test_solvers_trace_without_values():
     assert rounded.codes.shape == (6, 16) and rounded.scale.shape == rounded.zero.shape == (6,)
 
 
+@pytest.mark.slow
 def test_vmap_is_a_loop():
     w = gaussian(64, 8).reshape(2, 32, 8)
     batched = jax.vmap(lambda v: binary.solve(v, 2, rounds=0))(w)
     np.testing.assert_array_equal(batched.bits[1], binary.solve(w[1], 2, rounds=0).bits)
 
 
-@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("traced", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_blocks_cover_every_row_with_its_own_importance(traced: bool):
     # More rows than one block, not a whole number of blocks, and an importance whose period does not divide a block.
     rows, period = 40_000, 5

@@ -61,6 +61,7 @@ def call(model: nnx.Module, x: jax.Array) -> jax.Array:
 # ---- arrays
 
 
+@pytest.mark.slow
 def test_a_stack_has_the_type_of_a_slice() -> None:
     w = stack(2, 3)
     assert (w.stack, w.shape, w.ndim) == ((2, 3), (2, 3, 12, 5), 4)
@@ -105,7 +106,7 @@ def test_importance_of_all_slices_or_of_each() -> None:
         lb.quantize_array(dense, BCQ, importance=jnp.ones((3, 12)))
 
 
-@pytest.mark.parametrize("fmt", [BCQ, lb.uniform(3, group=8)], ids=str)
+@pytest.mark.parametrize("fmt", [BCQ, pytest.param(lb.uniform(3, group=8), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("rows", [(), (4,), (2, 2)])
 def test_each_slice_multiplies_its_own_rows(fmt: lb.Format, rows: tuple[int, ...]) -> None:
     w, x = stack(2, 3, fmt=fmt), inputs(2, 3, *rows, 12)
@@ -131,6 +132,7 @@ def test_gradients_reach_the_scales_of_each_slice() -> None:
         np.testing.assert_array_equal(dw.fields["alpha"][i], of_w.fields["alpha"])
 
 
+@pytest.mark.slow
 def test_forward_mode_of_each_slice() -> None:
     w, x = stack(2, fmt=ONE), inputs(2, 3, 12)
     y, dy = jax.jvp(lambda x: lb.matmul(x, w, differentiable="jvp"), (x,), (2 * x,))
@@ -139,6 +141,7 @@ def test_forward_mode_of_each_slice() -> None:
         jax.jvp(lambda x: lb.matmul(x, w), (x,), (x,))
 
 
+@pytest.mark.slow
 def test_an_exact_conversion_of_a_stack() -> None:
     w = stack(2, 3, fmt=lb.uniform(3, group=8))
     np.testing.assert_array_equal(lb.dequantize(at(lb.to_bcq(w), 1, 2)), lb.dequantize(lb.to_bcq(at(w, 1, 2))))
@@ -164,6 +167,7 @@ def test_fields_of_unequal_stacks() -> None:
         QuantArray.of({**w.fields, "planes": w.fields["planes"][:1]}, w.type)
 
 
+@pytest.mark.slow
 def test_rows_are_taken_of_one_table() -> None:
     w = lb.quantize_array(inputs(2, 5, 12), BCQ, lb.greedy(), dims=("n", "k"))
     text = "w is a stack [2] of f32[n=5 k=12] as bcq(bits=2, group=8): take rows of one table, or use jax.vmap or scan"
@@ -273,6 +277,7 @@ def test_gradient_statistics_of_each_slice() -> None:
     assert all(np.array_equal(got.fields[name][1], want.fields[name]) for name in want.fields)
 
 
+@pytest.mark.slow
 def test_adapters_on_each_slice() -> None:
     q, x = lb.quantize(Scanned(), fast(ONE)), wholes(2, 8)
     adapted = lb.nn.lora(q, rank=2, rngs=nnx.Rngs(0))
@@ -282,6 +287,7 @@ def test_adapters_on_each_slice() -> None:
     assert all(np.any(grads.blocks.kernel.lora_b[i]) for i in range(3))
 
 
+@pytest.mark.slow
 def test_comparing_scanned_models_has_a_row_a_slice() -> None:
     model = Scanned()
     found = lb.compare(model, lb.quantize(model, fast({"blocks": ONE, "head": lb.bcq(1)})), wholes(4, 8))
@@ -289,6 +295,7 @@ def test_comparing_scanned_models_has_a_row_a_slice() -> None:
     assert [r.relative_error for r in found.rows[:3]] == [0.0] * 3 and found.rows[3].relative_error > 0
 
 
+@pytest.mark.slow
 def test_comparing_layers_that_vmap_runs() -> None:
     model = nnx.Dict(blocks=Scanned().blocks)
     q = lb.quantize(model, lb.uniform(2))

@@ -121,7 +121,7 @@ def test_tables_and_what_is_in_flight_fit(fmt: lb.Format, m: int) -> None:
 @pytest.mark.parametrize(
     ("fmt", "dtype", "m", "n", "k", "bands"),
     [
-        (lb.bcq(3, group=128, offset=True), "float32", 1, 130, 300, 1),
+        pytest.param(lb.bcq(3, group=128, offset=True), "float32", 1, 130, 300, 1, marks=pytest.mark.slow),
         (lb.codebook(2, 8, vec=8, group=32, scale_dtype="bfloat16"), "bfloat16", 3, 65, 200, None),
         pytest.param(lb.bcq(1), "float16", 4, 65, 300, None, marks=pytest.mark.slow),
         pytest.param(lb.codebook(1, 8, vec=4, group=128), "float32", 1, 200, 140, 1, marks=pytest.mark.slow),

@@ -94,6 +94,7 @@ def test_a_threshold_itself_is_not_above_it() -> None:
         assert float(run(model, x)[1].layers["a"]) == pytest.approx((8 + 8 + 16) / 3)
 
 
+@pytest.mark.slow
 def test_a_call_has_the_largest_width_of_its_rows() -> None:
     model = lb.nn.switching(lb.tune.switched_by(SMALL, "peak", 3.9), "call")
     calm = OUT[~np.isin(np.arange(32), np.arange(0, 32, 4))][:4]

@@ -52,7 +52,7 @@ def test_a_task_is_put_back_bit_for_bit(tmp_path: Path) -> None:
     assert_same(arrays(model), before)
 
 
-@pytest.mark.parametrize("way", ["codebook", "lora"])
+@pytest.mark.parametrize("way", [pytest.param("codebook", marks=pytest.mark.slow), "lora"])
 def test_tasks_of_codebooks_and_adapters(way: str) -> None:
     if way == "lora":
         small = lb.quantize(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), fast(lb.bcq(2)))

@@ -64,6 +64,7 @@ WORST = rf"\d+ of \d+ differ; at \(\d, \d\): {number()}, not {number()} \+- {num
 # ---------------------------------------------------------------- what is right passes
 
 
+@pytest.mark.slow
 def test_a_format_from_outside_passes():
     done = lb.testing.check_format(fp3.fp3_rows(), quantizer=fp3.nearest, lowerings=["decode", "join", "table"])
     assert list(done.passed) == ["n=3 k=256", "n=2 k=141", "n=1 k=1"] and not done.refused
@@ -82,6 +83,7 @@ def only_pairs(n: int, k: int):
     return param("w", "f32", n=n, k=k) * 1.0
 
 
+@pytest.mark.slow
 def test_sizes_that_a_format_refuses(monkeypatch):
     monkeypatch.setattr(kit, "SHAPES", ((1, 4), (2, 3)))
     done = lb.testing.check_format(only_pairs(), lowerings=["decode"])
@@ -224,6 +226,7 @@ def planted(name: str) -> lb.Format:
     return fmt()
 
 
+@pytest.mark.slow
 def test_a_wrong_pass_is_caught(monkeypatch):
     place = const([1, 2, 4], "i32", "p")
     wrong = Pass("wrong", (lambda e: const([4, 2, 1], "i32", "p") if e is place else None,))
@@ -357,12 +360,18 @@ def test_codes_and_scales_at_wrong_places_are_caught(change, message):
 
 
 @pytest.mark.parametrize(
-    ("fmt", "quantizer"), [(lb.bcq(1), lb.greedy()), (lb.bcq(1, offset=True), lb.greedy()), (lb.uniform(1), None)]
+    ("fmt", "quantizer"),
+    [
+        pytest.param(lb.bcq(1), lb.greedy(), marks=pytest.mark.slow),
+        (lb.bcq(1, offset=True), lb.greedy()),
+        (lb.uniform(1), None),
+    ],
 )
 def test_one_scale_for_weights_of_two_sizes_is_no_fault(fmt, quantizer):
     quantizing.check_places(fmt, 2, 21, quantizer)
 
 
+@pytest.mark.slow
 def test_a_quantizer_that_returns_no_arrays_is_named():
     message = r"TypeError: a weight that is normal: the quantizer returned a NoneType, not the stored arrays by name: "
     found = failures(planted("fp3_no_arrays"), lowerings=["decode"], quantizer=lambda w, fmt: None)
@@ -423,6 +432,7 @@ def test_lowerings_that_are_not_there():
 # ---------------------------------------------------------------- a model
 
 
+@pytest.mark.slow
 def test_a_model_passes():
     model, batch = fp3.model()
     done = lb.testing.check_model(model, batch)

@@ -123,6 +123,7 @@ def test_linear_inputs_are_whole_groups_and_names_are_usual() -> None:
     assert not any("bias" in name for name in names)
 
 
+@pytest.mark.slow
 def test_logits_are_float32_and_causal() -> None:
     model, given = small(), tokens(2, 12)
     logits = model(given)
@@ -144,6 +145,7 @@ def test_blocked_attention_equals_the_full_square() -> None:
     np.testing.assert_allclose(full, blocked, rtol=0, atol=(8 * scale + 2 * 10) * EPS * float(jnp.max(jnp.abs(v))))
 
 
+@pytest.mark.slow
 def test_rope_depends_on_distance_alone() -> None:
     rng = np.random.default_rng(3)
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 16)), jnp.float32) for _ in range(2))
@@ -235,7 +237,7 @@ def test_rate_rises_stays_and_falls_to_zero() -> None:
     assert values[13:] == [7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0]
 
 
-@pytest.mark.parametrize("shape", [(2, 16, 48), (1, 48, 16)])
+@pytest.mark.parametrize("shape", [(2, 16, 48), pytest.param((1, 48, 16), marks=pytest.mark.slow)])
 def test_orthogonalize_sets_singular_values_near_one(shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(4)
     out = np.asarray(orthogonalize(jnp.asarray(rng.normal(size=shape), jnp.float32)))
@@ -268,6 +270,7 @@ def test_windows_predict_each_byte_once_from_what_precedes_it(size: int) -> None
             position += 1
 
 
+@pytest.mark.slow
 def test_bits_per_byte_is_the_mean_of_the_log_likelihood() -> None:
     model, text = small(), b"for i in range(3)"[: SMALL.context]
     stream = jnp.asarray(list(b"\n" + text))
@@ -297,6 +300,7 @@ def test_weights_beyond_half_precision_are_refused(tmp_path: pathlib.Path) -> No
         weights.save(model, tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_the_shipped_folder_is_a_checkpoint_of_the_same_model() -> None:
     mine, theirs = weights.load(), lb.models.load(weights.MODEL, dtype=jnp.float32)
     every = jnp.arange(256)

@@ -34,7 +34,14 @@ def without_seconds(records: Any) -> list[dict[str, Any]]:
     return [{name: value for name, value in r.items() if name != "seconds"} for r in records]
 
 
-@pytest.mark.parametrize("way", ["alpha_first", "codebooks", "lora_a lora_b"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "alpha_first",
+        pytest.param("codebooks", marks=pytest.mark.slow),
+        pytest.param("lora_a lora_b", marks=pytest.mark.slow),
+    ],
+)
 def test_what_trains(way: str) -> None:
     given: Any
     if way == "alpha_first":
@@ -169,6 +176,7 @@ def test_recomputed_blocks_give_the_same_and_hold_less() -> None:
         assert compiled_bytes(tuning, ["layers/*"]) <= compiled_bytes(tuning, []) - 2 * ROWS * 32 * 4
 
 
+@pytest.mark.slow
 def test_layers_compute_in_bfloat16_and_float32_trains() -> None:
     tuning, batch = exact(), exact_batch(4, 4, 0)
     graph, stored, changing, rest = parts(computing(tuning.model, jnp.bfloat16, ()), lb.Scale)
@@ -198,6 +206,7 @@ def test_gradients_of_an_alpha_tuning_are_divided_by_the_group_size() -> None:
     assert_same(arrays(divided.model), arrays(plain.model))
 
 
+@pytest.mark.slow
 def test_updates_smaller_than_the_stored_dtype_add_up() -> None:
     small = lb.quantize(one_layer(), fast(lb.bcq(1, scale_dtype="float16")))
     batch = {"x": np.eye(1, 8, dtype=np.float32), "y": -np.ones((1, 2), np.float32), "weight": 1}
@@ -220,6 +229,7 @@ def dropped() -> lb.tune.AlphaTuning[Any]:
 X = [np.asarray(inputs(4, 16, seed=i)) for i in range(8)]
 
 
+@pytest.mark.slow
 def test_evaluation_drops_nothing_and_training_does() -> None:
     run = {"tx": optax.sgd(0.0), "loss": squares, "eval_data": X[6:], "eval_every": 1}
     trained = lb.tune.train(dropped(), [X[0]] * 3, steps=3, **run)
@@ -265,6 +275,7 @@ def test_a_run_goes_on_from_its_folder(tmp_path: Path) -> None:
     assert any("alpha_first" in name for name in kept) and not any("planes" in name for name in kept)
 
 
+@pytest.mark.slow
 def test_what_was_logged_after_the_checkpoint_is_done_again(tmp_path: Path) -> None:
     given = {"tx": ADAM, "loss": squares, "folder": tmp_path}
     lb.tune.train(dropped(), X, steps=2, **given)
@@ -275,6 +286,7 @@ def test_what_was_logged_after_the_checkpoint_is_done_again(tmp_path: Path) -> N
     assert losses(trained) == losses(lb.tune.train(dropped(), X, steps=4, tx=ADAM, loss=squares))
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_first_steps_begins_again(tmp_path: Path) -> None:
     given: Any = {"tx": ADAM, "loss": squares, "eval_data": X[6:], "folder": tmp_path, "steps": 2}
     seen: list[Any] = []
@@ -315,6 +327,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         lb.tune.train(dropped(), X, **(given | {"folder": tmp_path / "b"}))
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_stops_the_run_and_the_checkpoint_before_it_stays(tmp_path: Path) -> None:
     given = {"tx": ADAM, "loss": squares, "steps": 4, "folder": tmp_path, "save_every": 1}
     data = [*X[:2], np.full((4, 16), np.nan, np.float32), X[3]]

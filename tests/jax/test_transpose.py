@@ -84,6 +84,7 @@ def check(e: Expr, seed: int) -> set[type]:
     return seen
 
 
+@pytest.mark.slow
 def test_random_terms():
     seen: Counter[type] = Counter()
 

@@ -81,6 +81,7 @@ def test_only_those_train_and_their_state_is_all_there_is() -> None:
     assert_same(arrays(model), old)
 
 
+@pytest.mark.slow
 def test_the_shared_rest_is_no_variable_of_the_old_model() -> None:
     model = net()
     tuning = lb.tune.alpha_tuning(model)
@@ -95,6 +96,7 @@ def test_the_shared_rest_is_no_variable_of_the_old_model() -> None:
     assert_same(arrays(tuning.model), tuned)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_scales_by_hand() -> None:
     q = lb.quantize(nnx.Linear(16, 8, use_bias=False, rngs=nnx.Rngs(0)), fast(lb.bcq(3, group=8, offset=True)))
     x, dy = inputs(4, 16), inputs(4, 8, seed=1)
@@ -119,6 +121,7 @@ def test_gradients_are_those_of_the_scales_by_hand() -> None:
             assert_within(grads.kernel.beta_first[...], beta, bound)
 
 
+@pytest.mark.slow
 def test_an_sgd_step_divides_by_the_group() -> None:
     tuning = lb.tune.alpha_tuning(net(), offsets=True)
     grads = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, lb.Scale)))(tuning.model)
@@ -135,6 +138,7 @@ def test_an_sgd_step_divides_by_the_group() -> None:
         assert np.any(gradient)
 
 
+@pytest.mark.slow
 def test_names_that_end_like_a_field_do_not_matter() -> None:
     class Named(nnx.Module):
         def __init__(self) -> None:
@@ -175,7 +179,7 @@ def test_fold_joins_what_was_tuned() -> None:
     assert_same(arrays(lb.tune.fold(folded)), arrays(folded))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"])
 def test_narrow_scales_train_in_float32(dtype: str) -> None:
     fmt = lb.bcq(3, group=8, offset=True, scale_dtype=dtype)
     q = lb.quantize(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), fast(fmt))
@@ -211,6 +215,7 @@ def magnitude(layer: lb.nn.Linear) -> np.ndarray:
     return np.asarray((alpha + np.abs(np.asarray(layer.kernel.beta[...], np.float64))).max(1))[None, :]
 
 
+@pytest.mark.slow
 def test_adam_in_float16_would_not() -> None:
     """Why scales are split off in float32: Adam's epsilon of 1e-8 is zero in float16."""
     q = lb.quantize(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), fast(lb.bcq(3, group=8, scale_dtype="float16")))
@@ -224,6 +229,7 @@ def test_adam_in_float16_would_not() -> None:
     assert np.isfinite(np.asarray(tuning.model.kernel.alpha_first[...])).all()
 
 
+@pytest.mark.slow
 def test_tuning_goes_on_from_a_tuned_model() -> None:
     first = lb.tune.alpha_tuning(net(), offsets=True)
     optimizer = first.optimizer(optax.sgd(1.0))
@@ -296,7 +302,7 @@ def abstract(vocabulary: int, positions: int, width: int, layers: int, block: ty
 @pytest.mark.parametrize(
     ("sizes", "block", "parameters", "count"),
     [
-        ((50257, 1024, 1024, 24), GPT2Block, 354_823_168, 221_184),
+        pytest.param((50257, 1024, 1024, 24), GPT2Block, 354_823_168, 221_184, marks=pytest.mark.slow),
         pytest.param((50257, 1024, 1280, 36), GPT2Block, 774_030_080, 414_720, marks=pytest.mark.slow),
         pytest.param((50272, 2050, 2048, 24), OPTBlock, 1_315_758_080, 442_368, marks=pytest.mark.slow),
     ],

@@ -105,6 +105,7 @@ def test_every_kind_of_layer_reads_at_its_width() -> None:
     assert lb.at_width(whole, jnp.int32(1)).embed.attend(X).shape == (4, 6)
 
 
+@pytest.mark.slow
 def test_widths_that_do_not_follow_one_another() -> None:
     small = lb.quantize(Two(), lb.nested_fp())
     low, high = (lb.at_width(small, width)(X) for width in (8, 16))
@@ -112,6 +113,7 @@ def test_widths_that_do_not_follow_one_another() -> None:
     assert np.array_equal(lb.at_width(small, {"**": jnp.int32(8)})(X), low)
 
 
+@pytest.mark.slow
 def test_layers_in_a_scan() -> None:
     stacked = nnx.vmap(lambda key: nnx.Linear(16, 16, rngs=nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 2))
     small = lb.quantize(stacked, lb.any_bcq(1, 2))
@@ -149,7 +151,7 @@ def changed(before: Any, after: Any) -> set[str]:
     return {name for name in old if not np.array_equal(old[name], new[name], equal_nan=True)}
 
 
-@pytest.mark.parametrize("which", ["first", "all"])
+@pytest.mark.parametrize("which", [pytest.param("first", marks=pytest.mark.slow), "all"])
 def test_tuning_a_width_changes_its_scales_alone(model: Any, which: Any) -> None:
     """With weight decay too, which would shrink scales that have no gradient."""
     tuning = lb.tune.alpha_tuning(lb.at_width(model, 2), which)
@@ -166,6 +168,7 @@ def test_tuning_a_width_changes_its_scales_alone(model: Any, which: Any) -> None
     assert changed(folded, lb.tune.fold(other.model)) == set()
 
 
+@pytest.mark.slow
 def test_all_widths_train_together(model: Any) -> None:
     trained = nnx.clone(model)
     optimizer = nnx.Optimizer(trained, optax.adam(1e-2), wrt=lb.Scale)

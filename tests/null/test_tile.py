@@ -16,7 +16,7 @@ from lowbit.ir.dtypes import numpy_dtype
 from lowbit.passes import PIPELINES, run
 from lowbit.passes.tile import Tiles, tile, written
 from tests.null.test_normal_forms import binary_coding
-from tests.terms import environment, matmuls, terms
+from tests.terms import EXAMPLES, environment, matmuls, terms
 
 
 def by_parts(t: Tiles, env: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -39,7 +39,7 @@ def by_parts(t: Tiles, env: Mapping[str, np.ndarray]) -> np.ndarray:
 def test_random_terms() -> None:
     seen: Counter[tuple[bool, bool, bool]] = Counter()
 
-    @settings(max_examples=2000)
+    @settings(max_examples=EXAMPLES)
     @given(
         st.one_of(matmuls(), matmuls(), terms()), st.sampled_from([*PIPELINES]), st.integers(1, 8), st.integers(0, 9)
     )
@@ -55,7 +55,8 @@ def test_random_terms() -> None:
         seen[t.sums, bool(t.outer), t.total % t.size == 0] += 1
 
     property_()
-    assert all(seen[sums, outer, even] > 5 for sums in (0, 1) for outer in (0, 1) for even in (0, 1)), seen
+    every = [seen[sums, outer, even] for sums in (False, True) for outer in (False, True) for even in (False, True)]
+    assert min(every) > EXAMPLES / 400, seen
 
 
 def test_what_is_small_stays_whole() -> None:
