@@ -62,15 +62,17 @@ def save_on(step):
         lb.save(model(i), path)
         step()
 
+others = lambda: [p.name for p in path.parent.iterdir() if p != path]
 lb.save(model(0), path)
-for _ in range(kills):
+for done in range(20 * kills):  # how much of the time a save takes depends on the disk: until one was caught
+    if done >= kills and others():
+        break
     assert not forked(save_on, 1, rng.uniform(0, 0.02))
     values = {int(v) for a in lb.load(path).values() for v in a}
     assert len(values) == 1, values
     seen |= values
-others = [p.name for p in path.parent.iterdir() if p != path]
-assert all(name.startswith(".model.safetensors.") and name.endswith(".tmp") for name in others), others
-print(len(seen), len(others))
+assert all(name.startswith(".model.safetensors.") and name.endswith(".tmp") for name in others()), others()
+print(len(seen), len(others()))
 """
 )
 
@@ -79,7 +81,7 @@ print(len(seen), len(others))
 def test_a_killed_save_leaves_the_old_file_or_the_new_one(tmp_path: Path, kills: int) -> None:
     files, torn = map(int, python(SAVES, tmp_path / "model.safetensors", kills).split())
     assert files > 1, "the children were killed before they saved anything: the test showed nothing"
-    assert 0 < torn <= kills, "no save was caught in the middle: the test showed nothing"
+    assert 0 < torn <= 20 * kills, "no save was caught in the middle: the test showed nothing"
 
 
 QUANTIZES = (
