@@ -80,6 +80,7 @@ def test_zero_constant_and_huge_weights_and_where_codes_lie() -> None:
     check_quantizer(lb.codebook(2, 5, vec=2, group=16, scale_dtype="float16"), 5, 70, lb.additive_codebooks())
 
 
+@pytest.mark.slow
 def test_groups_of_zeros_decode_to_zeros() -> None:
     w = jnp.asarray(W).at[:12].set(0.0).at[:, 3].set(0.0)
     decoded = np.asarray(lb.dequantize(lb.quantize_array(w, FMT, lb.additive_codebooks(), importance=GRAM)))

@@ -155,6 +155,7 @@ def test_layers_that_share_a_weight_get_one_format_and_count_once() -> None:
     assert small.a.kernel is small.b.kernel and found.bytes == small.a.kernel.array.type.bits // 8
 
 
+@pytest.mark.slow
 def test_budgets_are_kept_and_more_is_never_worse() -> None:
     harms, formats = [], [(fmt, lb.greedy()) for fmt in FORMATS]  # compiles fast
     for bits in (5.0, 5.5, 6.0, 7.0):
@@ -205,7 +206,7 @@ def test_a_format_that_a_layer_cannot_have_is_no_candidate() -> None:
 ])  # fmt: skip
 def test_what_is_refused(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        lb.allocate(MODEL, STATS, formats=FORMATS, **options)
+        lb.allocate(MODEL, STATS, formats=[(fmt, lb.greedy()) for fmt in FORMATS], **options)
 
 
 @pytest.mark.parametrize(("formats", "message"), [

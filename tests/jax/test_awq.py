@@ -160,6 +160,7 @@ def errors(model: Any) -> tuple[float, float]:
     return total, bound
 
 
+@pytest.mark.slow
 def test_scales_have_the_least_error_of_the_layers_they_go_into() -> None:
     tried = []
     for r in RATIOS:
@@ -172,6 +173,7 @@ def test_scales_have_the_least_error_of_the_layers_they_go_into() -> None:
     assert tried[0] == errors(NET) and found < 0.8 * tried[0][0]
 
 
+@pytest.mark.slow
 def test_a_scale_that_does_not_help_is_left_out() -> None:
     """All inputs alike: nothing is gained, and the ratio 0 changes no bit."""
     model = nnx.Sequential(nnx.RMSNorm(20, rngs=nnx.Rngs(0)), nnx.Linear(20, 24, rngs=nnx.Rngs(0)))

@@ -62,6 +62,7 @@ def test_into_an_abstract_model(path: Path) -> None:
     assert all(isinstance(v, jax.ShapeDtypeStruct) for v in jax.tree.leaves(nnx.state(abstract)))
 
 
+@pytest.mark.slow
 def test_into_a_model_with_other_values(path: Path) -> None:
     model, other = net(), net(seed=1)
     lb.save(model, path)

@@ -71,6 +71,7 @@ def test_within_a_budget(capsys, tmp_path):
     assert 3.0 < 8 * sum(r.bytes for r in rows) / sum(r.weights for r in rows) <= 3.25
 
 
+@pytest.mark.slow
 def test_allocate_writes_rules_that_quantize_takes(capsys, tmp_path, text):
     rules, target = str(tmp_path / "rules.json"), str(tmp_path / "q")
     argv = ["allocate", TINY, rules, "--bits=3", FEW, "--choice=uniform(2)", "--choice=uniform(4)"]

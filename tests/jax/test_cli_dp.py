@@ -88,6 +88,7 @@ def test_command_lines_that_nothing_is_trained_for(
     assert message in shown and shown.count("\n") == 1 and not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_quantized_models_that_cannot_be_taken(capsys: Any, tmp_path: Path, folder: str, quantized: str) -> None:
     argv = ["tune", quantized, "--dp", "--target=2.5"]
     assert "'embed' (Embed as any_precision(hi=3, lo=2)) cannot ch" in said(capsys, [*argv, "--layers=**"], FAILED)

@@ -111,6 +111,7 @@ def test_blocks_learn_after_rounded_ones_what_float_ones_make(monkeypatch: pytes
     np.testing.assert_array_equal(clipped.head.kernel[...], NET.head.kernel[...])  # in no block
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_after_its_last_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     want = lwc(NET, RULES, X, blocks=["blocks/*"], epochs=2)
     learned, solved = LWC._Job.learned, []

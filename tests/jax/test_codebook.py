@@ -238,6 +238,7 @@ def test_error_falls_with_codebooks_and_bits():
     assert error(W, quantized(2, 4)) < error(W, quantized(1, 4)) > error(W, quantized(1, 6))
 
 
+@pytest.mark.slow
 def test_beats_the_nearest_of_random_codebooks():
     """Entries drawn from the weights themselves: what no round of Lloyd's algorithm has moved."""
     drawn = lb.quantize_array(W, lb.codebook(1, 6, vec=4, group=32), lb.residual_kmeans(rounds=0))

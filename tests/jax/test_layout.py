@@ -399,6 +399,7 @@ def prepared() -> Net:
     return lb.prepare(small(), "hopper")
 
 
+@pytest.mark.slow
 def test_a_prepared_model_is_a_copy_that_computes_the_same() -> None:
     plain = small()
     before = arrays(plain)

@@ -105,6 +105,7 @@ def test_it_computes_what_the_dense_model_computes_with_the_decoded_weights(mode
     assert_close(small.encode(TOKENS), want[1])
 
 
+@pytest.mark.slow
 def test_mutable_collections_move_and_the_weights_stay(model: Any, small: Any) -> None:
     small = nnx.clone(small)
     dense, before = decoded(model, small), arrays(small)

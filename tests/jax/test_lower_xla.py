@@ -73,6 +73,7 @@ def values(e: Expr, seed: int = 0) -> Env:
 # ---------------------------------------------------------------- random terms
 
 
+@pytest.mark.slow
 def test_random_terms():
     seen: Counter[type] = Counter()
 

@@ -123,6 +123,7 @@ def exact_batch(rows: int, weight: int, seed: int) -> dict[str, Any]:
     return {"x": x, "y": y, "weight": weight}
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_large_batch() -> None:
     batches = [exact_batch(2, weight, i) for i, weight in enumerate((1, 3, 2, 2))]
     large = {name: np.concatenate([b[name] for b in batches]) for name in "xy"} | {"weight": 8}
