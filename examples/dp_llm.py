@@ -71,10 +71,16 @@ def _over(s: Subject, call: Callable[..., Any], *given: Any) -> Any:
 
 
 def _row(s: Subject, method: str, target: float, nats: Nats, layers: Mapping[str, float], **more: Any) -> Row:
-    bits = sum(s.sizes[path] * b for path, b in layers.items()) / sum(s.sizes.values())
     losses = nats / log(2) / s.text.bytes_per_token
     return Row(
-        method, target, bits, exp(nats.mean()), float(losses.mean()), dict(layers), losses.round(6).tolist(), **more
+        method,
+        target,
+        s.mean(layers),
+        exp(nats.mean()),
+        float(losses.mean()),
+        dict(layers),
+        losses.round(6).tolist(),
+        **more,
     )
 
 
@@ -97,18 +103,19 @@ def sweep(s: Subject, targets: Sequence[float], done: Made) -> Iterator[Row]:
     for b in s.settings.widths:
         if ("uniform", b) not in done:
             yield of_widths(s, "uniform", b, dict.fromkeys(s.sizes, b))
+    offered = {method: precisions.offered(s, harm(s)) for method, harm in HARMS.items()}
     for target in targets:
         if (DP, target) in done:  # the last one
             continue
-        for method, harm in HARMS.items():
-            yield of_widths(s, method, target, precisions.mix(s, harm(s), target))
+        for method, found in offered.items():
+            yield of_widths(s, method, target, precisions.mix(found, target))
         model = precisions.precise(s, target)
         layers = {path: float(blend.bits) for path, blend in blends(model).items()}
         yield _row(s, BLENDED, target, _over(s, _fixed, model, {}), layers)
         yield of_choices(s, EXACT, target, precisions.thresholds(s, model, None))
-        found = precisions.thresholds(s, model, s.estimators)
-        yield of_choices(s, ASYNCHRONOUS, target, found, asynchronous=True)
-        yield of_choices(s, DP, target, found)
+        estimated = precisions.thresholds(s, model, s.estimators)
+        yield of_choices(s, ASYNCHRONOUS, target, estimated, asynchronous=True)
+        yield of_choices(s, DP, target, estimated)
 
 
 def pairs(s: Subject, target: float, done: Made) -> Iterator[Row]:
@@ -122,7 +129,7 @@ def pairs(s: Subject, target: float, done: Made) -> Iterator[Row]:
 
 def run(s: Subject, targets: Sequence[float], out: pathlib.Path, say: Callable[[str], None]) -> list[str]:
     """Measures and writes everything in a folder; what is claimed and does not hold."""
-    reach = sum(s.sizes[path] * b for path, b in s.most.items()) / sum(s.sizes.values())
+    reach = s.mean(s.most)
     if off := [target for target in targets if not s.settings.least <= target <= reach]:
         raise SystemExit(
             f"targets {off} are not from {s.settings.least} to {reach:.3f} bits, the mean of the first phase within "
@@ -154,7 +161,7 @@ def run(s: Subject, targets: Sequence[float], out: pathlib.Path, say: Callable[[
 
 
 def _kept(file: pathlib.Path, result: dict[str, Any]) -> dict[str, Made]:
-    """The rows of an earlier run, which is of the same day as it says. Refuses to go on with one that is not alike."""
+    """The rows of an earlier run, whose date stays with them. Refuses to go on with one that is not alike."""
     if not file.exists():
         return {"rows": {}, "pairs": {}}
     try:

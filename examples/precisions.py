@@ -19,12 +19,13 @@ from examples.dp_table import MIXES
 from examples.tinylm import corpus
 from lowbit.cli import texts
 from lowbit.nn.allocate import harm_by
+from lowbit.nn.allocation import Candidate, by_layer
 from lowbit.nn.calibrate import LayerStats
 from lowbit.nn.kernel import layer_kernels
 from lowbit.nn.kinds import dense_matrices, layers
 from lowbit.tune.budget import candidates, within
 from lowbit.tune.captured import Passes
-from lowbit.tune.nested import nested
+from lowbit.tune.nested import mean_over, nested
 from lowbit.tune.nested import weights as size_of
 from lowbit.tune.precision import NEAR
 from lowbit.tune.thresholds import QuantileOf
@@ -142,6 +143,10 @@ class Subject:
     tx: optax.GradientTransformation
     estimators: lb.tune.Estimators
 
+    def mean(self, bits: Mapping[str, float]) -> float:
+        """Bits a weight."""
+        return mean_over(nested(self.small, BLOCKS), bits)
+
     @property
     def sizes(self) -> dict[str, int]:
         """Weights of each layer."""
@@ -186,15 +191,19 @@ def _gradient(dense: Any, tokens: list[jax.Array]) -> dict[str, jax.Array]:
 Harm = Callable[[str, jax.Array], float]
 
 
-def mix(s: Subject, harm: Harm, bits: float) -> dict[str, int]:
-    """A width for each layer, none above that of the first phase, with the least harm at the nearest number of bits
-    that there is, or less by a hundredth of a bit, as is published: harm by the first order may rise with a width."""
-    of, found, sums = layers(s.dense), [], {0}
-    for path, kernel in nested(s.small, BLOCKS).items():
-        every = candidates(path, kernel, of[path], partial(harm, path))
-        found += (every := [c for c in every if c.bits <= s.most[path] * c.weights])
-        sums = {stored + c.bits for stored in sums for c in every}
-    total = sum(s.sizes.values())
+def offered(s: Subject, harm: Harm) -> list[Candidate]:
+    """The widths of each layer, none above that of the first phase, with the harm of each."""
+    of, held = layers(s.dense), nested(s.small, BLOCKS)
+    every = [c for path, kernel in held.items() for c in candidates(path, kernel, of[path], partial(harm, path))]
+    return [c for c in every if c.bits <= s.most[c.layer] * c.weights]
+
+
+def mix(found: list[Candidate], bits: float) -> dict[str, int]:
+    """A width for each layer with the least harm at the nearest number of bits that there is, or less by a hundredth
+    of a bit, as is published: harm by the first order may rise with a width."""
+    sums, total = {0}, sum({c.layer: c.weights for c in found}.values())
+    for of in by_layer(found).values():
+        sums = {stored + c.bits for stored in sums for c in of}
     near = min(sums, key=lambda stored: (abs(stored - bits * total), -stored)) / total
     return within(found, near, near - 0.01)
 

@@ -139,7 +139,6 @@ def solve(candidates: tuple[Candidate, ...], budget: float, least_used: float = 
         ],
         options={"mip_rel_gap": 0.0},
     )
-    assert found.x is not None, (
-        found.message
-    )  # the smallest formats are within the budget, and callers know of a choice
+    # The smallest formats are within the budget, and who gives `least_used` knows of a choice.
+    assert found.x is not None, found.message
     return Allocation(tuple(c for c, taken in zip(candidates, found.x, strict=True) if taken > 0.5), candidates)

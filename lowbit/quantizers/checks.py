@@ -136,12 +136,12 @@ def check_range(array: QuantArray, w: jax.Array, name: str) -> None:
         return
     option = next((o for o, _ in array.type.format.options if o.endswith("_dtype")), "scale_dtype")
     facts = jax.device_get(_facts(scales)) if scales else {}
-    for stored, (has_nan, is_finite, _) in facts.items():
+    for stored, v in scales.items():
+        has_nan, is_finite, _ = facts[stored]
         if has_nan:
             raise ValueError(f"{name}: {stored!r} holds NaN, as a division by zero gives: repair the quantizer")
         if not is_finite:
-            dtype = scales[stored].dtype
-            raise ValueError(f"{name}: {stored!r} overflows {dtype}; use {option}='float32' or 'bfloat16'")
+            raise ValueError(f"{name}: {stored!r} overflows {v.dtype}; use {option}='float32' or 'bfloat16'")
     if scales and not any(is_normal for *_, is_normal in facts.values()) and bool(w.any()):
         stored, v = next(iter(scales.items()))
         raise ValueError(f"{name}: {stored!r} underflows {v.dtype}; use {option}='float32' or scale the weights up")

@@ -84,10 +84,8 @@ def in_blocks(
         return solve(_block(blocks, i), f)
 
     if isinstance(blocks, jax.core.Tracer):
-        solved = lax.map(one, jnp.arange(count))
-    else:
-        solved = _stacked([one(i) for i in range(count)])
-    return _joined(solved, rows)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], lax.map(one, jnp.arange(count)))
+    return _joined([one(i) for i in range(count)], rows)
 
 
 # One program each, and not one an operation: weights have many shapes, each of which is compiled for.
@@ -103,11 +101,6 @@ def _block(blocks: jax.Array, i: int | jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(blocks, i, keepdims=False)
 
 
-@jax.jit
-def _stacked(parts: list[T]) -> T:
-    return jax.tree.map(lambda *of: jnp.stack(of), *parts)
-
-
 @partial(jax.jit, static_argnums=1)
-def _joined(solved: T, rows: int) -> T:
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], solved)
+def _joined(parts: list[T], rows: int) -> T:
+    return jax.tree.map(lambda *of: jnp.concatenate(of)[:rows], *parts)

@@ -158,7 +158,7 @@ def test_a_small_run_of_all_of_it(tmp_path: Path) -> None:
         square = s.stats[path].gradient_square
         assert square is not None and (np.square(s.gradient[path]) <= 1.01 * square + 1e-9).all()
     for name, harm in precisions.HARMS.items():
-        widths = precisions.mix(s, harm(s), 3.5)
+        widths = precisions.mix(precisions.offered(s, harm(s)), 3.5)
         used, unit = sum(s.sizes[p] * b for p, b in widths.items()), min(s.sizes.values())
         assert abs(used - 3.5 * sum(s.sizes.values())) <= unit / 2, name  # each layer's weights are multiples of it
         assert all(b <= s.most[p] for p, b in widths.items())
