@@ -10,9 +10,8 @@ GPU_TESTS ?= tests/gpu
 
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(JOBS)
-# These tests compile thousands of programs that run once: XLA's late passes cost more time than they save.
 # `make test-all` compiles as users do.
-QUICKLY = XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true $$XLA_FLAGS"
+QUICKLY = XLA_FLAGS="$$($(BIN)/python tools/quick_xla.py) $$XLA_FLAGS"
 export PYTHON JAX
 
 .DEFAULT_GOAL := help
