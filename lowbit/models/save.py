@@ -54,9 +54,9 @@ def save(
       model: what `lb.models.load` gave, or `lb.quantize`, fine-tuning and so on made of it.
       folder: a new one.
       source: the folder, or name on the hub, that the model was loaded from.
-      overwrite: replace a folder that lowbit saved.
+      overwrite: replace a folder that lowbit saved and to which nobody added.
 
-    Raises FileExistsError for a folder that exists, ValueError for a model that the config.json of `source` does not
+    Raises FileExistsError for a folder that exists, or holds what a save does not write, ValueError for a model that the config.json of `source` does not
     describe or that has other Variables than a loaded one, OSError when the folder cannot be written, TypeError for
     what is no model of `lb.models`.
 
@@ -110,6 +110,10 @@ def expect_replaceable(folder: str | os.PathLike[str], overwrite: bool) -> None:
     if not (folder / "config.json").exists() or not is_saved(read_json(folder / "config.json")):
         raise FileExistsError(
             f"{str(folder)!r} is no folder that lowbit saved: choose another name, or delete it yourself"
+        )
+    if added := sorted({entry.name for entry in folder.iterdir()} - {*BESIDE, SINGLE, "config.json"}):
+        raise FileExistsError(
+            f"{str(folder)!r} holds {some(added)}, which lowbit did not save: choose another name, or move it elsewhere"
         )
 
 

@@ -62,6 +62,10 @@ def test_a_save_replaces_only_what_it_is_told_to(folder: Path, tmp_path: Path) -
     lb.models.save(model, saved, folder, overwrite=True)
     assert_same(lb.models.load(saved), model)
     assert {p.name for p in tmp_path.iterdir()} == {"llama", "saved"}
+    (saved / "notes.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"saved' holds 'notes\.md', which lowbit did not save: choose another"):
+        lb.models.save(model, saved, folder, overwrite=True)
+    assert (saved / "notes.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize("when", ["write", "kill"])
