@@ -101,6 +101,8 @@ class Batcher:
         self.cache = self.runner.empty(rows, slots)
         self.rows: list[_Sequence | None] = [None] * rows
         self.waiting: deque[_Sequence] = deque()
+        self.found: list[NewToken] = []
+        self.failed: deque[FloatingPointError] = deque()
         self.count = 0
 
     def add(self, prompt: Prompt, n: int, *, stop: Sequence[int] = (), seed: int = 0) -> int:
@@ -118,14 +120,23 @@ class Batcher:
 
     @property
     def busy(self) -> bool:
-        """Whether a request waits or runs."""
-        return bool(self.waiting) or any(self.rows)
+        """Whether a request waits or runs, or a step has something left to tell."""
+        return bool(self.waiting or self.found or self.failed) or any(self.rows)
 
     def step(self) -> list[NewToken]:
         """One step for all: what is new, by row.
 
-        Raises FloatingPointError where a request's logits are not finite; the batcher cannot go on after that.
+        Raises FloatingPointError for a request whose logits are not finite. That request has ended; what the step gave
+        the others comes with the next one.
         """
+        if not self.failed:
+            self.found += self._stepped()
+        if self.failed:
+            raise self.failed.popleft()
+        found, self.found = self.found, []
+        return found
+
+    def _stepped(self) -> list[NewToken]:
         for row, held in enumerate(self.rows):
             if held is None and self.waiting:
                 self.rows[row] = self.waiting.popleft()
@@ -177,7 +188,9 @@ class Batcher:
             s, token = self._at(row), int(out[row])
             if token < 0:
                 model = self.runner.model if width is None else at_width(self.runner.model, int(width))
-                raise not_finite(model, s.text, f"request {s.request}")
+                self.failed.append(not_finite(model, s.text, f"request {s.request}"))
+                self.rows[row] = None
+                continue
             stopped = token in s.ends
             if not stopped:
                 s.text.append(token)

@@ -123,16 +123,22 @@ def test_one_program_reads_weights_at_the_width_of_each_step() -> None:
     assert fixed[8] != fixed[16] != switched
 
 
-def test_logits_that_are_not_finite_name_request_and_layer() -> None:
+def test_logits_that_are_not_finite_end_that_request_and_name_its_layer() -> None:
     model = nnx.clone(tiny())
     model.embed.embedding.set_value(model.embed.embedding.get_value().at[39].set(jnp.inf))
     batcher = Batcher(model, rows=3, slots=SLOTS, budget=16)
-    batcher.add([1], 2)
-    batcher.add([39], 2)
-    with pytest.raises(
-        FloatingPointError, match=r"^the logits of request 1 are .* its 1 tokens: .* layer 'embed' returns"
-    ):
-        batcher.step()
+    for prompt in [1], [39], [2, 39]:
+        batcher.add(prompt, 2)
+    for request, tokens in (1, 1), (2, 2):
+        match = rf"^the logits of request {request} are .* its {tokens} tokens: .* layer 'embed' returns"
+        with pytest.raises(FloatingPointError, match=match):
+            batcher.step()
+    batcher.add([1], 2)  # into the row of one that failed
+    told = [batcher.step() for _ in range(3)]
+    found = {request: [new.token for news in told for new in news if new.request == request] for request in range(4)}
+    expected = generate(model, [[1]], 2, slots=SLOTS, chunk=16)[0]
+    assert found == {0: expected, 1: [], 2: [], 3: expected}
+    assert not batcher.busy
 
 
 @pytest.mark.parametrize(
