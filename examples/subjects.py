@@ -93,7 +93,7 @@ class Layers(nnx.Module):
     """Linear layers beside each other."""
 
     def __init__(self, matrices: dict[str, np.ndarray]) -> None:
-        self.layers = nnx.Dict({name.replace("/", "."): self._linear(w) for name, w in matrices.items()})
+        self.layers = nnx.Dict({name: self._linear(w) for name, w in matrices.items()})
 
     @staticmethod
     def _linear(w: np.ndarray) -> nnx.Linear:
@@ -107,10 +107,10 @@ class Layers(nnx.Module):
 
 def of_file(path: pathlib.Path, inputs: pathlib.Path | None) -> Subject:
     """The matrices of a safetensors file. Without inputs these are white noise, and no quantizer is told."""
-    matrices = {n.replace("/", "."): a for n, a in _arrays(path).items() if a.ndim == 2 and a.any()}
+    matrices = {n: a for n, a in _arrays(path).items() if a.ndim == 2 and a.any()}
     if not matrices:
         raise SystemExit(f"{path} has no float matrix but of zeros: name a file of linear layers, [out, in]")
-    rows = {n.replace("/", "."): a for n, a in _arrays(inputs).items()} if inputs else {}
+    rows = _arrays(inputs) if inputs else {}
     for name, w in matrices.items():
         if inputs and (name not in rows or rows[name].shape[1:] != w.shape[1:] or len(rows[name]) < 2):
             has = f"{list(rows[name].shape)}" if name in rows else "none"
@@ -129,6 +129,11 @@ def _second(a: np.ndarray) -> np.ndarray:
 
 
 def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The floats of a safetensors file by their names, with "." where a name has "/", which divides a model's paths."""
     with safe_open(path, framework="flax") as file:  # numpy has no bfloat16 of its own
         found = {name: file.get_tensor(name) for name in file.keys()}
-    return {n: np.asarray(a, np.float32) for n, a in found.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    floats = {n: a for n, a in found.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    names = {n.replace("/", "."): n for n in floats}
+    if same := floats.keys() - names.values():
+        raise SystemExit(f"{path}: {min(same)!r} and {names[min(same).replace('/', '.')]!r} are one name: change one")
+    return {name: np.asarray(floats[n], np.float32) for name, n in names.items()}

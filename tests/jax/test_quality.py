@@ -120,6 +120,7 @@ def test_nothing_is_left_out_of_a_language_model(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("layers", "inputs", "message"), [
     ({"norm": jnp.ones(4)}, None, "has no float matrix but of zeros: name a file of linear layers"),
+    ({"a/b.c": jnp.ones((4, 8)), "a.b/c": jnp.ones((4, 8))}, None, "'a.b/c' and 'a/b.c' are one name: change one"),
     ({"a": jnp.ones((4, 8))}, {"b": jnp.ones((4, 8))}, r"'a' needs inputs \[2 rows or more, 8\], and has none"),
     ({"a": jnp.ones((4, 8))}, {"a": jnp.ones((4, 4))}, r"'a' needs inputs \[2 rows or more, 8\], and has \[4, 4\]"),
     ({"a": jnp.ones((4, 8))}, {"a": jnp.ones((1, 8))}, r"'a' needs inputs \[2 rows or more, 8\], and has \[1, 8\]"),
