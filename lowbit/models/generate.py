@@ -12,7 +12,7 @@ from lowbit.models.config import Config
 from lowbit.models.context import Context
 from lowbit.models.decoder import Cache, Decoder
 from lowbit.models.finite import not_finite
-from lowbit.models.prompts import Prompt, checked_length, checked_prompts, checked_seeds, checked_tokens
+from lowbit.models.prompts import Prompt, checked_length, checked_prompts, checked_seeds, checked_tokens, expect_count
 from lowbit.models.sampling import Sampling
 from lowbit.models.steps import Runner, bucket
 from lowbit.nn.switch import EffectiveBits, expect_switches
@@ -145,9 +145,9 @@ def stream(
 
     Raises ValueError for no or empty prompts, tokens that the model does not know, n < 1, sequences too long for the
     cache or for learned positions, or a context of another model, of other than one sequence or one for each prompt, or
-    beside a cache or slots, and `bits` of a model whose layers choose no widths; TypeError for tokens that are no
-    integers or a model that is no `Decoder`;
-    FloatingPointError, which names the layer, where logits are not finite.
+    beside a cache or slots, and `bits` of a model whose layers choose no widths; TypeError for tokens, sizes or seeds
+    that are no integers or a model that is no `Decoder`; FloatingPointError, which names the layer, where logits are
+    not finite.
 
     >>> from flax import nnx
     >>> import lowbit as lb
@@ -172,7 +172,7 @@ def _steps(
     """What `stream` takes, checked before the first step."""
     runner = Runner(model, cache, sampling)
     given = checked_prompts(prompts, model.config, "prompt")
-    _check_chunk(chunk)
+    expect_count("chunk", chunk, "read at least 1 token at once")
     if context is None:
         start = _empty(runner, given, n, slots)
     elif slots is not None or cache != DenseKV():
@@ -224,9 +224,8 @@ def read(
     """
     runner, config = Runner(model, cache, Sampling()), model.config
     given = checked_prompts(prompts, config, "context")
-    _check_chunk(chunk)
-    if spare < 1:
-        raise ValueError(f"spare = {spare}: leave room for at least 1 token")
+    expect_count("chunk", chunk, "read at least 1 token at once")
+    expect_count("spare", spare, "leave room for at least 1 token")
     longest = max(map(len, given))
     if config.ropes is None and longest > config.context:
         raise ValueError(f"a context has {longest} tokens, and the model has learned {config.context} positions")
@@ -237,6 +236,8 @@ def read(
 
 def _empty(runner: Runner, prompts: list[np.ndarray], n: int, slots: int | None) -> Context:
     """Contexts of no tokens, with room for these prompts and n tokens."""
+    if slots is not None:
+        expect_count("slots", slots)
     sizes = enumerate(map(len, prompts))
     needed = max(checked_length(size, n, runner.model.config, slots, f"prompt {i}") for i, size in sizes)
     spare = slots or bucket(needed)
@@ -290,8 +291,3 @@ def _stream(
         yield Step(out, chosen)  # type: ignore[arg-type]  # None without `bits`, and then dropped
         positions = np.where(out >= 0, positions + 1, -1)
         tokens = np.maximum(out, 0)
-
-
-def _check_chunk(chunk: int) -> None:
-    if chunk < 1:
-        raise ValueError(f"chunk = {chunk}: read at least 1 token at once")

@@ -32,7 +32,7 @@ from lowbit.models.cache import DenseCache
 from lowbit.models.context import Context
 from lowbit.models.decoder import Cache, Decoder
 from lowbit.models.kv import QuantKV, expect_dense
-from lowbit.models.prompts import checked_tokens
+from lowbit.models.prompts import checked_tokens, expect_count
 from lowbit.models.repeats import Array, Repeat
 from lowbit.models.repeats import repeats as repeats
 
@@ -86,8 +86,7 @@ def compress(
     """
     context.expect(model.config)
     cache = expect_dense(context.cache)
-    if spare < 1:
-        raise ValueError(f"spare = {spare}: leave room for at least 1 token")
+    expect_count("spare", spare, "leave room for at least 1 token")
     if not 0 <= sink < (shortest := min(map(len, context.tokens))):
         raise ValueError(f"sink = {sink} of a context of {shortest} tokens: leave some of them to score")
     for name, ids in (("first", first), ("later", later), ("suffix", suffix)):

@@ -40,10 +40,15 @@ def checked_tokens(tokens: Prompt, config: Config, what: str) -> np.ndarray:
     return found.astype(np.int32)
 
 
+def expect_count(name: str, given: int, need: str = "it must be at least 1") -> None:
+    """Raises TypeError for what is no integer, ValueError for one below 1."""
+    if _integer(name, given) < 1:
+        raise ValueError(f"{name} = {given}: {need}")
+
+
 def checked_length(size: int, n: int, config: Config, slots: int | None, what: str, past: int = 0) -> int:
     """The slots that a prompt of this size and n tokens take, after `past` tokens: the last one is never read again."""
-    if n < 1:
-        raise ValueError(f"n = {n}: generate at least 1 token")
+    expect_count("n", n, "generate at least 1 token")
     needed = size + n - 1
     told = f"{what} has {size} tokens, and with n = {n} new ones"
     if slots is not None and needed > slots:
@@ -60,9 +65,17 @@ def checked_length(size: int, n: int, config: Config, slots: int | None, what: s
 
 def checked_seeds(seed: int | Sequence[int], count: int) -> np.ndarray:
     """uint32 [count]."""
-    seeds = [index(s) for s in seed] if isinstance(seed, Sequence) else [index(seed) + i for i in range(count)]
+    given = seed if isinstance(seed, Sequence) else range(first := _integer("seed", seed), first + count)
+    seeds = [_integer("seed", s) for s in given]
     if len(seeds) != count:
         raise ValueError(f"seed has {len(seeds)} numbers for {count} prompts: give one for each, or one integer")
     if bad := [s for s in seeds if not 0 <= s < 2**32]:
         raise ValueError(f"seed = {bad[0]}: it must be from 0 to {2**32 - 1}")
     return np.array(seeds, np.uint32)
+
+
+def _integer(name: str, given: int) -> int:
+    try:
+        return index(given)
+    except TypeError:
+        raise TypeError(f"{name} = {given!r}: give an integer") from None

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lowbit.models.prompts import expect_count
+
 Array = np.ndarray[Any, Any]
 
 
@@ -59,8 +61,7 @@ def repeats(
     mask = np.ones(context.shape, bool) if mask is None else np.asarray(mask)
     if context.ndim != 2 or mask.shape != context.shape:
         raise ValueError(f"context has shape {context.shape} and mask {mask.shape}: give both as [B, N]")
-    if chunk < 1:
-        raise ValueError(f"chunk = {chunk} tokens: parts have at least one")
+    expect_count("chunk", chunk, "a part has at least 1 token")
     prompts = []
     for at in range(0, context.shape[1], chunk):
         quoted, part = slice(max(at - overlap, 0), at), slice(at, at + chunk)

@@ -8,6 +8,8 @@ from math import isfinite
 import jax
 import jax.numpy as jnp
 
+from lowbit.models.prompts import expect_count
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -20,7 +22,7 @@ class Sampling:
         equally likely ones at the border those with larger numbers stay.
       min_p: keep tokens with at least this share of the likeliest one's probability (Nguyen et al. 2024); None for all.
 
-    Raises ValueError for a number that is out of range.
+    Raises ValueError for a number that is out of range, TypeError for a top_k that is no integer.
 
     >>> import jax, jax.numpy as jnp, lowbit as lb
     >>> logits, keys = jnp.array([[0.0, 3.0, 2.0]]), jax.random.split(jax.random.key(0), 1)
@@ -36,8 +38,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature = {self.temperature}: it must be 0, for the likeliest token, or above")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k = {self.top_k}: keep at least 1 token, or give None for all")
+        if self.top_k is not None:
+            expect_count("top_k", self.top_k, "keep at least 1 token, or give None for all")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p}: a probability above 0 and up to 1, or None")
         if self.min_p is not None and not 0 <= self.min_p <= 1:

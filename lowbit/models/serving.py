@@ -12,7 +12,7 @@ import numpy as np
 from lowbit.models.cache import CacheKind, DenseKV
 from lowbit.models.decoder import Cache, Decoder
 from lowbit.models.finite import not_finite
-from lowbit.models.prompts import Prompt, checked_length, checked_prompt, checked_seeds, checked_tokens
+from lowbit.models.prompts import Prompt, checked_length, checked_prompt, checked_seeds, checked_tokens, expect_count
 from lowbit.models.sampling import Sampling
 from lowbit.models.steps import Runner
 from lowbit.nn.reading import at_width
@@ -66,7 +66,8 @@ class Batcher:
         runs, to the width that its weights are read at (see `lb.at_width`); None for a model of one width. One program
         is compiled for all widths.
 
-    Raises ValueError for rows, slots or a budget below 1, TypeError for a model that is no `Decoder`.
+    Raises ValueError for rows, slots or a budget below 1, TypeError for ones that are no integers or a model that is no
+    `Decoder`.
 
     >>> from flax import nnx
     >>> import lowbit as lb
@@ -94,8 +95,7 @@ class Batcher:
         width: Callable[[int], int] | None = None,
     ) -> None:
         for name, size in {"rows": rows, "slots": slots, "budget": budget}.items():
-            if size < 1:
-                raise ValueError(f"{name} = {size}: it must be at least 1")
+            expect_count(name, size)
         self.runner = Runner(model, cache, sampling)
         self.slots, self.budget, self.width = slots, budget, width
         self.cache = self.runner.empty(rows, slots)

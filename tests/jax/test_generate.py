@@ -147,6 +147,12 @@ def test_what_is_no_token_and_no_model() -> None:
         generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [[1]], 4)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["n", "slots", "chunk", "seed"])
+def test_what_is_no_integer(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} = 32\.0: give an integer$"):
+        stream(tiny(), [[1]], **{"n": 4, name: 32.0})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "path",
     ["layers/0/attn/k", pytest.param("layers/1/mlp/down", marks=pytest.mark.slow), "layers/1/mlp_norm", "norm", "head"],

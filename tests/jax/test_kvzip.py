@@ -248,7 +248,7 @@ def test_heads_that_count_most_keep_everything() -> None:
         (lambda: kvzip.keep_pairs((*TWO, jnp.full((1, 1, 5), jnp.nan)), 0.5), r"scores of the layers \[2\] hold NaN"),
         (lambda: kvzip.repeats([1, 2], first=[], later=[]), r"context has shape \(2,\) and mask \(2,\)"),
         (lambda: kvzip.repeats([[1]], [[True, True]], first=[], later=[]), r"\(1, 1\) and mask \(1, 2\)"),
-        (lambda: kvzip.repeats([[1]], first=[], later=[], chunk=0), "chunk = 0 tokens"),
+        (lambda: kvzip.repeats([[1]], first=[], later=[], chunk=0), "chunk = 0: a part has at least 1 token"),
     ],
 )
 def test_refusals(make: Callable[[], object], message: str) -> None:
