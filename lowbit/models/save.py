@@ -56,9 +56,9 @@ def save(
       source: the folder, or name on the hub, that the model was loaded from.
       overwrite: replace a folder that lowbit saved and to which nobody added.
 
-    Raises FileExistsError for a folder that exists, or holds what a save does not write, ValueError for a model that the config.json of `source` does not
-    describe or that has other Variables than a loaded one, OSError when the folder cannot be written, TypeError for
-    what is no model of `lb.models`.
+    Raises FileExistsError for a folder that exists or, with `overwrite`, holds what a save does not write, ValueError
+    for a model that the config.json of `source` does not describe or that has other Variables than a loaded one,
+    OSError when the folder cannot be written, TypeError for what is no model of `lb.models`.
 
     >>> import os, tempfile
     >>> import lowbit as lb
