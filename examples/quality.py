@@ -155,8 +155,8 @@ def main() -> None:
     if given.inputs and not given.model:
         parser.error("--inputs are those of the layers of a file: name it with --model")
     say = Console(width=120, markup=False, highlight=False).print
-    s = (of_file(given.model, given.inputs) if given.model else tinylm()).calibrated()
     given.out.mkdir(parents=True, exist_ok=True)
+    s = (of_file(given.model, given.inputs) if given.model else tinylm()).calibrated()
     rows = sweep(s, given.bits, given.every, say)
     if not rows:
         raise SystemExit("no variant could be made: nothing was measured")
