@@ -19,10 +19,10 @@ FORMATS: Mapping[str, Any] = {name: getattr(lb, name) for name in (
 )}  # fmt: skip
 QUANTIZERS: Mapping[str, Any] = {name: getattr(quantizers, name) for name in (
     "additive_codebooks", "alternating", "gptq", "greedy", "lnq", "nested_kmeans", "progressive", "residual_kmeans",
-    "round_to_nearest", "AdditiveCodebooks", "BinarySolver", "Gptq", "Lnq", "NestedKMeans", "ProgressiveSolver",
-    "ResidualKMeans", "RoundToNearest",
+    "round_to_nearest", "AdditiveCodebooks", "BinarySolver", "Gptq", "Lnq", "MinMax", "NestedKMeans",
+    "ProgressiveSolver", "ResidualKMeans", "RoundToNearest", "TwoLevelRounding",
 )}  # fmt: skip
-"""The second half is how they show themselves."""
+"""The second half is their classes, as `lb.allocate` writes them."""
 RULE = '{"path": "layers/**", "format": "uniform(4, group=128)", "quantizer": "gptq()"}'
 
 

@@ -137,6 +137,9 @@ def _parsed(cursor: _Cursor) -> tuple[dict[str, Any], list[Tensor], int]:
     tensors = [_tensor(cursor) for _ in range(count)]
     if len({t.name for t in tensors}) < count or len(metadata) < keys:
         raise ValueError("two of its tensors or keys have one name")
+    for key in ("general.alignment", "split.count"):
+        if not isinstance(metadata.get(key, 1), int | np.integer):
+            raise ValueError(f"its {key} is {metadata[key]!r}")
     alignment = int(metadata.get("general.alignment", 32))
     if alignment < 1:
         raise ValueError(f"its alignment is {alignment}")

@@ -148,7 +148,12 @@ def _candidate(
         return None
     error = dequantize(array).astype(jnp.float32) - dense.astype(jnp.float32)
     stored = array.type.bits * int(np.prod(array.stack))
-    return Candidate(path, rule, dense.size, stored, harm(error))
+    if not np.isfinite(estimate := harm(error)):
+        raise ValueError(
+            f"layer {path!r}: what errors of {rule.format} do is estimated at {estimate}, as numbers too large for "
+            "float32 give: scale down what the layer or its statistics hold"
+        )
+    return Candidate(path, rule, dense.size, stored, estimate)
 
 
 def harm_by(path: str, layer: Any, stats: Mapping[str, LayerStats], by: By) -> Callable[[Any], float]:

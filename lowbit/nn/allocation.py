@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -13,6 +13,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from lowbit.io.atomic import replacing
 from lowbit.nn.rules import Rule
+from lowbit.quantizers import Quantizer
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,16 @@ class Allocation:
 
 def _plain(rule: Rule) -> dict[str, Any]:
     assert rule.format is not None
-    own = {} if rule.quantizer is None else {"quantizer": str(rule.quantizer)}
+    own = {} if rule.quantizer is None else {"quantizer": _call(rule.quantizer)}
     return {"path": rule.path, "format": rule.format.name, "options": dict(rule.format.options), **own}
+
+
+def _call(quantizer: Quantizer) -> str:
+    """What makes a quantizer again: its own text leaves out the statistics that it weighs by."""
+    if not is_dataclass(quantizer):
+        return str(quantizer)
+    given = ", ".join(f"{f.name}={getattr(quantizer, f.name)!r}" for f in fields(quantizer))
+    return f"{type(quantizer).__name__}({given})"
 
 
 def by_layer(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
@@ -129,16 +138,26 @@ def solve(candidates: tuple[Candidate, ...], budget: float, least_used: float = 
         )
     harm = np.array([c.harm for c in candidates])
     one_each = np.array([[c.layer == path for c in candidates] for path in groups], float)
-    found = milp(
-        1e6 * harm / (harm.max() or 1.0),  # it stops where it is 1e-6 from the best
-        integrality=np.ones(len(candidates)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(np.array([[c.bits for c in candidates]], float), least_used, np.floor(budget)),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
-    # The smallest formats are within the budget, and who gives `least_used` knows of a choice.
-    assert found.x is not None, found.message
-    return Allocation(tuple(c for c, taken in zip(candidates, found.x, strict=True) if taken > 0.5), candidates)
+    # Bits beyond the smallest formats: the smaller the numbers, the less is within the solver's tolerance.
+    beyond = np.array([[c.bits - min(o.bits for o in groups[c.layer]) for c in candidates]], float)
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(beyond, least_used - least if least_used else -np.inf, np.floor(budget) - least),
+    ]
+    while True:
+        found = milp(
+            1e6 * harm / (harm.max() or 1.0),  # it stops where it is 1e-6 from the best
+            integrality=np.ones(len(candidates)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            # Its presolve took ten times as long for hundreds of layers, and lost the best choice of some others.
+            options={"mip_rel_gap": 0.0, "presolve": False},
+        )
+        # The smallest formats are within the budget, and who gives `least_used` knows of a choice.
+        assert found.x is not None, found.message
+        taken = found.x > 0.5
+        chosen = tuple(c for c, is_taken in zip(candidates, taken, strict=True) if is_taken)
+        if sum(c.bits for c in chosen) <= budget:
+            return Allocation(chosen, candidates)
+        # Within the tolerance, and some bits of billions above the budget: any choice but that one.
+        constraints.append(LinearConstraint(taken[None].astype(float), 0, len(groups) - 1))

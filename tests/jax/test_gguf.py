@@ -273,6 +273,9 @@ def test_types_that_no_format_has(tmp_path: Path) -> None:
 
 
 DATA = (GOLDEN / "model.gguf").read_bytes()
+HEADER = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1)
+ALIGNMENT = HEADER + struct.pack("<Q17sIf", 17, b"general.alignment", 6, float("inf"))
+COUNTS = HEADER + struct.pack("<Q11sIIQHH", 11, b"split.count", 9, 2, 2, 1, 1)
 NESTED = struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", 9) + struct.pack("<IQ", 9, 1) * 10_000
 
 
@@ -294,6 +297,8 @@ NESTED = struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", 9) + struct.pack("
             DATA.replace(b"Q4_1.weight", b"Q4_0.weight"),
             "is no whole GGUF file (two of its tensors or keys have one name)",
         ),
+        (ALIGNMENT, "is no whole GGUF file (its general.alignment is "),
+        (COUNTS, "is no whole GGUF file (its split.count is array([1, 1], dtype=uint16)): get the file again"),
         (NESTED, "is no whole GGUF file (maximum recursion depth exceeded"),
         (DATA[:-20], "is truncated: it has 7788 bytes, and tensor 'output.weight' ends after 7792: get the file again"),
     ],
