@@ -19,6 +19,8 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from math import prod
 
 import jax
@@ -162,7 +164,8 @@ def main() -> None:
         raise SystemExit("no variant could be made: nothing was measured")
     base = None if s.text is None else bits_per_byte(s.model, s.text, every=given.every)  # type: ignore[arg-type]
     say(table(rows))
-    result = {"machine": machine(), "float_bits_per_byte": base, "rows": [asdict(r) for r in rows]}
+    beside = {"hqq": version("hqq")} if find_spec("hqq") is not None else {}
+    result = {"machine": machine(), "beside": beside, "float_bits_per_byte": base, "rows": [asdict(r) for r in rows]}
     (given.out / "quality.json").write_text(json.dumps(result, indent=1) + "\n")
     (given.out / "quality.md").write_text(table(rows))
     plot(rows, given.out / "quality.png")

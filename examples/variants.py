@@ -51,6 +51,10 @@ def table(bits: int) -> lb.Format:
     return lb.any_precision(bits, bits)
 
 
+def many_planes() -> lb.Format:
+    return lb.any_bcq(2, 4, group=GROUP, scale_dtype="float16")
+
+
 def books(bits: int) -> lb.Format:
     return lb.codebook(bits, 8, vec=8, group=GROUP, scale_dtype="float16")
 
@@ -59,14 +63,16 @@ def by(method: str, bits: int, fmt: lb.Format, quantizer: Any = None) -> Variant
     return Variant(method, bits, lambda s: (s.model, s.quantized(fmt, quantizer)))
 
 
-def nested(method: str, bits: int, fmt: lb.Format) -> Variant:
+def nested(method: str, bits: int, fmt: lb.Format, quantizer: Any = None) -> Variant:
     """One width of codes that hold all."""
-    return Variant(method, bits, lambda s: (s.model, lb.at_width(s.quantized(fmt), bits)))
+    return Variant(method, bits, lambda s: (s.model, lb.at_width(s.quantized(fmt, quantizer), bits)))
 
 
 def plain(bits: int) -> Iterator[Variant]:
     """Those that need no statistics."""
     yield by("RTN", bits, even(bits))
+    yield by("K-quant", bits, lb.k_quant(bits))
+    yield by("minimum and maximum", bits, lb.k_quant(bits, GROUP, GROUP, scale_bits=0), lb.quantizers.MinMax())
     if find_spec("hqq") is not None:
         yield by("hqq", bits, lb.k_quant(bits, GROUP, GROUP, scale_bits=0), hqq)
     yield by("binary, greedy", bits, planes(bits), lb.greedy())
@@ -83,8 +89,9 @@ def of_inputs(bits: int) -> Iterator[Variant]:
     yield by("k-means, second moments", bits, table(bits), lb.nested_kmeans())
     yield by("LNQ", bits, table(bits), lb.lnq())
     yield by("AQLM", bits, books(bits), lb.additive_codebooks(rounds=2))
-    yield nested("nested planes", bits, lb.any_bcq(2, 4, group=GROUP, scale_dtype="float16"))
+    yield nested("nested planes", bits, many_planes())
     yield nested("nested tables", bits, lb.any_precision(2, 4))
+    yield nested("nested tables, refitted", bits, lb.any_precision(2, 4), lb.refitted_kmeans())
 
 
 def of_loss(bits: int) -> Iterator[Variant]:
@@ -101,7 +108,12 @@ def around(bits: int) -> Iterator[Variant]:
     """Those that look at what lies between layers."""
     yield Variant("AWQ", bits, lambda s: awq(s, even(bits)))
     yield Variant("OmniQuant", bits, lambda s: (s.model, s.quantized(even(bits), None, lwc(s, even(bits)))))
-    for of in (by("binary, weighed", bits, planes(bits), lb.alternating()), by("LNQ", bits, table(bits), lb.lnq())):
+    for of in (
+        by("binary, weighed", bits, planes(bits), lb.alternating()),
+        nested("nested planes", bits, many_planes()),
+        by("LNQ", bits, table(bits), lb.lnq()),
+        by("AQLM", bits, books(bits), lb.additive_codebooks(rounds=2)),
+    ):
         yield Variant(f"{of.method}, reconstructed", bits, lambda s, of=of: reconstructed(s, of))  # type: ignore[misc]
 
 

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from lowbit.quantizers import nested_kmeans as nested_kmeans
     from lowbit.quantizers import progressive as progressive
     from lowbit.quantizers import quantize_array as quantize_array
+    from lowbit.quantizers import refitted_kmeans as refitted_kmeans
     from lowbit.quantizers import residual_kmeans as residual_kmeans
     from lowbit.quantizers import round_to_nearest as round_to_nearest
     from lowbit.quantizers import set_default_quantizer as set_default_quantizer
@@ -88,8 +89,8 @@ _HOME = {
     "q_rater": "nn", "quantize": "nn", "report": "nn", "save": "nn",
     "additive_codebooks": "quantizers", "alternating": "quantizers", "gptq": "quantizers",
     "greedy": "quantizers", "lnq": "quantizers", "nested_kmeans": "quantizers", "progressive": "quantizers",
-    "quantize_array": "quantizers", "residual_kmeans": "quantizers", "round_to_nearest": "quantizers",
-    "set_default_quantizer": "quantizers", "to_bcq": "quantizers",
+    "quantize_array": "quantizers", "refitted_kmeans": "quantizers", "residual_kmeans": "quantizers",
+    "round_to_nearest": "quantizers", "set_default_quantizer": "quantizers", "to_bcq": "quantizers",
 }  # fmt: skip
 _MODULES = ("autotuning", "models", "nn", "testing", "tune")
 __all__ = [*_HOME, *_MODULES]

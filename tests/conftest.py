@@ -4,12 +4,18 @@ Must not import jax: tests/null runs without it.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# XLA has as many threads as cores, and each thread of a kernel that the interpreter lets wait for a barrier holds one:
+# on two cores the thread that they wait for would never run. Here, for what helpers beside tests/jax compute when they
+# are collected starts XLA before tests/jax/conftest.py is read.
+os.environ.setdefault("NPROC", "8")
 
 GOLDEN = Path(__file__).parent / "golden"
 

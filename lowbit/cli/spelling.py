@@ -18,9 +18,9 @@ FORMATS: Mapping[str, Any] = {name: getattr(lb, name) for name in (
     "any_bcq", "any_precision", "bcq", "codebook", "k_quant", "nested_fp", "scaled_fp8", "uniform",
 )}  # fmt: skip
 QUANTIZERS: Mapping[str, Any] = {name: getattr(quantizers, name) for name in (
-    "additive_codebooks", "alternating", "gptq", "greedy", "lnq", "nested_kmeans", "progressive", "residual_kmeans",
-    "round_to_nearest", "AdditiveCodebooks", "BinarySolver", "Gptq", "Lnq", "MinMax", "NestedKMeans",
-    "ProgressiveSolver", "ResidualKMeans", "RoundToNearest", "TwoLevelRounding",
+    "additive_codebooks", "alternating", "gptq", "greedy", "lnq", "nested_kmeans", "progressive", "refitted_kmeans",
+    "residual_kmeans", "round_to_nearest", "AdditiveCodebooks", "BinarySolver", "Gptq", "Lnq", "MinMax", "NestedKMeans",
+    "ProgressiveSolver", "RefittedKMeans", "ResidualKMeans", "RoundToNearest", "TwoLevelRounding",
 )}  # fmt: skip
 """The second half is their classes, as `lb.allocate` writes them."""
 RULE = '{"path": "layers/**", "format": "uniform(4, group=128)", "quantizer": "gptq()"}'

@@ -14,8 +14,10 @@ from lowbit.quantizers.feedback import gptq as gptq
 from lowbit.quantizers.k_quant import TwoLevelRounding as TwoLevelRounding
 from lowbit.quantizers.min_max import MinMax as MinMax
 from lowbit.quantizers.nested import NestedKMeans as NestedKMeans
+from lowbit.quantizers.nested import RefittedKMeans as RefittedKMeans
 from lowbit.quantizers.nested import nested_kmeans as nested_kmeans
 from lowbit.quantizers.nested import refit_tables as refit_tables
+from lowbit.quantizers.nested import refitted_kmeans as refitted_kmeans
 from lowbit.quantizers.nested_fp import SplitBytes as SplitBytes
 from lowbit.quantizers.quantizer import BinarySolver as BinarySolver
 from lowbit.quantizers.quantizer import Quantizer as Quantizer

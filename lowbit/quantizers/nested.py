@@ -19,10 +19,10 @@ from lowbit.array import QuantArray, expect_array
 from lowbit.formats.format import Format
 from lowbit.ir.dtypes import numpy_dtype, short
 from lowbit.quantizers.checks import check_range, check_weight, damped, positive
-from lowbit.quantizers.chunks import by_chunk
+from lowbit.quantizers.chunks import in_chunks
 from lowbit.quantizers.kmeans import nested_kmeans_rows
 from lowbit.quantizers.quantizer import Fields, expect_format, set_default_quantizer
-from lowbit.quantizers.tables import best_table, better, codes_of
+from lowbit.quantizers.tables import codes_of, refitted
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,45 @@ def nested_kmeans(weighs_by: tuple[str, ...] = ("second_moment",)) -> NestedKMea
     ([[-5.0, 5.0]], [4.0, -4.0, 6.0, -6.0])
     """
     return NestedKMeans(weighs_by)
+
+
+@dataclass(frozen=True)
+class RefittedKMeans:
+    """Nested codes by k-means, and then tables by least squares. Make one with `lb.refitted_kmeans`."""
+
+    weighs_by: tuple[str, ...] = field(default=("gram",), repr=False)
+    takes_gram: ClassVar[bool] = True
+
+    def __call__(self, w: jax.Array, fmt: Format, importance: jax.Array | None = None) -> Fields:
+        """The stored arrays; `importance` [k, k] or, for chunks of the outputs, [c, k, k]; else the identity."""
+        expect_format(fmt, "any_precision", self)
+        gram = jnp.eye(w.shape[1]) if importance is None else importance
+        start = NestedKMeans()(w, fmt, in_chunks(gram.diagonal(axis1=-2, axis2=-1), len(w)))
+        codes = codes_of(start["planes"], fmt["hi"], w.shape[1])
+        old = {b: start[f"table{b}"] for b in fmt.widths}
+        tables = refitted(gram / gram.diagonal().mean(), w.astype(jnp.float32), codes, old)
+        return {"planes": start["planes"], **{f"table{b}": table for b, table in tables.items()}}
+
+
+def refitted_kmeans(weighs_by: tuple[str, ...] = ("gram",)) -> RefittedKMeans:
+    """Nested codes whose tables make the error of the layer's output small, at every width of `any_precision`.
+
+    The codes are those of `lb.nested_kmeans`, weighed by second moments. For them the tables of each width are the best
+    under the products of each two inputs, by the least squares of `lb.lnq`, which chooses codes too but for one width;
+    a row that this does not make better keeps the means. `lowbit.quantizers.refit_tables` does it for given codes.
+
+    Args:
+      weighs_by: ("gram",) or ("guided_gram",), as `lb.lnq` has it.
+
+    >>> import jax, lowbit as lb
+    >>> x = jax.random.normal(jax.random.key(0), (256, 8)) @ jax.random.normal(jax.random.key(1), (8, 32))
+    >>> w, fmt = jax.random.normal(jax.random.key(2), (32, 64)), lb.any_precision(2, 3)
+    >>> means, fitted = (lb.quantize_array(w, fmt, q, importance=given) for q, given in (
+    ...     (lb.nested_kmeans(), (x**2).mean(0)), (lb.refitted_kmeans(), x.T @ x / 256)))
+    >>> bool((x @ (lb.dequantize(fitted) - w)).std() < (x @ (lb.dequantize(means) - w)).std())
+    True
+    """
+    return RefittedKMeans(weighs_by)
 
 
 def refit_tables(
@@ -119,21 +158,14 @@ def _refitted(array: QuantArray, tables: Fields, w: jax.Array, name: str) -> Qua
 def _least_squares(array: QuantArray, rows: jax.Array, gram: jax.Array) -> Fields:
     """The table of every width, for weights rows [*stack, n, k] and gram [*stack or 1, ..., k, k]."""
     fmt, stack = array.type.format, rows.shape[:-2]
-    made: dict[str, list[jax.Array]] = {f"table{b}": [] for b in fmt.widths}
+    made: dict[int, list[jax.Array]] = {b: [] for b in fmt.widths}
     for at in np.ndindex(stack):
         own = gram[tuple(i % size for i, size in zip(at, gram.shape, strict=False))]
         codes = codes_of(array.fields["planes"][at], fmt["hi"], rows.shape[-1])
-        for b in fmt.widths:
-            old = codes >> (fmt["hi"] - b), array.fields[f"table{b}"][at]
-            made[f"table{b}"].append(by_chunk(_refit, own, rows[at].astype(jnp.float32), *old))
-    return {name: jnp.stack(tables).reshape(*stack, *tables[0].shape) for name, tables in made.items()}
-
-
-def _refit(gram: jax.Array, w: jax.Array, codes: jax.Array, table: jax.Array) -> jax.Array:
-    """Tables as stored, better than or as good as these; what overflows is refused later."""
-    found = best_table(gram, w, codes, table.astype(jnp.float32))
-    stored = found.astype(table.dtype)
-    return jnp.where(jnp.isfinite(stored), better(gram, w, (codes, table), (codes, found))[1], stored)
+        old = {b: array.fields[f"table{b}"][at] for b in fmt.widths}
+        for b, table in refitted(own, rows[at].astype(jnp.float32), codes, old).items():
+            made[b].append(table)
+    return {f"table{b}": jnp.stack(tables).reshape(*stack, *tables[0].shape) for b, tables in made.items()}
 
 
 def _means(array: QuantArray, rows: np.ndarray, f: np.ndarray) -> Fields:

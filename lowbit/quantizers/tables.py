@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from lowbit.quantizers.chunks import by_chunk
 
 RIDGE = 1e-7
 """Of the sum of second moments: the change of a table costs so much. A code that no weight has keeps its entry."""
@@ -49,6 +53,21 @@ def better(
     made = new[0], new[1].astype(old[1].dtype)
     won = (objective(gram, w, *made) < objective(gram, w, *old))[:, None]
     return jnp.where(won, made[0], old[0]), jnp.where(won, made[1], old[1])
+
+
+def refitted(gram: jax.Array, w: jax.Array, codes: jax.Array, tables: Mapping[int, jax.Array]) -> dict[int, jax.Array]:
+    """Tables [n, 2**b] for each width b of nested codes [n, k] of the largest one, better than or as good as these.
+
+    With gram [c, k, k] rows are in c chunks. What overflows the tables' dtype is for the caller to refuse.
+    """
+
+    def one(gram: jax.Array, w: jax.Array, codes: jax.Array, table: jax.Array) -> jax.Array:
+        found = best_table(gram, w, codes, table.astype(jnp.float32))
+        stored = found.astype(table.dtype)
+        return jnp.where(jnp.isfinite(stored), better(gram, w, (codes, table), (codes, found))[1], stored)
+
+    top = max(tables)
+    return {b: by_chunk(one, gram, w, codes >> (top - b), table) for b, table in tables.items()}
 
 
 def codes_of(planes: jax.Array, bits: int, k: int) -> jax.Array:

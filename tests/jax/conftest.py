@@ -8,9 +8,6 @@ import os
 
 # Before jax is imported: these tests are about the CPU, also on a machine that has a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# XLA has as many threads as cores, and each thread of a kernel that the interpreter lets wait for a barrier holds one:
-# on two cores the thread that they wait for would never run.
-os.environ.setdefault("NPROC", "8")
 os.environ["LOWBIT_CACHE"] = os.devnull + ".none"  # what somebody measured here is no part of a test
 
 import jax

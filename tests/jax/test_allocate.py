@@ -200,7 +200,7 @@ def test_budgets_are_kept_to_the_bit_and_the_best_choice_is_found(layers: Any) -
     [
         lb.gptq(act_order=False, weighs_by=("guided_gram",)), lb.lnq(weighs_by=("guided_gram",)), lb.alternating(),
         lb.nested_kmeans(weighs_by=("gradient_square",)), lb.alternating(weighs_by=()), lb.quantizers.MinMax(),
-        lb.quantizers.TwoLevelRounding(), lb.additive_codebooks(beam=2), None,
+        lb.quantizers.TwoLevelRounding(), lb.additive_codebooks(beam=2), lb.refitted_kmeans(("guided_gram",)), None,
     ],
 )  # fmt: skip
 def test_rules_come_back_as_they_were_written(quantizer: Any, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import lowbit as lb
 from lowbit.array import QuantArray
 from lowbit.nn import LayerStats
 from lowbit.quantizers import refit_tables
+from lowbit.quantizers.chunks import in_chunks
 from lowbit.quantizers.descent import descend
 from lowbit.quantizers.tables import best_table, codes_of, planes_of
 from lowbit.testing.quantizing import check_quantizer
@@ -230,6 +231,25 @@ def test_tables_of_nested_codes_are_refitted_under_the_same_matrix() -> None:
         refit_tables(narrow, 1e6 * W, gram=GRAM)
     with pytest.raises(ValueError, match="both importance and gram were given"):
         refit_tables(nested, W, GRAM.diagonal(), gram=GRAM)
+
+
+def test_refitted_tables_are_those_of_the_nested_codes() -> None:
+    fmt, both = lb.any_precision(1, 2, table_dtype="float32"), jnp.stack([GRAM, OTHER])
+    q = lb.quantize_array(W, fmt, lb.refitted_kmeans(), importance=both)
+    nested = lb.quantize_array(W, fmt, importance=GRAM.diagonal())
+    np.testing.assert_array_equal(q.fields["planes"][:, : N // 2], nested.fields["planes"][:, : N // 2])
+    again = refit_tables(q, W, gram=both)
+    means = lb.quantize_array(W, fmt, importance=in_chunks(both.diagonal(axis1=1, axis2=2), N).T)
+    for width in (1, 2):
+        errors = []
+        for one in (means, q, again):
+            d = np.asarray(lb.dequantize(QuantArray(one.fields, one.type.at(width))), np.float64) - W
+            each = [(d * (np.asarray(g, np.float64) @ d)).sum(0) for g in both]
+            errors.append(np.where(np.arange(N) < N // 2, *each))
+        assert errors[1].sum() < errors[0].sum()
+        np.testing.assert_allclose(errors[2], errors[1], rtol=1e-3)  # 1e-4 of the moments, and the ridge
+    with pytest.raises(TypeError, match=r"RefittedKMeans.* any_precision"):
+        lb.quantize_array(W, lb.bcq(2), lb.refitted_kmeans())
 
 
 def test_codes_of_planes_and_back() -> None:
