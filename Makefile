@@ -39,7 +39,7 @@ test:  ## the tests that take a few minutes
 test-all:  ## every test, and 2,000 random terms for each property
 	@tools/venv.sh $(VENV) test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[live]" || \
-		echo "no torch here: models are not compared with transformers live"
+		echo "no torch here: nothing is compared with transformers, compressed-tensors and aqlm live"
 	$(PYTEST) --examples 2000 $(PYTEST_ARGS)
 
 lint:  ## ruff, mypy, import floors, names, sizes
@@ -53,7 +53,7 @@ lint:  ## ruff, mypy, import floors, names, sizes
 
 bench:  ## time everything in benchmarks/ on this machine; writes benchmarks/results/
 	@tools/venv.sh $(VENV) bench
-	@for name in cpu_matmul gradient_memory quantize_speed generate; do \
+	@for name in cpu_matmul gradient_memory quantize_speed generate load_memory; do \
 		$(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; done
 
 # An environment of its own: where jax finds its CUDA plugin and no driver, it says so at each start.

@@ -131,6 +131,8 @@ def second_order() -> Iterator[Row]:
         yield row(f"{name}_error", after, "of the output", starts_from, before)
         if name == "lnq2":
             yield row("lnq2_of_limit", took, "s", "the most it may take on 2 cores", LNQ_SECONDS)
+            if took > LNQ_SECONDS:
+                raise SystemExit(f"lnq at 2 bits took {took:.0f} s for {K}x{K}, and may take {LNQ_SECONDS:.0f}")
 
 
 def binary() -> Iterator[Row]:

@@ -116,7 +116,6 @@ def start(rows: int = N, bits: int = 2) -> tuple[jax.Array, jax.Array, jax.Array
     return jnp.asarray(W.T[:rows]), codes_of(q.fields["planes"], bits, K), q.fields[f"table{bits}"]
 
 
-@pytest.mark.slow
 def test_no_step_raises_the_objective() -> None:
     w, codes, table = start()
     before = objective(GRAM, w, codes, table)
