@@ -70,8 +70,8 @@ def allocate(
         on after them, and `lb.quantize(model, found.rules, stats=stats, resume=folder)` finds those that were chosen.
 
     Raises TypeError for `formats` that are no list of formats; ValueError for no budget or two, for one below the
-    smallest formats (both sizes are named), for a layer that no format can hold, and where a statistic was not
-    measured, is of another shape, NaN, inf or negative.
+    smallest formats (both sizes are named), for a layer that no format can hold, where a statistic was not measured, is
+    of another shape, NaN, inf or negative, and where an estimate is beyond float32.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb
