@@ -17,6 +17,8 @@ from examples.subjects import Subject
 from lowbit.formats.planes import code_planes
 
 GROUP = 128
+RECONSTRUCTED = ("binary, weighed", "LNQ", "AQLM", "nested planes")
+"""Of those that weigh errors by the inputs, the ones whose scales or codebooks are trained block by block, too."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,6 @@ def planes(bits: int, offset: bool = False) -> lb.Format:
 
 def table(bits: int) -> lb.Format:
     return lb.any_precision(bits, bits)
-
-
-def many_planes() -> lb.Format:
-    return lb.any_bcq(2, 4, group=GROUP, scale_dtype="float16")
 
 
 def books(bits: int) -> lb.Format:
@@ -89,7 +87,7 @@ def of_inputs(bits: int) -> Iterator[Variant]:
     yield by("k-means, second moments", bits, table(bits), lb.nested_kmeans())
     yield by("LNQ", bits, table(bits), lb.lnq())
     yield by("AQLM", bits, books(bits), lb.additive_codebooks(rounds=2))
-    yield nested("nested planes", bits, many_planes())
+    yield nested("nested planes", bits, lb.any_bcq(2, 4, group=GROUP, scale_dtype="float16"))
     yield nested("nested tables", bits, lb.any_precision(2, 4))
     yield nested("nested tables, refitted", bits, lb.any_precision(2, 4), lb.refitted_kmeans())
 
@@ -108,13 +106,9 @@ def around(bits: int) -> Iterator[Variant]:
     """Those that look at what lies between layers."""
     yield Variant("AWQ", bits, lambda s: awq(s, even(bits)))
     yield Variant("OmniQuant", bits, lambda s: (s.model, s.quantized(even(bits), None, lwc(s, even(bits)))))
-    for of in (
-        by("binary, weighed", bits, planes(bits), lb.alternating()),
-        nested("nested planes", bits, many_planes()),
-        by("LNQ", bits, table(bits), lb.lnq()),
-        by("AQLM", bits, books(bits), lb.additive_codebooks(rounds=2)),
-    ):
-        yield Variant(f"{of.method}, reconstructed", bits, lambda s, of=of: reconstructed(s, of))  # type: ignore[misc]
+    for of in of_inputs(bits):
+        if of.method in RECONSTRUCTED:
+            yield Variant(f"{of.method}, reconstructed", bits, lambda s, of=of: reconstructed(s, of))  # type: ignore[misc]
 
 
 def allocated(s: Subject) -> tuple[nnx.Module, nnx.Module]:

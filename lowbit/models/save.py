@@ -111,7 +111,7 @@ def expect_replaceable(folder: str | os.PathLike[str], overwrite: bool) -> None:
         raise FileExistsError(
             f"{str(folder)!r} is no folder that lowbit saved: choose another name, or delete it yourself"
         )
-    if added := sorted({entry.name for entry in folder.iterdir()} - {*BESIDE, SINGLE, "config.json"}):
+    if added := {entry.name for entry in folder.iterdir()} - {*BESIDE, SINGLE, "config.json"}:
         raise FileExistsError(
             f"{str(folder)!r} holds {some(added)}, which lowbit did not save: choose another name, or move it elsewhere"
         )

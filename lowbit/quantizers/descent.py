@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowbit.formats.format import Format
-from lowbit.quantizers.chunks import by_chunk, in_chunks
+from lowbit.quantizers.chunks import by_chunk
 from lowbit.quantizers.groups import check_rounds
-from lowbit.quantizers.nested import NestedKMeans
+from lowbit.quantizers.nested import by_moments
 from lowbit.quantizers.quantizer import Fields, expect_format
 from lowbit.quantizers.tables import best_table, better, codes_of, planes_of
 
@@ -45,9 +45,7 @@ class Lnq:
         b, rows = fmt["hi"], w.astype(jnp.float32)
         if fmt["lo"] != b:
             raise ValueError(f"{self} finds codes for one width, not for {fmt}: lb.nested_kmeans nests them")
-        gram = jnp.eye(w.shape[1]) if importance is None else importance
-        moments = in_chunks(gram.diagonal(axis1=-2, axis2=-1), len(w))
-        start = NestedKMeans()(w, fmt, moments)
+        gram, start = by_moments(w, fmt, importance)
         solve = partial(_solve, self.rounds, self.cycles)
         codes, table = by_chunk(solve, gram, rows, codes_of(start["planes"], b, w.shape[1]), start[f"table{b}"])
         return {"planes": planes_of(codes, b), f"table{b}": table}

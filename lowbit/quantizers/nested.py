@@ -22,7 +22,7 @@ from lowbit.quantizers.checks import check_range, check_weight, damped, positive
 from lowbit.quantizers.chunks import in_chunks
 from lowbit.quantizers.kmeans import nested_kmeans_rows
 from lowbit.quantizers.quantizer import Fields, expect_format, set_default_quantizer
-from lowbit.quantizers.tables import codes_of, refitted
+from lowbit.quantizers.tables import refitted
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,12 @@ def nested_kmeans(weighs_by: tuple[str, ...] = ("second_moment",)) -> NestedKMea
     return NestedKMeans(weighs_by)
 
 
+def by_moments(w: jax.Array, fmt: Format, gram: jax.Array | None) -> tuple[jax.Array, Fields]:
+    """The products of inputs [k, k] or [c, k, k], the identity if None, and the k-means that their diagonal weighs."""
+    gram = jnp.eye(w.shape[1]) if gram is None else gram
+    return gram, NestedKMeans()(w, fmt, in_chunks(gram.diagonal(axis1=-2, axis2=-1), len(w)))
+
+
 @dataclass(frozen=True)
 class RefittedKMeans:
     """Nested codes by k-means, and then tables by least squares. Make one with `lb.refitted_kmeans`."""
@@ -76,12 +82,8 @@ class RefittedKMeans:
     def __call__(self, w: jax.Array, fmt: Format, importance: jax.Array | None = None) -> Fields:
         """The stored arrays; `importance` [k, k] or, for chunks of the outputs, [c, k, k]; else the identity."""
         expect_format(fmt, "any_precision", self)
-        gram = jnp.eye(w.shape[1]) if importance is None else importance
-        start = NestedKMeans()(w, fmt, in_chunks(gram.diagonal(axis1=-2, axis2=-1), len(w)))
-        codes = codes_of(start["planes"], fmt["hi"], w.shape[1])
-        old = {b: start[f"table{b}"] for b in fmt.widths}
-        tables = refitted(gram / gram.diagonal().mean(), w.astype(jnp.float32), codes, old)
-        return {"planes": start["planes"], **{f"table{b}": table for b, table in tables.items()}}
+        gram, start = by_moments(w, fmt, importance)
+        return {**start, **refitted(gram / gram.diagonal().mean(), w, start, fmt.widths)}
 
 
 def refitted_kmeans(weighs_by: tuple[str, ...] = ("gram",)) -> RefittedKMeans:
@@ -157,15 +159,12 @@ def _refitted(array: QuantArray, tables: Fields, w: jax.Array, name: str) -> Qua
 
 def _least_squares(array: QuantArray, rows: jax.Array, gram: jax.Array) -> Fields:
     """The table of every width, for weights rows [*stack, n, k] and gram [*stack or 1, ..., k, k]."""
-    fmt, stack = array.type.format, rows.shape[:-2]
-    made: dict[int, list[jax.Array]] = {b: [] for b in fmt.widths}
+    stack, made = rows.shape[:-2], []
     for at in np.ndindex(stack):
         own = gram[tuple(i % size for i, size in zip(at, gram.shape, strict=False))]
-        codes = codes_of(array.fields["planes"][at], fmt["hi"], rows.shape[-1])
-        old = {b: array.fields[f"table{b}"][at] for b in fmt.widths}
-        for b, table in refitted(own, rows[at].astype(jnp.float32), codes, old).items():
-            made[b].append(table)
-    return {f"table{b}": jnp.stack(tables).reshape(*stack, *tables[0].shape) for b, tables in made.items()}
+        fields = {name: a[at] for name, a in array.fields.items()}
+        made.append(refitted(own, rows[at], fields, array.type.format.widths))
+    return jax.tree.map(lambda *tables: jnp.stack(tables).reshape(*stack, *tables[0].shape), *made)
 
 
 def _means(array: QuantArray, rows: np.ndarray, f: np.ndarray) -> Fields:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,10 @@ def better(
     return jnp.where(won, made[0], old[0]), jnp.where(won, made[1], old[1])
 
 
-def refitted(gram: jax.Array, w: jax.Array, codes: jax.Array, tables: Mapping[int, jax.Array]) -> dict[int, jax.Array]:
-    """Tables [n, 2**b] for each width b of nested codes [n, k] of the largest one, better than or as good as these.
+def refitted(
+    gram: jax.Array, w: jax.Array, fields: Mapping[str, jax.Array], widths: Sequence[int]
+) -> dict[str, jax.Array]:
+    """The tables of each width for rows w [n, k] with nested codes, better than or as good as the stored ones.
 
     With gram [c, k, k] rows are in c chunks. What overflows the tables' dtype is for the caller to refuse.
     """
@@ -66,8 +68,9 @@ def refitted(gram: jax.Array, w: jax.Array, codes: jax.Array, tables: Mapping[in
         stored = found.astype(table.dtype)
         return jnp.where(jnp.isfinite(stored), better(gram, w, (codes, table), (codes, found))[1], stored)
 
-    top = max(tables)
-    return {b: by_chunk(one, gram, w, codes >> (top - b), table) for b, table in tables.items()}
+    rows, codes = w.astype(jnp.float32), codes_of(fields["planes"], top := max(widths), w.shape[1])
+    tables = {f"table{b}": codes >> (top - b) for b in widths}
+    return {name: by_chunk(one, gram, rows, own, fields[name]) for name, own in tables.items()}
 
 
 def codes_of(planes: jax.Array, bits: int, k: int) -> jax.Array:
