@@ -17,7 +17,7 @@ from lowbit.cli.spelling import format_of, quantizer_of
 from lowbit.models import Decoder
 from lowbit.nn.allocate import NEEDS
 from lowbit.nn.allocation import Allocation
-from lowbit.nn.calibrate import OF_GRADIENTS, LayerStats
+from lowbit.nn.calibrate import OF_LOSS, LayerStats
 from lowbit.nn.kinds import layers, statistic_shape
 from lowbit.nn.rules import Rule, needed
 from lowbit.tune import next_token_loss
@@ -40,8 +40,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("samples", 128, "Windows of it, at most.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("length", 512, "Tokens in a window.", lower_bound=2, flag_values=values)
     flags.DEFINE_enum(
-        "by", "output", ["output", "loss", "trace"], "With --bits, how harm is estimated; all but output need "
-        "--calibration.", flag_values=values,
+        "by", "output", ["output", "loss", "trace"], "With --bits, how harm is estimated, see lb.allocate; "
+        "trace is that of squared gradients. All but output need --calibration.", flag_values=values,
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def statistics(
         model,
         batches,
         statistics=sorted(wanted),  # type: ignore[arg-type]
-        loss=mean_loss if wanted & OF_GRADIENTS else None,
+        loss=mean_loss if wanted & OF_LOSS else None,
         resume=None if resume is None else resume / "calibration",
     )
 

@@ -28,7 +28,7 @@ from lowbit.quantizers import IneligibleError, Quantizer
 By = Literal["loss", "trace", "output"]
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "loss": ("gradient_square",),
-    "trace": ("gradient_square",),
+    "trace": ("hessian_trace", "gradient_square"),
     "output": ("gram", "second_moment"),
 }
 """The statistics of a layer that an estimate takes: the first of them that there is."""
@@ -53,14 +53,16 @@ def allocate(
     of the first. With D the error of a weight:
 
     - by "loss": sum F D^2, F the mean squared gradients of the loss, as SqueezeLLM estimates what it costs the loss;
-    - by "trace": mean(F) sum D^2, HAWQ-V2's average trace (Dong et al., NeurIPS 2020), F's in place of the Hessian's;
+    - by "trace": of each matrix t sum D^2, t the average trace of its Hessian as HAWQ-V2 has it (Dong et al., NeurIPS
+      2020), `hessian_trace`, or where that was not measured mean(F), which is much cheaper;
     - by "output": the squared error of the layer's output over the output's own square, from `gram`, or where that was
       not measured from `second_moment`.
 
     Args:
       model: left as it is.
-      stats: what `lb.calibrate` measured: `gradient_square`, or for "output" `gram` or `second_moment`. Layers that it
-        does not have are left out, and get no rule. A logged warning names those of which it has only zeros.
+      stats: what `lb.calibrate` measured: `gradient_square`, or for "output" `gram` or `second_moment`, or for "trace"
+        `hessian_trace`. Layers that it does not have are left out, and get no rule. A logged warning names those of
+        which it has only zeros.
       formats: such as `lb.bcq(3, group=128)`, or (format, quantizer).
       bits: the budget per weight, scales and padding counted.
       bytes: instead, the budget of all these layers together.
@@ -162,6 +164,11 @@ def harm_by(path: str, layer: Any, stats: Mapping[str, LayerStats], by: By) -> C
     if name is None:
         needs = " or ".join(NEEDS[by])
         raise ValueError(f"by={by!r} takes {needs}, which stats does not have of layer {path!r}: measure it")
+    if name == "hessian_trace" and (least := np.min(getattr(stats[path], name))) < 0:
+        raise ValueError(
+            f"layer {path!r}: the trace of its second derivatives is estimated at {least:.3g} a weight, as if errors"
+            " did good: measure more batches, or squared gradients instead"
+        )
     check_statistic(stats, path, name, layer)
     dims, dense = KINDS[type(layer)].view(layer).dims, dense_matrices(layer).astype(jnp.float32)
     counts = weighed(stats, path, (name,), layer)
@@ -177,5 +184,5 @@ def harm_by(path: str, layer: Any, stats: Mapping[str, LayerStats], by: By) -> C
         own = square(dense)
         return lambda d: square(d) / own if own else 0.0
     if by == "trace":
-        return lambda d: float(counts.mean() * (d * d).sum())
+        return lambda d: float((counts.mean((-1, -2)) * (d * d).sum((-1, -2))).sum())
     return lambda d: float((counts * d * d).sum())

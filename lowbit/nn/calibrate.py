@@ -11,17 +11,19 @@ import jax
 import numpy as np
 from flax import nnx
 
+from lowbit.nn.curvature import curved
 from lowbit.nn.gradients import Means, differentiated
 from lowbit.nn.kernel import expect_module, joined
 from lowbit.nn.kinds import KINDS, NAMES, layers, refusal, statistic_shape
 from lowbit.nn.linen import opened
-from lowbit.nn.probe import TAPPED, Probe, probes
+from lowbit.nn.probe import TAPPED, Probe, owners, probes
 from lowbit.nn.progress import bar
 from lowbit.nn.rules import STATISTICS, Rules, Statistic, as_rules, assign, needed
 from lowbit.nn.running import Running
 
 DEFAULT = ("second_moment", "largest")
 OF_GRADIENTS = {"gradient_square", *TAPPED}
+OF_LOSS = {"hessian_trace", *OF_GRADIENTS}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class LayerStats:
       guided_gram: float32 [c, k, k], the same for each of c equal chunks of consecutive outputs, a row counting as much
         as the mean over the chunk of (1e3 dL/dy) squared: GuidedQuant's Hessians (Kim et al., ICML 2025).
       magnitude: float32 [k], the mean of |x| of each input, which `lb.awq` scales weights by.
+      hessian_trace: float32 [], the trace of the matrix of second derivatives d2L/dw2 over the number of weights, the
+        mean over batches, by Hutchinson's estimate with one vector of random signs a batch, as HAWQ-V2 tells layers
+        apart (Dong et al., NeurIPS 2020). It falls below zero where a few batches are too few, or L is no minimum.
 
     Of a stack of matrices each slice has its own, with its axes before k or n; k and n run as in the quantized layer.
     The experts of a mixture are measured together.
@@ -58,6 +63,7 @@ class LayerStats:
     gram: jax.Array | None = None
     guided_gram: jax.Array | None = None
     magnitude: jax.Array | None = None
+    hessian_trace: jax.Array | None = None
 
 
 def calibrate(
@@ -95,11 +101,13 @@ def calibrate(
     The device holds the model, what running one batch needs, [k] and [n] numbers a layer, for `gram` also [k, k] and
     for `guided_gram` [c, k, k], and the gradient of *one* weight at a time: its square is sent to the host as soon as
     it is made. There all squares together are as large as the model in float32: in memory without `resume`; with it in
-    two files a layer, of which one layer's is held.
+    two files a layer, of which one layer's is held. For `hessian_trace` each batch runs once more, and the device holds
+    signs, gradients and products, each as large as the layers that have it.
 
     Raises ValueError when there are no batches or no layers, for two layers of one name, for rules that need no
     statistics, for gradients without `loss`, and for a folder of another model, other statistics or other batches;
-    CheckpointError for a damaged one; TypeError for what is no module.
+    CheckpointError for a damaged one; TypeError for what is no module, and by JAX for `hessian_trace` of a loss with a
+    `jax.custom_vjp`, which has no second derivatives of this kind.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb
@@ -115,15 +123,14 @@ def calibrate(
     if not (found := layers(model := opened(model))):
         raise ValueError(f"{type(model).__name__} holds no {NAMES}: there is nothing to calibrate")
     wanted = _wanted(found, statistics, rules)
-    gradients = _of_gradients(wanted, call, loss)
+    of_loss = _of_loss(wanted, call, loss)
     _check_chunks(chunks, found, wanted)
     probed = _probed(model, wanted, chunks)
-    owners, watched = _owners(probed), probes(probed)
+    first, watched = owners(probes(probed)), probes(probed)
     running = None if resume is None else Running(resume, model, wanted, chunks)
-    squared = [owner for path, owner in owners.items() if "gradient_square" in wanted[path]]
+    squared = [owner for path, owner in first.items() if "gradient_square" in wanted[path]]
     means = Means({path: watched[path].weight.shape for path in squared}, running.folder if running else None)
-    run = loss or call or (lambda m, batch: m(batch))
-    step = nnx.jit(differentiated(run, means) if gradients else run)
+    step = _step(loss or call or (lambda m, batch: m(batch)), of_loss, means)
     if running:
         running.restore(probed, means)
     with bar(progress, len(batches) if isinstance(batches, Sized) else None, "calibrating") as advance:
@@ -136,7 +143,7 @@ def calibrate(
             advance()
     if not means.count:
         raise ValueError("no batches were given: nothing was measured")
-    return {path: _stats(p, means, owners[path]) for path, p in watched.items() if p.rows.get_value().any()}
+    return {path: _stats(p, means, first[path]) for path, p in watched.items() if p.rows.get_value().any()}
 
 
 def _wanted(
@@ -164,14 +171,27 @@ def _wanted(
     return {path: names for path, names in needs.items() if names}
 
 
-def _of_gradients(wanted: Mapping[str, frozenset[str]], call: Any, loss: Any) -> set[str]:
-    """What is wanted of gradients."""
-    gradients = {name for names in wanted.values() for name in names} & OF_GRADIENTS
+def _of_loss(wanted: Mapping[str, frozenset[str]], call: Any, loss: Any) -> set[str]:
+    """What is wanted of the loss's derivatives."""
+    derivatives = {name for names in wanted.values() for name in names} & OF_LOSS
     if loss is not None and call is not None:
         raise ValueError("both call= and loss= were given: leave out call, the loss runs the model")
-    if gradients and loss is None:
-        raise ValueError(f"{min(gradients)!r} is of gradients: give loss=, a function of (model, batch)")
-    return gradients
+    if derivatives and loss is None:
+        raise ValueError(f"{min(derivatives)!r} is of gradients: give loss=, a function of (model, batch)")
+    return derivatives
+
+
+def _step(run: Callable[[Any, Any], Any], of_loss: set[str], means: Means) -> Callable[[Any, Any], None]:
+    """What runs the probed model on a batch."""
+    step = nnx.jit(differentiated(run, means) if of_loss & OF_GRADIENTS else run)
+    curve = nnx.jit(curved(run)) if "hessian_trace" in of_loss else None
+
+    def both(probed: nnx.Module, batch: Any) -> None:
+        if curve:
+            curve(probed, batch, means.count)
+        step(probed, batch)
+
+    return both
 
 
 def _check_chunks(chunks: int, found: Mapping[str, Any], wanted: Mapping[str, frozenset[str]]) -> None:
@@ -193,12 +213,6 @@ def _probed(model: nnx.Module, wanted: Mapping[str, frozenset[str]], chunks: int
         return made.setdefault(id(node), Probe(node, names, chunks))
 
     return nnx.recursive_map(probe, nnx.clone(model))
-
-
-def _owners(probed: nnx.Module) -> dict[str, str]:
-    """For each probed layer the first one with the same weight, whose gradient is that of both."""
-    first: dict[int, str] = {}
-    return {path: first.setdefault(id(p.weight), path) for path, p in probes(probed).items()}
 
 
 def _stats(p: Probe, means: Means, owner: str) -> LayerStats:

@@ -100,6 +100,13 @@ class Means:
         return self.folder / f"gradient_square-{sorted(self.shapes).index(path)}-{count % 2}.npy"
 
 
+def checked_scalar(loss: jax.Array) -> jax.Array:
+    """Raises ValueError for a loss that is no scalar."""
+    if jnp.shape(loss) != ():
+        raise ValueError(f"the loss has shape {jnp.shape(loss)}: give one that is a scalar, such as a mean")
+    return loss
+
+
 def differentiated(loss: Callable[[Any, Any], jax.Array], means: Means) -> Callable[[Any, Any], None]:
     """A step that runs `loss(model, batch)`, sends squared gradients to `means`, and moves what is `TAPPED`.
 
@@ -120,9 +127,7 @@ def differentiated(loss: Callable[[Any, Any], jax.Array], means: Means) -> Calla
                 found[path].sinks.set_value(tapped)
             for path, sink in weights.items():
                 found[path].weight.set_value(send_square(dense[path], sink, partial(means.add, path)))
-            value = loss(inner, batch)
-            if jnp.shape(value) != ():
-                raise ValueError(f"the loss has shape {jnp.shape(value)}: give one that is a scalar, such as a mean")
+            value = checked_scalar(loss(inner, batch))
             for path in outputs:
                 found[path].sinks.set_value(sinks[path])
             return value, nnx.state(inner, nnx.Not(nnx.Param))

@@ -39,7 +39,9 @@ def weighed(stats: Mapping[str, LayerStats], path: str, names: Sequence[str], la
     if all(SIDE.get(name) in ("k", "kk", "ckk") for name in names):
         return reduce(mul, values.values())
     placed = [
-        jnp.expand_dims(v, -1 - view.dims.index(SIDE[name])) if name in SIDE else view.matrices(v)
+        jnp.expand_dims(v, tuple(i - 2 for i, d in enumerate(view.dims) if d not in SIDE[name]))
+        if name in SIDE
+        else view.matrices(v)
         for name, v in values.items()
     ]
     lead = view.lead(weight(layer).get_value())
@@ -48,8 +50,10 @@ def weighed(stats: Mapping[str, LayerStats], path: str, names: Sequence[str], la
 
 def _unshared(value: jax.Array, stack: int, name: str) -> jax.Array:
     """With 1 for each axis of the stack, before those of the statistic."""
-    own = len(SIDE.get(name, ""))
-    return jnp.expand_dims(value, tuple(range(-own - stack, -own))) if own else value
+    if name not in SIDE:
+        return value
+    own = len(SIDE[name])
+    return jnp.expand_dims(value, tuple(range(-own - stack, -own)))
 
 
 def all_zero(stats: Mapping[str, LayerStats], rules: Mapping[str, Rule]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,10 @@ from lowbit.nn.kinds import KINDS, statistic_shape, weight
 
 SIDE = {
     "second_moment": "k", "largest": "k", "magnitude": "k", "gram": "kk", "output_gradient": "n", "guided_gram": "ckk",
+    "hessian_trace": "",
 }  # fmt: skip
-"""The dims of a statistic: a number for each input, pair of inputs, output, or pair of inputs in each chunk of outputs.
-The others have the weight's shape."""
+"""The dims of a statistic: a number for each input, pair of inputs, output, pair of inputs in each chunk of outputs, or
+matrix. The others have the weight's shape."""
 TAPPED = ("output_gradient", "guided_gram")
 """Sums over the rows of what depends on dL/dy."""
 Sinks = dict[str, jax.Array]
@@ -122,3 +123,9 @@ class Probe(Around):
 def probes(model: Any) -> dict[str, Probe]:
     """The probed layers of a model by path, each once."""
     return {joined(path): m for path, m in nnx.iter_modules(model) if isinstance(m, Probe)}
+
+
+def owners(watched: Mapping[str, Probe]) -> dict[str, str]:
+    """For each probed layer the first one with the same weight, whose gradient is that of both."""
+    first: dict[int, str] = {}
+    return {path: first.setdefault(id(p.weight), path) for path, p in watched.items()}

@@ -15,8 +15,9 @@ from lowbit.quantizers import Quantizer
 from lowbit.quantizers.quantizer import default_quantizer, takes_gram, weighs_by
 
 Statistic = Literal[
-    "second_moment", "largest", "magnitude", "gradient_square", "output_gradient", "gram", "guided_gram"
-]
+    "second_moment", "largest", "magnitude", "gradient_square", "output_gradient", "gram", "guided_gram",
+    "hessian_trace",
+]  # fmt: skip
 STATISTICS: tuple[str, ...] = get_args(Statistic)
 GRAMS = ("gram", "guided_gram")
 """Of each two inputs."""
