@@ -37,6 +37,8 @@ def every(s: Subject, bits: int) -> Iterator[Variant]:
         yield from of_inputs(bits)
     if s.loss:
         yield from of_loss(bits)
+    if s.batches and bits == 3:
+        yield Variant("allocated", bits, allocated)
     if s.folds:
         yield from around(bits)
 
@@ -98,8 +100,6 @@ def of_loss(bits: int) -> Iterator[Variant]:
     yield by("SqueezeLLM", bits, table(bits), lb.nested_kmeans(weighs_by=("gradient_square",)))
     yield by("LNQ, GuidedQuant", bits, table(bits), lb.lnq(weighs_by=("guided_gram",)))
     yield Variant("Q-Rater", bits, lambda s: (s.model, s.quantized(even(bits), None, q_rater(s, even(bits)))))
-    if bits == 3:
-        yield Variant("allocated", bits, allocated)
 
 
 def around(bits: int) -> Iterator[Variant]:
@@ -113,7 +113,8 @@ def around(bits: int) -> Iterator[Variant]:
 
 def allocated(s: Subject) -> tuple[nnx.Module, nnx.Module]:
     """Each layer rounded to as many bits as it needs, 3.25 on average."""
-    rules = lb.allocate(s.model, s.stats, formats=[even(b) for b in (2, 3, 4)], bits=3.25).rules
+    formats = [even(b) for b in (2, 3, 4)]
+    rules = lb.allocate(s.model, s.stats, formats=formats, bits=3.25, by="loss" if s.loss else "output").rules
     return s.model, lb.quantize(s.model, [*s.rules, *rules])
 
 

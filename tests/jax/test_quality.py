@@ -95,6 +95,19 @@ def test_half_of_the_inputs_is_to_calibrate_on(files: Path) -> None:
 
 
 @pytest.mark.slow
+def test_bits_are_allocated_by_the_outputs_of_layers_of_a_file(tmp_path: Path) -> None:
+    """What 3 bits leave of the budget is enough for the smaller one."""
+    large, small, x = (RNG.standard_normal((rows, 256)).astype(np.float32) for rows in (60, 4, 8))
+    save_file({"large": large, "small": small}, tmp_path / "layers")
+    save_file({"large": x, "small": x}, tmp_path / "inputs")
+    s = of_file(tmp_path / "layers", tmp_path / "inputs").calibrated()
+    (v,) = (v for v in variants.every(s, 3) if v.method == "allocated")
+    kernels = lb.nn.kernels(v.make(s)[1])
+    assert [k.type.format["bits"] for k in kernels.values()] == [3, 4]
+    assert sum(k.type.bits for k in kernels.values()) <= 3.25 * 64 * 256
+
+
+@pytest.mark.slow
 def test_what_a_format_cannot_hold_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def every(s: Subject, bits: int) -> Iterator[variants.Variant]:
         yield variants.by("RTN", bits, variants.even(bits))
