@@ -18,31 +18,14 @@ from safetensors.numpy import load_file, save_file
 
 import lowbit as lb
 from lowbit.io import checkpoint
-from lowbit.io.layout import BESIDE
-from lowbit.io.mapped import Mapped
 from lowbit.io.packing import from_planes, pack, to_planes, unpack
 from lowbit.testing.tolerance import assert_within, dot_tolerance
+from tests.checkpoints import GOLDEN, Tensors, check_read, expected, stored
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
 GOLDENS = sorted(str(p.parent.relative_to(GOLDEN)) for p in GOLDEN.glob("*/*/model.safetensors"))
 MINE = ("gptq", "gptq_v2", "awq", "compressed_tensors")
 LAYER = "model.layers.0.up_proj"
-Tensors = dict[str, np.ndarray]
 Options = dict[str, Any]
-
-
-def stored(path: Path) -> Tensors:
-    """The tensors of a file, e4m3 too."""
-    file = Mapped(path)
-    return {name: file.array(name) for name in file.names}
-
-
-def expected(name: str) -> dict[str, Tensors]:
-    layers: dict[str, Tensors] = {}
-    for tensor, array in stored(GOLDEN / name / "expected.safetensors").items():
-        layer, _, key = tensor.rpartition("/")
-        layers.setdefault(layer, {})[key] = array
-    return layers
 
 
 # ---------------------------------------------------------------- goldens
@@ -50,38 +33,7 @@ def expected(name: str) -> dict[str, Tensors]:
 
 @pytest.mark.parametrize("name", [n for n in GOLDENS if n.split("/")[0] in MINE])
 def test_a_golden_is_read_to_the_last_code_and_scale(name: str) -> None:
-    read = dict(lb.read_checkpoint(GOLDEN / name))
-    for layer, want in expected(name).items():
-        w = read.pop(f"{layer}.weight")
-        assert isinstance(w, lb.QuantArray)
-        weight = lb.dequantize(w)
-        assert weight.dtype == want["weight"].dtype and np.array_equal(weight.T, want["weight"])
-        if w.type.format.name == "scaled_fp8":
-            assert np.array_equal(w.fields["code"], want["codes"])
-            assert np.array_equal(w.fields["scale"], want["scale"].reshape(w.fields["scale"].shape))
-        else:
-            check_integers(w, want)
-    tensors = stored(GOLDEN / name / "model.safetensors")
-    beside = {
-        tensor for tensor in tensors if tensor.rpartition(".")[2] in BESIDE or "norm" in tensor or "lm_" in tensor
-    }
-    assert read.keys() == beside
-    assert all(np.array_equal(read[tensor], tensors[tensor]) for tensor in beside)
-
-
-def check_integers(w: lb.QuantArray, want: Tensors) -> None:
-    """Codes, scales and zero points of each weight, looked up by its place in the stored rows."""
-    fmt, (k, n) = w.type.format, w.shape
-    place = np.asarray(w.fields.get("place", np.arange(k)))
-    group = fmt["group"] or k
-    bits = np.unpackbits(np.asarray(w.fields["planes"]), axis=-1, count=group, bitorder="little").reshape(-1, n, k)
-    codes = (bits.astype(int) << np.arange(fmt["bits"])[:, None, None]).sum(0)
-    assert np.array_equal(codes[:, place], want["codes"])
-    for field in ("scale", "zero"):
-        assert np.array_equal(np.asarray(w.fields[field])[:, place // group], want[field][:, want["g_idx"]])
-    ordered = not np.array_equal(want["g_idx"], np.arange(k) // group)
-    assert fmt.name == ("act_order" if ordered else "uniform")
-    assert w.fields["scale"].dtype == want["scale"].dtype
+    check_read(GOLDEN / name)
 
 
 def test_which_formats_the_goldens_are() -> None:
@@ -97,7 +49,7 @@ def test_which_formats_the_goldens_are() -> None:
 
 def test_a_product_is_that_with_the_weight_of_torch() -> None:
     w = dict(lb.read_checkpoint(GOLDEN / "gptq/4_ordered"))[f"{LAYER}.weight"]
-    want = expected("gptq/4_ordered")[LAYER]
+    want = expected(GOLDEN / "gptq/4_ordered")[LAYER]
     scale, zero = (want[key].astype(np.float64)[:, want["g_idx"]] for key in ("scale", "zero"))
     weight = scale * (want["codes"] - zero)
     x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
@@ -349,7 +301,7 @@ def test_options_of_one_layer(tmp_path: Path) -> None:
         tmp_path, "gptq/4_ordered", say(bits=8, group_size=64, dynamic={"+:.*up": {"bits": 4, "group_size": 32}})
     )
     again = dict(lb.read_checkpoint(folder))[f"{LAYER}.weight"]
-    assert np.array_equal(lb.dequantize(again).T, expected("gptq/4_ordered")[LAYER]["weight"])
+    assert np.array_equal(lb.dequantize(again).T, expected(GOLDEN / "gptq/4_ordered")[LAYER]["weight"])
 
 
 @pytest.mark.parametrize(

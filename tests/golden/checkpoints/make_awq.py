@@ -28,22 +28,26 @@ def autoawq(folder: Path) -> Any:
     return importlib.import_module("awq.modules.linear.gemm").WQLinear_GEMM, packing.dequantize_gemm
 
 
-def main() -> None:
+def make(linear: Any, dequantize: Any, group: int, tool: str) -> None:
     import torch
     from golden import dense, draw, save
 
-    linear, dequantize = autoawq(Path(sys.argv[1]))
+    drawn = draw(group, N, K, 4, group, order=False, symmetric=False, least_zero=0)
+    given = torch.nn.Linear(K, N)
+    given.weight.data, given.bias.data = dense(drawn), torch.arange(N) / 8
+    scales, zeros = drawn["scale"].T.contiguous(), drawn["zero"].T.contiguous()
+    layer = linear.from_linear(given, 4, group, scales=scales.float(), zeros=zeros.float())
+    weight = dequantize(layer.qweight, layer.qzeros, layer.scales, 4, group).T
+    tensors = {f"{LAYER}.{key}": getattr(layer, key) for key in ("qweight", "qzeros", "scales", "bias")}
+    options = {"bits": 4, "group_size": group, "zero_point": True, "version": "gemm", "quant_method": "awq"}
+    save(f"awq/group_{group}", options, tensors, {LAYER: {**drawn, "weight": weight}}, tool)
+
+
+def main() -> None:
+    import torch
+
     for group in (32, K):
-        drawn = draw(group, N, K, 4, group, order=False, symmetric=False, least_zero=0)
-        given = torch.nn.Linear(K, N)
-        given.weight.data, given.bias.data = dense(drawn), torch.arange(N) / 8
-        scales, zeros = drawn["scale"].T.contiguous(), drawn["zero"].T.contiguous()
-        layer = linear.from_linear(given, 4, group, scales=scales.float(), zeros=zeros.float())
-        weight = dequantize(layer.qweight, layer.qzeros, layer.scales, 4, group).T
-        tensors = {f"{LAYER}.{key}": getattr(layer, key) for key in ("qweight", "qzeros", "scales", "bias")}
-        options = {"bits": 4, "group_size": group, "zero_point": True, "version": "gemm", "quant_method": "awq"}
-        made_by = f"autoawq 0.2.9, torch {torch.__version__}"
-        save(f"awq/group_{group}", options, tensors, {LAYER: {**drawn, "weight": weight}}, made_by)
+        make(*autoawq(Path(sys.argv[1])), group, f"autoawq 0.2.9, torch {torch.__version__}")
 
 
 if __name__ == "__main__":
