@@ -83,7 +83,7 @@ class RefittedKMeans:
         """The stored arrays; `importance` [k, k] or, for chunks of the outputs, [c, k, k]; else the identity."""
         expect_format(fmt, "any_precision", self)
         gram, start = by_moments(w, fmt, importance)
-        return {**start, **refitted(gram / gram.diagonal().mean(), w, start, fmt.widths)}
+        return {**start, **refitted(gram, w, start, fmt.widths)}
 
 
 def refitted_kmeans(weighs_by: tuple[str, ...] = ("gram",)) -> RefittedKMeans:

@@ -64,6 +64,7 @@ def refitted(
     """
 
     def one(gram: jax.Array, w: jax.Array, codes: jax.Array, table: jax.Array) -> jax.Array:
+        gram = gram / gram.diagonal().mean()
         found = best_table(gram, w, codes, table.astype(jnp.float32))
         stored = found.astype(table.dtype)
         return jnp.where(jnp.isfinite(stored), better(gram, w, (codes, table), (codes, found))[1], stored)
