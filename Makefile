@@ -40,9 +40,10 @@ test-all:  ## every test, and 2,000 random terms for each property
 	@tools/venv.sh $(VENV) test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[live]" || \
 		echo "no torch here: nothing is compared with transformers, compressed-tensors and aqlm live"
-	@for packer in auto-gptq==0.7.1 autoawq==0.2.7; do \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --no-deps --upgrade \
-			--target $(VENV)/packers $$packer || echo "no wheel of $$packer here: its packer is not run"; done
+	@for packer in auto_gptq==0.7.1 autoawq==0.2.7; do \
+		[ -e $(VENV)/packers/$${packer%==*}-$${packer#*==}.dist-info ] || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --no-deps \
+			--target $(VENV)/packers $$packer || echo "$$packer was not installed: its packer is not run"; done
 	$(PYTEST) --examples 2000 $(PYTEST_ARGS)
 
 lint:  ## ruff, mypy, import floors, names, sizes

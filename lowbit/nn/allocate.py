@@ -89,10 +89,9 @@ def allocate(
     choices = [choice if isinstance(choice, tuple) else (choice, None) for choice in formats]
     finished = None if resume is None else Finished(resume, [Rule("**", *choice) for choice in choices])
     held = _shared(opened(model), stats)
+    _check_statistics({path: layer for path, (layer, *_) in held.items()}, stats, by)
     with bar(progress, len(held) * len(choices), "allocating") as advance:
         for path, (layer, *shared) in held.items():
-            if reason := refusal(layer):
-                raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
             harm, made = harm_by(path, layer, stats, by), len(every)
             for choice in choices:
                 if found := _candidate(Rule(path, *choice), layer, stats, harm, finished):
@@ -122,6 +121,21 @@ def _check(formats: Sequence[Choice], bits: float | None, bytes: float | None, b
     for choice in formats:
         if not isinstance(choice[0] if isinstance(choice, tuple) else choice, Format):
             raise TypeError(f"{choice!r} is neither a format such as lb.bcq(2) nor (format, quantizer)")
+
+
+def _check_statistics(layers: Mapping[str, Any], stats: Mapping[str, LayerStats], by: By) -> None:
+    """Before hours of quantizing: that there is an estimate for each layer, and by "trace" the same for all."""
+    names: dict[str, str] = {}
+    for path, layer in layers.items():
+        if reason := refusal(layer):
+            raise ValueError(f"layer {path!r} cannot be quantized: {reason}")
+        names.setdefault(_statistic(path, layer, stats, by), path)
+    if by == "trace" and len(names) > 1:
+        other, path = (names[name] for name in NEEDS[by])
+        raise ValueError(
+            f"stats has 'hessian_trace' of layer {other!r} and only 'gradient_square' of layer {path!r}, which are not"
+            " of one size: measure the same of all layers"
+        )
 
 
 def _shared(model: nnx.Module, stats: Mapping[str, LayerStats]) -> dict[str, list[Any]]:
@@ -158,18 +172,23 @@ def _candidate(
     return Candidate(path, rule, dense.size, stored, estimate)
 
 
-def harm_by(path: str, layer: Any, stats: Mapping[str, LayerStats], by: By) -> Callable[[Any], float]:
-    """The estimate for an error of the layer's matrices."""
-    name = next((n for n in NEEDS[by] if getattr(stats[path], n) is not None), None)
-    if name is None:
+def _statistic(path: str, layer: Any, stats: Mapping[str, LayerStats], by: By) -> str:
+    """The name of what a layer's estimate takes. Raises ValueError where that was not measured, or cannot be."""
+    if (name := next((n for n in NEEDS[by] if getattr(stats[path], n) is not None), None)) is None:
         needs = " or ".join(NEEDS[by])
         raise ValueError(f"by={by!r} takes {needs}, which stats does not have of layer {path!r}: measure it")
     if name == "hessian_trace" and (least := np.min(getattr(stats[path], name))) < 0:
         raise ValueError(
             f"layer {path!r}: the trace of its second derivatives is estimated at {least:.3g} a weight, as if errors"
-            " did good: measure more batches, or squared gradients instead"
+            " did good: measure more batches, or give stats with gradient_square and without hessian_trace"
         )
     check_statistic(stats, path, name, layer)
+    return name
+
+
+def harm_by(path: str, layer: Any, stats: Mapping[str, LayerStats], by: By) -> Callable[[Any], float]:
+    """The estimate for an error of the layer's matrices."""
+    name = _statistic(path, layer, stats, by)
     dims, dense = KINDS[type(layer)].view(layer).dims, dense_matrices(layer).astype(jnp.float32)
     counts = weighed(stats, path, (name,), layer)
 

@@ -88,7 +88,7 @@ def calibrate(
       statistics: fields of `LayerStats`, for all layers; its second moments and maxima by default.
       rules: instead of `statistics`, what `lb.quantize` will be given: each layer gets what its quantizer weighs errors
         by, and layers whose quantizer needs nothing get none.
-      loss: instead of `call`, `loss(model, batch)`, a scalar; statistics of gradients need it.
+      loss: instead of `call`, `loss(model, batch)`, a scalar; statistics of its derivatives need it.
       chunks: of the outputs that `guided_gram` tells apart; they must divide those of every layer that has it.
       progress: show a progress bar; by default when standard error is a terminal.
       resume: a folder that holds everything measured so far after each batch. A run that was killed, started again with
@@ -101,13 +101,14 @@ def calibrate(
     The device holds the model, what running one batch needs, [k] and [n] numbers a layer, for `gram` also [k, k] and
     for `guided_gram` [c, k, k], and the gradient of *one* weight at a time: its square is sent to the host as soon as
     it is made. There all squares together are as large as the model in float32: in memory without `resume`; with it in
-    two files a layer, of which one layer's is held. For `hessian_trace` each batch runs once more, and the device holds
-    signs, gradients and products, each as large as the layers that have it.
+    two files a layer, of which one layer's is held. For `hessian_trace` each batch runs once more,
+    with the derivatives of gradients, which take about twice a gradient's time, and the device holds signs, gradients
+    and products, each as large as the weights of these layers.
 
     Raises ValueError when there are no batches or no layers, for two layers of one name, for rules that need no
-    statistics, for gradients without `loss`, and for a folder of another model, other statistics or other batches;
+    statistics, for derivatives without `loss`, and for a folder of another model, other statistics or other batches;
     CheckpointError for a damaged one; TypeError for what is no module, and by JAX for `hessian_trace` of a loss with a
-    `jax.custom_vjp`, which has no second derivatives of this kind.
+    `jax.custom_vjp`, which has no forward derivatives.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, lowbit as lb
@@ -177,7 +178,7 @@ def _of_loss(wanted: Mapping[str, frozenset[str]], call: Any, loss: Any) -> set[
     if loss is not None and call is not None:
         raise ValueError("both call= and loss= were given: leave out call, the loss runs the model")
     if derivatives and loss is None:
-        raise ValueError(f"{min(derivatives)!r} is of gradients: give loss=, a function of (model, batch)")
+        raise ValueError(f"{min(derivatives)!r} is of the loss's derivatives: give loss=, a function of (model, batch)")
     return derivatives
 
 

@@ -12,14 +12,16 @@ from flax import nnx
 from lowbit.nn.gradients import checked_scalar
 from lowbit.nn.kinds import KINDS
 from lowbit.nn.probe import owners, probes
+from lowbit.ops import differentiable
 
 
 def curved(loss: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any, Any], None]:
     """A step that moves `hessian_trace` towards that of `loss(model, batch)`, after `count` batches.
 
-    With z of random signs, a number for each weight of all these layers, z's part in a layer times the same part of H z
-    is the trace of the layer's own Hessian plus terms whose mean over z is 0 (Hutchinson, 1990). Each batch has signs
-    of its own. It is a forward derivative of gradients, which ragged products have and `jax.custom_vjp` has not.
+    With z of random signs, a number for each weight of all these layers, embeddings too, z's part in a layer times the
+    same part of H z is the trace of the layer's own Hessian plus terms whose mean over z is 0 (Hutchinson, 1990). Each
+    batch has signs of its own. It is a forward derivative of gradients, which ragged products have and
+    `jax.custom_vjp` has not.
     """
 
     def step(model: nnx.Module, batch: Any, count: Any) -> None:
@@ -39,7 +41,8 @@ def curved(loss: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any, Any], N
                 found[path].weight.set_value(w)
             return checked_scalar(loss(inner, batch))
 
-        _, products = jax.jvp(jax.grad(of), (weights,), (signs,))
+        with differentiable("jvp"):  # what is quantized already
+            _, products = jax.jvp(jax.grad(of), (weights,), (signs,))
         for path, p in watched.items():
             z, h = (a[first[path]].astype(jnp.float32) for a in (signs, products))
             p.move(p.hessian_trace, _mean(p, z * h), 1, count)

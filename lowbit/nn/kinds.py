@@ -99,7 +99,7 @@ def dense_matrices(layer: Any) -> Any:
 
 def statistic_shape(layer: Any, dims: str, chunks: int = 1) -> tuple[int, ...]:
     """[*stack, *dims], of a statistic of each input of a dense layer, "k", each two inputs, "kk", output, "n", or each
-    of `chunks` parts of the outputs, "c"."""
+    of `chunks` parts of the outputs, "c"; with no dims a number for each matrix."""
     kind = KINDS[type(layer)]
     view = kind.view(layer)
     lead = view.lead(weight(layer).get_value())

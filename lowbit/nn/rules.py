@@ -21,6 +21,8 @@ Statistic = Literal[
 STATISTICS: tuple[str, ...] = get_args(Statistic)
 GRAMS = ("gram", "guided_gram")
 """Of each two inputs."""
+OF_MATRICES = ("hessian_trace",)
+"""A number for each matrix, by which its errors cannot be told apart."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def needed(rule: Rule) -> tuple[str, ...]:
     for what is no statistic."""
     assert rule.format is not None
     quantizer = rule.quantizer or default_quantizer(rule.format)
-    names, known = weighs_by(quantizer), [name for name in STATISTICS if (name in GRAMS) == takes_gram(quantizer)]
+    known = [n for n in STATISTICS if (n in GRAMS) == takes_gram(quantizer) and n not in OF_MATRICES]
+    names = weighs_by(quantizer)
     if isinstance(names, str) or not set(names) <= set(known):
         raise ValueError(f"rule {rule.path!r}: weighs_by={names!r} must be a tuple of some of {', '.join(known)}")
     return names

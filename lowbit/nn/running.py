@@ -18,7 +18,7 @@ from lowbit.io.tensors import sha256, to_host
 from lowbit.nn.checkpoint import plain, restored, variables
 from lowbit.nn.gradients import Means
 from lowbit.nn.kernel import Code, Frozen, Stats
-from lowbit.nn.probe import Sink
+from lowbit.nn.probe import SIDE, Sink
 
 
 class Running:
@@ -29,7 +29,7 @@ class Running:
     ) -> None:
         self.folder = folder_at(folder)
         self.file = self.folder / "calibration.safetensors"
-        self.of = _identity(model, (chunks, sorted((path, *sorted(names)) for path, names in wanted.items())))
+        self.of = _identity(model, (chunks, *SIDE, sorted((path, *sorted(names)) for path, names in wanted.items())))
         self.counted, self.counted_batches = 0, ""
         self.batches = ""
 

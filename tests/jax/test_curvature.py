@@ -41,6 +41,28 @@ def test_each_slice_of_a_stack_has_its_own() -> None:
     np.testing.assert_array_equal(trace(model, [x], lambda m, x: squared(m.of(x)))["of"], 2.5 * np.arange(1, 4) ** 2)
 
 
+def test_each_layer_of_a_scan_has_its_own() -> None:
+    @nnx.vmap
+    def make(key: jax.Array) -> nnx.Linear:
+        return nnx.Linear(8, 4, rngs=nnx.Rngs(key))
+
+    @nnx.scan(in_axes=(0, 0), out_axes=0)
+    def run(layer: nnx.Linear, x: jax.Array) -> jax.Array:
+        return layer(x)
+
+    model = nnx.Dict(of=make(jax.random.split(jax.random.key(0), 3)))
+    x = jnp.stack([jnp.eye(8), 2 * jnp.eye(8), 3 * jnp.eye(8)])
+    found = trace(model, [x], lambda m, x: squared(run(m.of, x)))["of"]
+    np.testing.assert_array_equal(found, 2.5 * np.arange(1, 4) ** 2)
+
+
+def test_what_is_quantized_already_is_differentiated_too() -> None:
+    last = nnx.Dict(b=nnx.Linear(8, 4, kernel_init=lambda *_: jnp.eye(8, 4), rngs=nnx.Rngs(1)))
+    model = nnx.Dict(a=nnx.Linear(8, 8, rngs=nnx.Rngs(0)), rest=lb.quantize(last, lb.uniform(4)))
+    found = trace(model, [jnp.eye(8)], lambda m, x: squared(m.rest.b(m.a(x))))["a"]
+    np.testing.assert_allclose(found, 2.5 / 2, rtol=1e-6)  # half of its outputs reach the loss
+
+
 @pytest.mark.slow
 def test_experts_are_measured_together() -> None:
     model, sizes = nnx.Dict(moe=lb.nn.Experts(2, 8, 4, rngs=nnx.Rngs(0))), jnp.array([8, 8])
@@ -92,7 +114,8 @@ def test_of_a_trained_model_squared_gradients_have_nearly_the_same_trace() -> No
     stats = lb.calibrate(s.model, s.batches[:32], statistics=["hessian_trace", "gradient_square"], loss=s.loss)
     tokens = s.batches[0].shape[1] - 1
     ratios = [float(of.hessian_trace / (tokens * of.gradient_square.mean())) for of in stats.values()]  # type: ignore[operator, union-attr]
-    assert 0.8 < np.median(ratios) < 1.25 and 0.2 < min(ratios) < max(ratios) < 5
+    # Of one size: one vector of signs a window leaves single layers uncertain by a factor.
+    assert 0.5 < np.median(ratios) < 2 and 0.2 < min(ratios) < max(ratios) < 5
 
 
 def test_two_layers_with_one_weight_share_it() -> None:
@@ -130,8 +153,27 @@ def test_allocation_takes_it_before_squared_gradients() -> None:
         w = model[c.layer].kernel[...]
         d = np.asarray(lb.dequantize(lb.quantize_array(w, c.rule.format, dims=("k", "n"))) - w, np.float64)
         np.testing.assert_allclose(c.harm, (2.0 if c.layer == "a" else 8.0) * (d * d).sum(), rtol=1e-4)
+    mixed = {"a": stats["a"], "b": LayerStats(None, None, 1, square)}
+    with pytest.raises(ValueError, match="of layer 'a' and only 'gradient_square' of layer 'b', which are not of one"):
+        lb.allocate(model, mixed, formats=formats, bits=64, by="trace")
     tight = lb.allocate(model, stats, formats=formats, bits=(found.bits_per_weight * 2 - 2) / 2, by="trace")
     assert {rule.path: rule.format["bits"] for rule in tight.rules} == {"a": 2, "b": 4}
+
+
+@pytest.mark.slow
+def test_slices_of_a_stack_count_by_their_own_traces() -> None:
+    model, t = nnx.Dict(of=nnx.Einsum("sbk,skn->sbn", (2, 32, 8), rngs=nnx.Rngs(0))), np.array([1.0, 100.0])
+    stats = {"of": LayerStats(None, None, 1, hessian_trace=jnp.asarray(t, jnp.float32))}
+    (c,) = lb.allocate(model, stats, formats=[lb.uniform(2)], bits=64, by="trace").chosen
+    w = model["of"].kernel[...]
+    d = np.asarray(lb.dequantize(lb.quantize_array(w, lb.uniform(2), dims=("k", "n"))) - w, np.float64)
+    np.testing.assert_allclose(c.harm, (t * (d * d).sum((1, 2))).sum(), rtol=1e-4)
+
+
+def test_quantizers_cannot_weigh_by_it() -> None:
+    rule = lb.Rule("up", lb.bcq(2), lb.alternating(weighs_by=("hessian_trace",)))
+    with pytest.raises(ValueError, match=r"^rule 'up': weighs_by="):
+        lb.calibrate(Net(), [jnp.ones((1, 4))], rules=[rule], loss=fit)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +196,7 @@ def test_what_is_no_trace_is_refused(value: float, shape: tuple[int, ...], messa
 
 
 def test_it_needs_a_scalar_loss() -> None:
-    with pytest.raises(ValueError, match="'hessian_trace' is of gradients: give loss="):
+    with pytest.raises(ValueError, match="'hessian_trace' is of the loss's derivatives: give loss="):
         lb.calibrate(Net(), [jnp.ones((1, 4))], statistics=["hessian_trace"])
     with pytest.raises(ValueError, match=r"the loss has shape \(1, 2\): give one that is a scalar"):
         trace(Net(), [jnp.ones((1, 4))], lambda m, x: m(x))

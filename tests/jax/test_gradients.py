@@ -186,7 +186,7 @@ def test_a_statistic_that_was_not_measured() -> None:
         ({"statistics": ["largest"], "rules": lb.bcq(2)}, "both statistics= and rules= were given: leave one out"),
         (
             {"statistics": ["output_gradient"]},
-            r"'output_gradient' is of gradients: give loss=, a function of \(model, ",
+            r"'output_gradient' is of the loss's derivatives: give loss=, a function of \(model, ",
         ),
         ({"loss": cost, "call": cost}, "both call= and loss= were given: leave out call, the loss runs the model"),
         ({"rules": {"nothing": lb.bcq(2)}}, "rule 'nothing' matches none of the 4 layers"),

@@ -12,8 +12,8 @@ import pytest
 from tests.checkpoints import GOLDEN, check_read
 
 PACKERS = Path(sys.prefix) / "packers"
-HOW = f"pip install --no-deps --target {PACKERS}"
-"""Beside the other packages, for their own requirements are those of years ago. `make test-all` does it."""
+HOW = f"is not in {PACKERS}, where make test-all installs it if this Python has a wheel of it: "
+"""Beside the other packages, for what it requires is years old. Of AutoAWQ 0.2.7 is the last that has a wheel."""
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # of torch, by these packages
@@ -23,7 +23,8 @@ pytestmark = [
 @pytest.fixture
 def generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Of goldens by name: a module that writes into `tmp_path`, layers of 96 inputs and 64 outputs."""
-    pytest.importorskip("torch", reason="torch is not installed")
+    for name in ("torch", "transformers", "accelerate"):  # that the packers import
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'lowbit[live]' has it")
     monkeypatch.syspath_prepend(GOLDEN)
     monkeypatch.setattr(importlib.import_module("golden"), "HERE", tmp_path)
 
@@ -37,8 +38,7 @@ def generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.skipif(
-    not (PACKERS / "auto_gptq").exists(),
-    reason=f"{HOW} auto-gptq==0.7.1 was not run; it has wheels for Python 3.8 to 3.11",
+    not (PACKERS / "auto_gptq").exists(), reason=f"auto_gptq {HOW}auto-gptq 0.7.1 has for Python 3.8 to 3.11"
 )
 @pytest.mark.parametrize("group", [32, 96, -1])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -51,7 +51,7 @@ def test_gptq(tmp_path: Path, generator: Any, bits: int, group: int) -> None:
             check_read(tmp_path / "gptq" / name)
 
 
-@pytest.mark.skipif(not (PACKERS / "awq").exists(), reason=f"{HOW} autoawq==0.2.7 was not run")
+@pytest.mark.skipif(not (PACKERS / "awq").exists(), reason=f"awq {HOW}autoawq 0.2.7 has for every one")
 @pytest.mark.parametrize("group", [16, 32, 48, 96])
 def test_awq(tmp_path: Path, generator: Any, group: int) -> None:
     make = generator("make_awq")
